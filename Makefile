@@ -1,0 +1,33 @@
+# make demo, make test and make lint each do all the set-up on a fresh machine. Needs Python 3.11 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow lint format clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vlaft needs Python 3.11 or newer")'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/quick_demo.py --out demo-out --overwrite
+
+test: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto vlaft tests
+
+test-slow: $(VENV)/.installed
+	$(BIN)/pytest -m slow tests
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) dist build demo-out

@@ -1,0 +1,133 @@
+"""One demonstration, as every reader gives it and every later step takes it.
+
+* A reader fills `arrays` and `cameras` with what lies in the source, under the source's own names, unchanged.
+* A `Layout` (see `vlaft.data.layout`) says which of them are the action, the state and the cameras to keep.
+* Standardizing steps (see `vlaft.data.standardize`) then return changed copies; nothing is changed in place.
+
+Frames are decoded only when they are read, and always in order: a video is decoded once from its start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Image = NDArray[np.uint8]  # [height, width, 3], RGB, row 0 on top
+
+
+@runtime_checkable
+class Frames(Protocol):
+    """The frames of one camera over one episode, decoded on demand."""
+
+    def __len__(self) -> int:
+        """Number of frames T."""
+
+    def read(self, indices: Sequence[int]) -> Iterator[Image]:
+        """Yield the frames of `indices` (in increasing order), each uint8 `[height, width, 3]` RGB.
+
+        Raises:
+            DataError: a frame is damaged; the sentence names the file, episode and step.
+        """
+
+
+@dataclass(frozen=True)
+class ArrayFrames:
+    """Frames that lie in memory (or in an array that reads slices lazily): uint8 `[T, height, width, 3]`."""
+
+    array: Sequence[Image] | NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def read(self, indices: Sequence[int]) -> Iterator[Image]:
+        for index in indices:
+            yield np.asarray(self.array[index])
+
+
+@dataclass(frozen=True)
+class SelectedFrames:
+    """The frames of `source` at `indices`, in increasing order."""
+
+    source: Frames
+    indices: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, indices: Sequence[int]) -> Iterator[Image]:
+        return self.source.read([int(self.indices[index]) for index in indices])
+
+
+@dataclass(frozen=True)
+class MappedFrames:
+    """The frames of `source`, each passed through `function` (uint8 `[H, W, 3]` to uint8 `[H', W', 3]`)."""
+
+    source: Frames
+    function: Callable[[Image], Image]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, indices: Sequence[int]) -> Iterator[Image]:
+        return (self.function(image) for image in self.source.read(indices))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Episode:
+    """One demonstration of T steps.
+
+    Attributes:
+        index: position in the source, from 0, over all of its splits.
+        name: where it came from, for messages and for the `source` column: `"demo_3"`, `"train[12]"`.
+        length: T.
+        instruction: what the demonstration does, as the source says it; empty when the source does not say.
+        arrays: per-step arrays of the source, each `[T, ...]`, by the source's own names.
+        cameras: frames by the source's own camera names.
+        split: the source's own split, or None when it has none.
+        fps: control rate in Hz, or None when the source does not say.
+        action: `[T, A]` float32, once a layout was applied.
+        state: `[T, S]` float32, once a layout that names a state was applied.
+    """
+
+    index: int
+    name: str
+    length: int
+    instruction: str = ""
+    arrays: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
+    cameras: Mapping[str, Frames] = field(default_factory=dict)
+    split: str | None = None
+    fps: float | None = None
+    action: NDArray[np.float32] | None = None
+    state: NDArray[np.float32] | None = None
+
+    def select(self, indices: NDArray[np.int64]) -> Episode:
+        """Return the episode with only the steps `indices` (`[T']`, increasing)."""
+        return replace(
+            self,
+            length=len(indices),
+            arrays=_SelectedArrays(self.arrays, indices),
+            cameras={name: SelectedFrames(frames, indices) for name, frames in self.cameras.items()},
+            action=None if self.action is None else self.action[indices],
+            state=None if self.state is None else self.state[indices],
+        )
+
+
+@dataclass(frozen=True)
+class _SelectedArrays(Mapping[str, NDArray[np.generic]]):
+    """`arrays[name][indices]`, read on access, so that a lazy mapping stays lazy."""
+
+    arrays: Mapping[str, NDArray[np.generic]]
+    indices: NDArray[np.int64]
+
+    def __getitem__(self, name: str) -> NDArray[np.generic]:
+        return self.arrays[name][self.indices]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.arrays)
+
+    def __len__(self) -> int:
+        return len(self.arrays)
