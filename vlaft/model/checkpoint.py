@@ -1,0 +1,252 @@
+"""Checkpoints on disk: a folder (or a Hub repository) in the released OpenVLA layout, safetensors only.
+
+A checkpoint is data: no pickle is opened and no code of the folder is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlaft.errors import CheckpointError
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+_MAX_HEADER = 100 * 2**20  # safetensors' own bound on a header
+_SAMPLE = 4096  # bytes of each tensor that the fingerprint reads
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies.
+
+    Attributes:
+        file: file name inside the checkpoint's folder.
+        dtype: safetensors' name of the type: `BF16`, `F32` ...
+        shape: the tensor's shape.
+        begin: first byte in the file.
+        end: byte after the last.
+    """
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
+    """Return the local folder of a checkpoint: the folder `name` itself, or the Hub repository `user/model`.
+
+    Raises:
+        CheckpointError: neither a folder with a `config.json` nor a repository that can be had.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder}: no config.json here, so this is no checkpoint folder")
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{folder} is a file; give the checkpoint's folder")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
+        raise CheckpointError(f"{name}: no such folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "tokenizer.model"] + (["*.safetensors"] if weights else [])
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{name}: no such folder, and the Hub cannot be reached for a repository of that name;"
+            " go online once, or give a local folder"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{name}: no such folder, and the Hub says: {reason}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: missing, unreadable, or not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return content
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Read a safetensors file's table of contents, without its tensors.
+
+    Raises:
+        CheckpointError: missing, truncated or damaged, or a git-LFS pointer.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: the file is missing; copy or download the checkpoint again")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start.startswith(b"version "):
+            raise CheckpointError(f"{path} is a git-LFS pointer, not the weights: run git lfs pull")
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+        if not 2 <= length <= min(_MAX_HEADER, size - 8):
+            raise CheckpointError(f"{path}: not a safetensors file, or truncated")
+        try:
+            header = json.loads(file.read(length))
+            entries = {
+                name: TensorEntry(
+                    path.name,
+                    str(entry["dtype"]),
+                    tuple(int(side) for side in entry["shape"]),
+                    8 + length + int(entry["data_offsets"][0]),
+                    8 + length + int(entry["data_offsets"][1]),
+                )
+                for name, entry in header.items()
+                if name != "__metadata__"
+            }
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+            raise CheckpointError(f"{path}: its safetensors header is damaged") from None
+    if any(not 0 <= entry.begin <= entry.end <= size for entry in entries.values()):
+        raise CheckpointError(f"{path}: truncated: tensors end beyond the file's {size:,} bytes")
+    return entries
+
+
+def tensor_table(folder: Path) -> dict[str, TensorEntry]:
+    """List every tensor of a checkpoint: names to places, over all shards.
+
+    Raises:
+        CheckpointError: no safetensors, a missing or damaged shard, or an index that disagrees with its shards.
+    """
+    if (folder / INDEX_FILE).is_file():
+        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, Mapping) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise CheckpointError(f"{folder / INDEX_FILE}: weight_map is missing or malformed")
+        table: dict[str, TensorEntry] = {}
+        for file in sorted(set(weight_map.values())):
+            if Path(file).name != file:
+                raise CheckpointError(f"{folder / INDEX_FILE}: the shard '{file}' lies outside the folder")
+            table |= read_header(folder / file)
+        if set(table) != set(weight_map):
+            odd = sorted(set(table) ^ set(weight_map))
+            raise CheckpointError(f"{folder}: index and shards disagree on {len(odd)} tensors, first '{odd[0]}'")
+        return table
+    if (folder / SINGLE_FILE).is_file():
+        return read_header(folder / SINGLE_FILE)
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        raise CheckpointError(f"{folder}: only pickled weights here; vlaft reads safetensors only, so convert them first")
+    raise CheckpointError(f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE} here")
+
+
+def fingerprint(folder: Path) -> str:
+    """Return a short hash of a checkpoint's tensors: names, types, shapes and a sample of each one's bytes.
+
+    Reads a few kilobytes per tensor, so that 15 GB take about a second; sharding does not matter.
+    """
+    digest = hashlib.sha256()
+    table = tensor_table(folder)
+    for name in sorted(table):
+        entry = table[name]
+        digest.update(f"{name} {entry.dtype} {entry.shape}\n".encode())
+        with (folder / entry.file).open("rb") as file:
+            for begin in {entry.begin, max(entry.begin, entry.end - _SAMPLE)}:
+                file.seek(begin)
+                digest.update(file.read(min(_SAMPLE, entry.end - begin)))
+    return digest.hexdigest()[:32]
+
+
+def load_config(folder: Path) -> Any:
+    """Read `config.json` as an `OpenVLAConfig`.
+
+    Raises:
+        CheckpointError: not an OpenVLA configuration.
+    """
+    from vlaft.model.configuration import OpenVLAConfig
+
+    content = read_json(folder / "config.json")
+    if content.get("model_type") != "openvla":
+        raise CheckpointError(
+            f"{folder / 'config.json'}: model_type is '{content.get('model_type')}', and only 'openvla' is supported"
+        )
+    try:
+        return OpenVLAConfig.from_dict(content)
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers' strict validation has kinds of its own
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{folder / 'config.json'}: {reason}") from None
+
+
+def load_model(folder: Path, *, dtype: Any = None, device: Any = "cpu", quantization: Any = None) -> Any:
+    """Load a checkpoint into `OpenVLAForActionPrediction`, in eval mode, every tensor accounted for.
+
+    Args:
+        folder: the checkpoint's folder.
+        dtype: torch dtype of the weights; None keeps what is stored.
+        device: where to put them.
+        quantization: a transformers quantization config, or None.
+
+    Raises:
+        CheckpointError: tensors missing, left over, or of another shape than the configuration says.
+    """
+    import torch
+    from transformers.utils import logging
+
+    from vlaft.model.openvla import OpenVLAForActionPrediction
+
+    config = load_config(folder)
+    table = tensor_table(folder)
+    with torch.device("meta"):
+        expected = {
+            name: tuple(tensor.shape) for name, tensor in OpenVLAForActionPrediction(config).state_dict().items()
+        }
+    if not any(name.endswith(".absmax") or name.endswith(".SCB") for name in table):  # not saved quantised
+        check_tensors({name: entry.shape for name, entry in table.items()}, expected, str(folder))
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # the caller has its own
+    try:
+        model = OpenVLAForActionPrediction.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype if dtype is not None else "auto",
+            device_map={"": device} if quantization is not None else None,
+            quantization_config=quantization,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    finally:
+        if bar:
+            logging.enable_progress_bar()
+    if quantization is None:
+        model = model.to(device)
+    return model.eval()
+
+
+def check_tensors(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Compare names and shapes of a checkpoint with those of the model that its config describes.
+
+    Raises:
+        CheckpointError: the first difference of each kind, in one sentence.
+    """
+    problems = []
+    if missing := sorted(set(expected) - set(found)):
+        problems.append(f"{len(missing)} tensors are missing, first '{missing[0]}'")
+    if extra := sorted(set(found) - set(expected)):
+        problems.append(f"{len(extra)} tensors are not the model's, first '{extra[0]}'")
+    if odd := sorted(name for name in set(found) & set(expected) if found[name] != expected[name]):
+        name = odd[0]
+        problems.append(f"{len(odd)} have another shape, first '{name}': {found[name]}, expected {expected[name]}")
+    if problems:
+        raise CheckpointError(f"{where}: weights and config.json do not fit together: {'; '.join(problems)}")

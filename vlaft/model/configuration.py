@@ -1,0 +1,101 @@
+"""The configuration of an OpenVLA checkpoint, field for field as `config.json` of the release has it.
+
+Three keys are vlaft's own, all optional: `vision_overrides` (ViT sizes that replace what a timm id stands for;
+how small models are described), `prompt_style` and `image_pipeline` (what training did to prompts and frames,
+so that inference does the same).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, CONFIG_MAPPING, PretrainedConfig
+
+from vlaft.errors import CheckpointError
+
+# What a `vision_backbone_id` stands for: image size per backbone, and timm ids in feature order
+# (upstream's registry, without the CLIP and ImageNet backbones, which no released OpenVLA uses).
+VISION_BACKBONES: dict[str, tuple[list[int], list[str]]] = {
+    "dinov2-vit-l": ([224], ["vit_large_patch14_reg4_dinov2.lvd142m"]),
+    "siglip-vit-so400m": ([224], ["vit_so400m_patch14_siglip_224"]),
+    "siglip-vit-so400m-384px": ([384], ["vit_so400m_patch14_siglip_384"]),
+    "dinosiglip-vit-so-224px": (
+        [224, 224],
+        ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"],
+    ),
+    "dinosiglip-vit-so-384px": (
+        [384, 384],
+        ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_384"],
+    ),
+}
+
+
+class OpenVLAConfig(PretrainedConfig):
+    """Configuration of `OpenVLAForActionPrediction`; defaults are those of upstream's config class.
+
+    Attributes:
+        vision_backbone_id: key of `VISION_BACKBONES`.
+        use_fused_vision_backbone: two ViTs side by side; None means "as the id says".
+        image_sizes: side of the square input in pixels, one per ViT.
+        timm_model_ids: one per ViT, in feature order.
+        vision_overrides: one dict per ViT with sizes that replace those of its timm id, or None.
+        text_config: the language model's configuration (Llama).
+        n_action_bins: number of action tokens, the last ids of the vocabulary before padding.
+        norm_stats: dataset statistics by dataset name, in OpenVLA's layout.
+        prompt_style: `openvla` or `vicuna`; None means "as the language model's id says".
+        image_pipeline: how training prepared frames, or None for what `preprocessor_config.json` says.
+    """
+
+    model_type = "openvla"
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
+
+    vision_backbone_id: str = "siglip-vit-so400m"
+    llm_backbone_id: str = "vicuna-v15-7b"
+    arch_specifier: str = "no-align+gelu-mlp"
+    use_fused_vision_backbone: bool | None = None
+    image_resize_strategy: str = "letterbox"
+    image_sizes: list | None = None
+    timm_model_ids: list | None = None
+    timm_override_act_layers: list | None = None
+    vision_overrides: list | None = None
+    text_config: Any = None
+    llm_max_length: int = 2048
+    pad_token_id: int | None = 32000
+    pad_to_multiple_of: int = 64
+    output_projector_states: bool = False
+    hf_llm_id: str | None = None
+    n_action_bins: int = 256
+    norm_stats: dict | None = None
+    prompt_style: str | None = None
+    image_pipeline: dict | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.vision_backbone_id not in VISION_BACKBONES:
+            raise CheckpointError(
+                f"config.json: vision_backbone_id '{self.vision_backbone_id}' is not supported"
+                f" (supported: {', '.join(VISION_BACKBONES)})"
+            )
+        sizes, timm_ids = VISION_BACKBONES[self.vision_backbone_id]
+        if self.use_fused_vision_backbone is None:
+            self.use_fused_vision_backbone = len(timm_ids) == 2
+        self.image_sizes = self.image_sizes or sizes
+        self.timm_model_ids = self.timm_model_ids or timm_ids
+        text = self.text_config or {"vocab_size": 32064, "pad_token_id": self.pad_token_id}
+        if isinstance(text, dict):
+            model_type = text.get("model_type", "llama")
+            if model_type != "llama":
+                raise CheckpointError(
+                    f"config.json: a language model of type '{model_type}' is not supported; only 'llama' is"
+                )
+            text = CONFIG_MAPPING[model_type](**{key: value for key, value in text.items() if key != "model_type"})
+        self.text_config = text
+        super().__post_init__(**kwargs)
+
+    @property
+    def action_vocab_size(self) -> int:
+        """First id after the action tokens: 32064 - 64 = 32000 in the release, as upstream computes it."""
+        return int(self.text_config.vocab_size) - self.pad_to_multiple_of
+
+
+AutoConfig.register(OpenVLAConfig.model_type, OpenVLAConfig, exist_ok=True)

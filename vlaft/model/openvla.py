@@ -1,0 +1,149 @@
+"""OpenVLA: vision backbone, projector and Llama, with the state-dict keys of the released checkpoints.
+
+* The sequence is `[BOS] [patches] [rest of the prompt and actions]`; there is no image placeholder token.
+* With labels, logits are computed at label positions only: the head sees 8 rows per example instead of ~290.
+* Rows are padded on the right. Causal attention never lets a token see what is to its right, so with labels no
+  padding mask is needed: every position that has a label is computed exactly as without padding, and attention
+  takes the kernel for plain causal masks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, LlamaForCausalLM, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from vlaft.model.configuration import OpenVLAConfig
+from vlaft.model.projector import Projector
+from vlaft.model.vision import AttentionPool, LayerScale, VisionBackbone, VisionTransformer, vit_config
+
+IGNORE_INDEX = -100  # label of positions that the loss skips
+
+
+@dataclass
+class OpenVLAOutput(ModelOutput):
+    """What a forward pass returns.
+
+    Attributes:
+        loss: mean cross-entropy over all labels of the batch, a scalar; None without labels.
+        logits: with labels `[N, vocabulary]`, one row per label in row-major order; without `[B, S, vocabulary]`
+            with S = 1 + P + (T - 1).
+        label_ids: `[N]` int64, the label that each row of `logits` predicts; None without labels.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    label_ids: Tensor | None = None
+
+
+class OpenVLAForActionPrediction(PreTrainedModel):
+    """A vision-language-action model that writes actions as tokens."""
+
+    config_class = OpenVLAConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules: ClassVar[list[str]] = ["LlamaDecoderLayer", "Block"]
+
+    def __init__(self, config: OpenVLAConfig) -> None:
+        super().__init__(config)
+        overrides = config.vision_overrides or [None] * len(config.timm_model_ids)
+        vits = [vit_config(name, override) for name, override in zip(config.timm_model_ids, overrides, strict=True)]
+        self.vision_backbone = VisionBackbone(vits, config.image_sizes)
+        self.projector = Projector(
+            self.vision_backbone.embed_dim, config.text_config.hidden_size, fused=bool(config.use_fused_vision_backbone)
+        )
+        self.language_model = LlamaForCausalLM(config.text_config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LayerScale):
+            init.ones_(module.scale_factor)
+        elif isinstance(module, VisionTransformer):
+            init.normal_(module.pos_embed, std=0.02)
+            if module.config.prefix_tokens:
+                init.normal_(module.cls_token, std=0.02)
+                init.normal_(module.reg_token, std=0.02)
+        elif isinstance(module, AttentionPool):
+            init.normal_(module.latent, std=0.02)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the token embedding."""
+        return self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the head."""
+        return self.language_model.get_output_embeddings()
+
+    @property
+    def num_patches(self) -> int:
+        """Patch positions that every image takes in the sequence."""
+        return self.vision_backbone.num_patches
+
+    def embed(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+        """Splice projected patches behind the first token.
+
+        Args:
+            input_ids: `[B, T]` int64, beginning with BOS.
+            pixel_values: `[B, 3 * number of ViTs, H, W]`, normalised.
+
+        Returns:
+            `[B, 1 + P + (T - 1), D]`.
+        """
+        patches = self.projector(self.vision_backbone(pixel_values))
+        text = self.get_input_embeddings()(input_ids)
+        return torch.cat([text[:, :1], patches.to(text.dtype), text[:, 1:]], dim=1)
+
+    def splice_mask(self, attention_mask: Tensor) -> Tensor:
+        """Widen a text mask `[B, T]` to the spliced sequence `[B, 1 + P + (T - 1)]`; patches are attended."""
+        patches = attention_mask.new_ones(attention_mask.shape[0], self.num_patches)
+        return torch.cat([attention_mask[:, :1], patches, attention_mask[:, 1:]], dim=1)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        label_positions: Tensor | None = None,
+        **_: Any,
+    ) -> OpenVLAOutput:
+        """Compute logits, and the loss when there are labels.
+
+        Args:
+            input_ids: `[B, T]` int64, beginning with BOS, padded on the right.
+            pixel_values: `[B, 3 * number of ViTs, H, W]`, normalised.
+            attention_mask: `[B, T]`, 1 where there is a token; used without labels only (see the module's notes).
+            labels: `[B, T]` int64, `IGNORE_INDEX` where there is none; label t is predicted from what is before t.
+            label_positions: `[B, K]` int64, columns of `labels` to use. Saves a look at `labels` and, on a GPU, the
+                synchronisation that comes with it. Columns that hold `IGNORE_INDEX` are skipped by the loss.
+        """
+        embeddings = self.embed(input_ids, pixel_values)
+        if labels is None:
+            mask = None if attention_mask is None else self.splice_mask(attention_mask)
+            hidden = self.language_model.model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False)[0]
+            return OpenVLAOutput(logits=self.language_model.lm_head(hidden))
+
+        hidden = self.language_model.model(inputs_embeds=embeddings, use_cache=False)[0]
+        # Text column t lies at position P + t of the sequence and is predicted from the position before it.
+        if label_positions is None:
+            rows, columns = torch.nonzero(labels[:, 1:] != IGNORE_INDEX, as_tuple=True)
+            columns = columns + 1
+        else:
+            rows = torch.arange(len(labels), device=labels.device).repeat_interleave(label_positions.shape[1])
+            columns = label_positions.flatten()
+        label_ids = labels[rows, columns]
+        logits = self.language_model.lm_head(hidden[rows, self.num_patches + columns - 1])
+        loss = F.cross_entropy(logits.float(), label_ids, ignore_index=IGNORE_INDEX)
+        return OpenVLAOutput(loss=loss, logits=logits, label_ids=label_ids)
+
+
+AutoModelForImageTextToText.register(OpenVLAConfig, OpenVLAForActionPrediction, exist_ok=True)
