@@ -1,0 +1,69 @@
+"""Options and arguments that several verbs share, so that they look and mean the same everywhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlaft.errors import UsageError, VlaftError
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
+Recipe = Annotated[str | None, typer.Option("--recipe", help="Name of a shipped recipe, or path of a recipe file.")]
+ConfigFiles = Annotated[
+    list[Path] | None, typer.Option("--config", help="YAML file laid over the recipe; may be given again.")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Settings of the recipe, such as train.batch_size=4.", show_default=False
+    ),
+]
+Data = Annotated[
+    list[Path] | None, typer.Option("--data", help="Folder that `vlaft convert` wrote; may be given again.")
+]
+Base = Annotated[str | None, typer.Option("--base", help="Checkpoint folder or Hub id of the model to start from.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write.", show_default=False)]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue what is in the output folder.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")]
+GpuMemory = Annotated[
+    str | None, typer.Option("--gpu-memory", help="Memory of the GPU, such as 24GB or 22.5GiB.", show_default=False)
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+_BINARY_UNITS = {"k": 1024, "m": 1024**2, "g": 1024**3, "t": 1024**4}
+_SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<prefix>[kmgt]?)(?P<binary>i?)b?\s*", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Return a number of bytes for `24GB` (1e9), `22.5GiB` (2^30) or `24000000000`.
+
+    >>> parse_size("24GB"), parse_size("1.5 GiB"), parse_size("8g")
+    (24000000000, 1610612736, 8000000000)
+
+    Raises:
+        UsageError: the text is no size.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None or (match["binary"] and not match["prefix"]) or float(match["number"]) == 0:
+        raise UsageError(f"'{text}' is no memory size; write a number and a unit, such as 24GB or 22.5GiB")
+    units = _BINARY_UNITS if match["binary"] else _UNITS
+    return int(float(match["number"]) * units[match["prefix"].lower()])
+
+
+def check_output_folder(folder: Path, *, overwrite: bool, resume: bool = False) -> None:
+    """Refuse an output folder that holds something, unless the user said what to do with it.
+
+    Raises:
+        UsageError: both `--resume` and `--overwrite` are given.
+        VlaftError: the folder is not empty and neither is given, or the path is a file.
+    """
+    if overwrite and resume:
+        raise UsageError("--resume and --overwrite contradict each other; give one of them")
+    if folder.exists() and not folder.is_dir():
+        raise VlaftError(f"{folder} is a file; --out needs a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (overwrite or resume):
+        raise VlaftError(f"{folder} is not empty; name another folder with --out, or give --overwrite")

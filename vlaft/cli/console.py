@@ -1,0 +1,142 @@
+"""What a person sees (stderr) and what a program reads (stdout), kept apart.
+
+Rich honours NO_COLOR and TERM=dumb itself, and writes no colours to a pipe.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+PIPE_WIDTH = 200  # columns of a table that goes to a file or pipe: wide enough that no cell is folded
+PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
+
+Advance = Callable[..., None]
+
+
+def stderr_console() -> Console:
+    """Return the console for people: messages, warnings, progress."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def stdout_console() -> Console:
+    """Return the console for results."""
+    from rich.console import Console
+
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+
+
+def say(text: str) -> None:
+    """Print one line for people on stderr, as it is: no markup, no folding."""
+    stderr_console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Print one line that begins with `warning:` on stderr."""
+    from rich.text import Text
+
+    stderr_console().print(Text.assemble(("warning: ", "yellow"), text), highlight=False, soft_wrap=True)
+
+
+def show(renderable: RenderableType) -> None:
+    """Print a result (a text or a rich table) on stdout."""
+    stdout_console().print(renderable, highlight=False, markup=False, soft_wrap=isinstance(renderable, str))
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document on stdout; numbers that JSON lacks (NaN, infinity) become null."""
+    sys.stdout.write(json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # numpy and torch, without importing either
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+@contextmanager
+def progress(description: str, total: int | None = None, unit: str = "") -> Iterator[Advance]:
+    """Show how far long work has come: a bar on a terminal, a plain line every ten seconds elsewhere.
+
+    Yields:
+        `advance(count=1, note="")`, to be called as the work proceeds; the note stands beside the bar.
+    """
+    console = stderr_console()
+    if console.is_terminal:
+        yield from _bar(console, description, total, unit)
+    else:
+        yield from _lines(description, total, unit)
+
+
+def _bar(console: Console, description: str, total: int | None, unit: str) -> Iterator[Advance]:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit, markup=False),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(description, total=total, note="")
+
+        def advance(count: int = 1, note: str = "") -> None:
+            bar.update(task, advance=count, note=note)
+
+        yield advance
+
+
+def _lines(description: str, total: int | None, unit: str) -> Iterator[Advance]:
+    started = last = time.monotonic()
+    done = 0
+    printed = -1
+
+    def line(note: str) -> None:
+        nonlocal printed
+        printed = done
+        count = f"{done}/{total}" if total is not None else f"{done}"
+        parts = [f"{description}: {count} {unit}".rstrip(), f"{time.monotonic() - started:.0f} s", note]
+        say(", ".join(part for part in parts if part))
+
+    def advance(count: int = 1, note: str = "") -> None:
+        nonlocal done, last
+        done += count
+        if time.monotonic() - last >= PLAIN_SECONDS:
+            last = time.monotonic()
+            line(note)
+
+    yield advance
+    if printed != done:
+        line("")

@@ -1,0 +1,98 @@
+"""The command line's frame: the verbs, the global options, and what the user sees when something goes wrong.
+
+Verbs are imported here, so their modules must be light: what is heavy (torch, transformers, pyarrow) is imported
+inside their functions, and `vlaft --help` stays fast.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from vlaft import __version__
+from vlaft.cli import recipes
+from vlaft.errors import ConfigError, VlaftError
+
+app = typer.Typer(
+    name="vlaft",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(recipes.app, name="recipes")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vlaft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def vlaft(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of known errors too (or set VLAFT_DEBUG=1).")
+    ] = False,
+) -> None:
+    """Adapt an OpenVLA model to a new robot from 10 to 150 demonstrations."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 user error, 2 usage, 3 a check failed, 130 interrupted.
+
+    Known errors become sentences on stderr; anything else is a defect and keeps its traceback.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words or os.environ.get("VLAFT_DEBUG", "0") not in ("", "0")
+    words = [word for word in words if word != "--debug"]  # accepted after the verb as well
+    try:
+        result = app(words, prog_name="vlaft", standalone_mode=False)
+        sys.stdout.flush()  # a closed pipe must show here, not while the interpreter shuts down
+    except VlaftError as error:
+        if debug:
+            raise
+        problems = error.problems if isinstance(error, ConfigError) else [str(error)]
+        for problem in problems:
+            _print_error(problem)
+        return error.exit_code
+    except typer.TyperException as error:  # an unknown option, a missing argument, a value of the wrong type
+        _print_error(_usage_sentence(error.format_message(), words))
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        _print_error("interrupted")
+        return 130
+    except BrokenPipeError:  # `vlaft recipes | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if result == 130:
+        _print_error("interrupted")
+    return result if isinstance(result, int) else 0
+
+
+def _print_error(sentence: str) -> None:
+    from vlaft.cli.console import stderr_console
+
+    stderr_console().print(f"[bold red]error:[/] {_escape(sentence)}", soft_wrap=True, highlight=False)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _usage_sentence(message: str, words: Sequence[str]) -> str:
+    """Tell those who type `--train.steps=4` that settings are plain words; other messages stay as they are."""
+    for word in words:
+        key = word.partition("=")[0]
+        if key.startswith("--") and "." in key and key in message:
+            return f"'{word}' is no option; settings have no dashes: write key=value, such as {word.lstrip('-')}"
+    return message
