@@ -1,0 +1,31 @@
+"""Which parameters are trained, and how the others are held."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vlaft.config import AdaptConfig
+    from vlaft.model.openvla import OpenVLAForActionPrediction
+
+
+def adapt(model: OpenVLAForActionPrediction, settings: AdaptConfig, *, upcast: bool = True) -> nn.Module:
+    """Make `model` trainable as a recipe says: adapters, or a part of its own parameters.
+
+    Args:
+        model: the base; changed in place.
+        settings: the recipe's `adapt` section.
+        upcast: hold adapters in float32 whatever the base's precision.
+
+    Returns:
+        The model, wrapped by peft where there are adapters.
+    """
+    from vlaft.adapt.freeze import freeze
+    from vlaft.adapt.lora import attach_lora
+
+    if settings.method == "lora":
+        return attach_lora(model, settings.lora, upcast=upcast)
+    freeze(model, settings.method)
+    return model

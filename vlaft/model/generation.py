@@ -55,37 +55,30 @@ def _decode(
     num_tokens: int,
     action_ids_only: bool,
 ) -> Tensor:
-    language_model = model.language_model
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-    padded = bool((attention_mask == 0).any())
     embeddings = model.embed(input_ids, pixel_values)
-    mask = model.splice_mask(attention_mask)
-    lengths = mask.sum(dim=1)  # [B], real tokens and patches
-    cache = DynamicCache(config=language_model.config)
-    hidden = language_model.model(
-        inputs_embeds=embeddings,
-        attention_mask=mask if padded else None,
-        past_key_values=cache,
-        use_cache=True,
-    )[0]
+    keys = model.splice_mask(attention_mask).bool()  # [B, S], False on padding
+    lengths = keys.sum(dim=1)  # [B], patches and real tokens
+    cache = DynamicCache(config=model.config.text_config)
+    # Causal attention keeps what lies to the right of a prompt's last token out of it, padding included.
+    hidden = model.decode(embeddings, cache=cache)
     last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]  # [B, D]
 
     stop = model.config.action_vocab_size
     start = stop - model.config.n_action_bins
     tokens: list[Tensor] = []
     for step in range(num_tokens):
-        logits = language_model.lm_head(last)  # [B, vocabulary]
+        logits = model.language_model.lm_head(last)  # [B, vocabulary]
         token = logits[:, start:stop].argmax(dim=-1) + start if action_ids_only else logits.argmax(dim=-1)
         tokens.append(token)
         if step == num_tokens - 1:
             break
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        last = language_model.model(
-            inputs_embeds=model.get_input_embeddings()(token[:, None]),
-            attention_mask=mask if padded else None,
+        keys = torch.cat([keys, keys.new_ones(len(keys), 1)], dim=1)
+        last = model.decode(
+            model.get_input_embeddings()(token[:, None]),
+            mask=keys[:, None, None],  # hides the padding that lies between a short prompt and its new tokens
             position_ids=(lengths + step)[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        )[0][:, -1]
+            cache=cache,
+        )[:, -1]
     return torch.stack(tokens, dim=1)

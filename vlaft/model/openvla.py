@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForImageTextToText, Cache, LlamaForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
@@ -107,6 +107,44 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         patches = attention_mask.new_ones(attention_mask.shape[0], self.num_patches)
         return torch.cat([attention_mask[:, :1], patches, attention_mask[:, 1:]], dim=1)
 
+    def decode(
+        self,
+        embeddings: Tensor,
+        *,
+        mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Run the decoder blocks and the final norm.
+
+        transformers' own `LlamaModel.forward` looks at values of `position_ids` (for packed sequences), which on a
+        GPU costs a synchronisation per call and on the meta device cannot be done; its blocks are used as they are.
+
+        Args:
+            embeddings: `[B, S, D]`.
+            mask: `[B, 1, S, keys]` bool, True where a query may look; None for plain causal attention.
+            position_ids: `[B or 1, S]` int64; None counts from 0.
+            cache: keys and values of what came before; filled with those of this call.
+
+        Returns:
+            Hidden states `[B, S, D]`.
+        """
+        llama = self.language_model.model
+        if position_ids is None:
+            position_ids = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
+        rotary = llama.rotary_emb(embeddings, position_ids=position_ids)
+        hidden = embeddings
+        for layer in llama.layers:
+            hidden = layer(
+                hidden,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                position_embeddings=rotary,
+            )
+        return llama.norm(hidden)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -128,11 +166,13 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         """
         embeddings = self.embed(input_ids, pixel_values)
         if labels is None:
-            mask = None if attention_mask is None else self.splice_mask(attention_mask)
-            hidden = self.language_model.model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False)[0]
-            return OpenVLAOutput(logits=self.language_model.lm_head(hidden))
+            mask = None
+            if attention_mask is not None:
+                keys = self.splice_mask(attention_mask).bool()[:, None, None]  # [B, 1, 1, S]
+                mask = keys & torch.ones(keys.shape[-1], keys.shape[-1], dtype=torch.bool, device=keys.device).tril()
+            return OpenVLAOutput(logits=self.language_model.lm_head(self.decode(embeddings, mask=mask)))
 
-        hidden = self.language_model.model(inputs_embeds=embeddings, use_cache=False)[0]
+        hidden = self.decode(embeddings)
         # Text column t lies at position P + t of the sequence and is predicted from the position before it.
         if label_positions is None:
             rows, columns = torch.nonzero(labels[:, 1:] != IGNORE_INDEX, as_tuple=True)
