@@ -1,0 +1,314 @@
+"""The converted dataset on disk: Parquet shards, `dataset.json` and `dataset_statistics.json`.
+
+Every file is written aside, synced and renamed, so that what bears its final name is whole. The images' column is
+declared as the `datasets` library's Image feature: pandas and duckdb open the shards as they are, and the Hub shows
+the frames.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from vlaft.data.images import ImagePipeline
+from vlaft.errors import DataError
+
+FORMAT_VERSION = 1
+DATASET_FILE = "dataset.json"
+STATISTICS_FILE = "dataset_statistics.json"
+MAIN_CAMERA = "image"
+ROW_GROUP = 16  # rows read together at random access: 0.3 MB of JPEG
+SPLITS = ("train", "val")
+
+_MAX_JSON = 256 * 2**20
+_CACHED_GROUPS = 16
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file of a dataset.
+
+    Attributes:
+        file: its name in the dataset's folder.
+        split: `"train"` or `"val"`.
+        rows: number of examples.
+        bytes: size of the file.
+        crc32c: checksum of the whole file, eight hexadecimal digits.
+    """
+
+    file: str
+    split: str
+    rows: int
+    bytes: int
+    crc32c: str
+
+
+def example_schema(cameras: Sequence[str]) -> pa.Schema:
+    """Return the columns of a row; `cameras` are the image columns, the main one first."""
+    values: dict[str, pa.DataType] = {
+        "episode_index": pa.int32(),
+        "frame_index": pa.int32(),
+        "dataset": pa.string(),
+        "source": pa.string(),
+        "instruction": pa.string(),
+    }
+    lists: dict[str, pa.DataType] = {
+        "state": pa.float32(),
+        "action": pa.float32(),
+        "normalized_action": pa.float32(),
+        "prompt_token_ids": pa.int32(),
+        "action_token_ids": pa.int32(),
+    }
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    fields = [
+        *(pa.field(name, kind) for name, kind in values.items()),
+        *(pa.field(name, image) for name in cameras),
+        *(pa.field(name, pa.list_(kind)) for name, kind in lists.items()),
+    ]
+    features = {
+        **{name: _feature(kind) for name, kind in values.items()},
+        **{name: {"_type": "Image"} for name in cameras},
+        **{name: {"feature": _feature(kind), "_type": "Sequence"} for name, kind in lists.items()},
+    }
+    return pa.schema(fields, metadata={b"huggingface": json.dumps({"info": {"features": features}}).encode()})
+
+
+def write_shard(path: Path, split: str, schema: pa.Schema, episodes: Iterable[Sequence[Mapping[str, Any]]]) -> Shard:
+    """Write one shard from the rows of its episodes and return its entry in `dataset.json`.
+
+    The same rows always give the same bytes. At most one episode and one row group are held in memory.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    count = 0
+    waiting: list[Mapping[str, Any]] = []
+    try:
+        with pq.ParquetWriter(temporary, schema, compression="zstd", compression_level=1) as writer:
+            for rows in episodes:
+                waiting.extend(rows)
+                count += len(rows)
+                while len(waiting) >= ROW_GROUP:
+                    writer.write_table(pa.Table.from_pylist(waiting[:ROW_GROUP], schema=schema))
+                    del waiting[:ROW_GROUP]
+            if waiting:
+                writer.write_table(pa.Table.from_pylist(waiting, schema=schema))
+        _publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return Shard(path.name, split, count, path.stat().st_size, checksum(path))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON aside, sync it and rename it into place.
+
+    Raises:
+        ValueError: a number is not finite; JSON has no way to say so.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        _publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        DataError: it cannot be read, is no JSON, or holds something else.
+    """
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise DataError(f"{path} is too large for what it should be ({path.stat().st_size} bytes)")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read as JSON ({' '.join(str(error).split())[:100]})") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path} must hold a JSON object")
+    return value
+
+
+def checksum(path: Path) -> str:
+    """Return the CRC-32C of a file, eight hexadecimal digits."""
+    import google_crc32c
+
+    digest = google_crc32c.Checksum()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return str(digest.digest().hex())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames within a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class ConvertedDataset:
+    """A folder that `vlaft convert` wrote, opened for reading; any number of threads may read.
+
+    Attributes:
+        path: the folder.
+        info: `dataset.json`.
+        statistics: `dataset_statistics.json`: name to statistics.
+        cameras: the image columns, the main one first.
+        pipeline: how the frames were prepared.
+        fingerprint: sha256 of `dataset.json`, which holds a checksum of every shard.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the folder's metadata and see whether every shard is there.
+
+        Raises:
+            DataError: this is no converted dataset, it is of another version, or a shard is missing or damaged.
+        """
+        self.path = Path(path)
+        if not (self.path / DATASET_FILE).is_file():
+            raise DataError(f"{path} is no converted dataset (it has no {DATASET_FILE}); make one with `vlaft convert`")
+        self.info = read_json(self.path / DATASET_FILE)
+        version = self.info.get("format_version")
+        if version != FORMAT_VERSION:
+            raise DataError(
+                f"{self.path / DATASET_FILE} is of format version {version}, this vlaft reads {FORMAT_VERSION};"
+                " convert the source again"
+            )
+        try:
+            shards = [Shard(**entry) for entry in self.info["shards"]]
+            self.cameras: tuple[str, ...] = tuple(self.info["image"]["cameras"])
+            self.pipeline = ImagePipeline.from_json(self.info["image"]["pipeline"])
+            self.fingerprint = hashlib.sha256((self.path / DATASET_FILE).read_bytes()).hexdigest()
+        except (KeyError, TypeError) as error:
+            raise DataError(
+                f"{self.path / DATASET_FILE} lacks or misnames {error}; convert the source again"
+            ) from error
+        self.statistics = read_json(self.path / STATISTICS_FILE)
+        self._shards = {split: [shard for shard in shards if shard.split == split] for split in SPLITS}
+        self._files: dict[str, pq.ParquetFile] = {}
+        self._groups: dict[str, list[tuple[str, int]]] = {}  # per split: (shard file, row group) ...
+        self._starts: dict[str, NDArray[np.int64]] = {}  # ... and the number of its first row
+        self._cache: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
+        self._lock = threading.Lock()
+        for split in SPLITS:
+            self._index(split)
+
+    def rows(self, split: str) -> int:
+        """Return the number of examples of a split."""
+        return int(self._starts[split][-1])
+
+    def row(self, split: str, index: int) -> dict[str, Any]:
+        """Return one example: column name to value, images as `{"bytes": ..., "path": ...}` or None.
+
+        Raises:
+            IndexError: there is no such row.
+            DataError: the shard cannot be read.
+        """
+        if not 0 <= index < self.rows(split):
+            raise IndexError(f"row {index} of {self.rows(split)} in split '{split}' of {self.path}")
+        group = int(np.searchsorted(self._starts[split], index, side="right")) - 1
+        table = self._read_group(*self._groups[split][group])
+        return table.slice(index - int(self._starts[split][group]), 1).to_pylist()[0]
+
+    def table(self, split: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return whole columns of a split in memory; without names, all but the images.
+
+        Raises:
+            DataError: a shard cannot be read.
+        """
+        schema = example_schema(self.cameras)
+        wanted = [name for name in schema.names if name not in self.cameras] if columns is None else list(columns)
+        parts = []
+        for shard in self._shards[split]:
+            with self._lock:
+                try:
+                    parts.append(self._files[shard.file].read(columns=wanted))
+                except (OSError, pa.ArrowException) as error:
+                    raise self._damaged(shard.file, error) from error
+        return pa.concat_tables(parts) if parts else pa.schema([schema.field(name) for name in wanted]).empty_table()
+
+    def verify(self) -> None:
+        """Compare every shard with its checksum.
+
+        Raises:
+            DataError: one differs.
+        """
+        for shard in (shard for split in SPLITS for shard in self._shards[split]):
+            if checksum(self.path / shard.file) != shard.crc32c:
+                raise DataError(f"{self.path / shard.file} does not match its checksum; convert the source again")
+
+    def _index(self, split: str) -> None:
+        groups: list[tuple[str, int]] = []
+        lengths: list[int] = []
+        for shard in self._shards[split]:
+            path = self.path / shard.file
+            if Path(shard.file).name != shard.file:
+                raise DataError(f"{self.path / DATASET_FILE} names a shard outside of its folder: {shard.file}")
+            if not path.is_file():
+                raise DataError(f"{path} is missing; copy the dataset again or convert the source again")
+            if path.stat().st_size != shard.bytes:
+                raise DataError(
+                    f"{path} has {path.stat().st_size} bytes instead of {shard.bytes}; it was cut or changed"
+                )
+            try:
+                file = pq.ParquetFile(path, memory_map=True)
+            except (OSError, pa.ArrowException) as error:
+                raise self._damaged(shard.file, error) from error
+            metadata = file.metadata
+            if metadata.num_rows != shard.rows or not set(self.cameras) <= set(file.schema_arrow.names):
+                raise DataError(f"{path} is not the shard that {DATASET_FILE} describes; convert the source again")
+            self._files[shard.file] = file
+            groups += [(shard.file, group) for group in range(metadata.num_row_groups)]
+            lengths += [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        self._groups[split] = groups
+        self._starts[split] = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+
+    def _read_group(self, file: str, group: int) -> pa.Table:
+        with self._lock:  # a ParquetFile is not for several threads at once
+            table = self._cache.pop((file, group), None)
+            if table is None:
+                try:
+                    table = self._files[file].read_row_group(group, use_threads=False)
+                except (OSError, pa.ArrowException) as error:
+                    raise self._damaged(file, error) from error
+            self._cache[(file, group)] = table
+            if len(self._cache) > _CACHED_GROUPS:
+                self._cache.popitem(last=False)
+            return table
+
+    def _damaged(self, file: str, error: Exception) -> DataError:
+        reason = " ".join(str(error).split())[:100]
+        return DataError(f"{self.path / file} cannot be read as Parquet ({reason}); convert the source again")
+
+
+def shard_entry(shard: Shard) -> dict[str, Any]:
+    """Return a shard as `dataset.json` lists it."""
+    return asdict(shard)
+
+
+def _feature(kind: pa.DataType) -> dict[str, str]:
+    return {"dtype": "float32" if kind == pa.float32() else str(kind), "_type": "Value"}
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """Sync a finished file and give it its name."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
