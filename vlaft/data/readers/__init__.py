@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,13 @@ from typing import Protocol
 
 from vlaft.data.episode import Episode
 from vlaft.data.layout import Layout
+from vlaft.errors import DataError
+
+_UNDERSTOOD = (
+    "understood are: RLDS (a folder with dataset_info.json and features.json), LeRobot (a folder with meta/info.json),"
+    " HDF5 files of robomimic, LIBERO or ALOHA, or with a mapping, and LeRobot ids on the Hub (user/dataset)"
+)
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?<!\.hdf5)(?<!\.h5)$")
 
 
 @dataclass(frozen=True)
@@ -55,10 +63,73 @@ def open_source(path: Path, options: dict[str, object] | None = None) -> Source:
     """Open whatever lies at `path`.
 
     Args:
-        path: a file or a folder.
+        path: a file or a folder, or the id of a LeRobot dataset on the Hub (`user/dataset`).
         options: what only one reader understands, from a preset or from the command line.
 
     Raises:
         DataError: nothing there, or nothing that a reader knows.
     """
-    raise NotImplementedError
+    from vlaft.data.readers.sniff import describe_file, first_bytes, is_hdf5, refuse_lfs_pointer
+
+    path = Path(path)
+    if not _exists(path):
+        return _open_from_hub(path)
+    if path.is_dir():
+        return _open_folder(path, options or {})
+    first_bytes(path)
+    refuse_lfs_pointer(path)
+    if is_hdf5(path):
+        return _open_hdf5(path, options or {})
+    raise DataError(f"'{path}' is {describe_file(path)}; {_UNDERSTOOD}")
+
+
+def _open_folder(path: Path, options: dict[str, object]) -> Source:
+    from vlaft.data.readers.sniff import is_hdf5, refuse_lfs_pointer
+    from vlaft.data.readers.tfds_folder import is_tfds_folder
+
+    try:
+        entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"folder '{path}' cannot be read: {error.strerror}") from error
+    if not entries:
+        raise DataError(f"folder '{path}' is empty; {_UNDERSTOOD}")
+    if (path / "meta" / "info.json").is_file():
+        from vlaft.data.readers.lerobot import LeRobotSource
+
+        return LeRobotSource(path)
+    if (path / "dataset.json").is_file():
+        raise DataError(f"'{path}' is already converted (it has a dataset.json): train on it with --data {path}")
+    if is_tfds_folder(path):
+        from vlaft.data.readers.rlds import RldsSource
+
+        return RldsSource(path)
+    files = [entry for entry in entries if entry.is_file()]
+    if any(is_hdf5(file) for file in files):
+        return _open_hdf5(path, options)
+    for file in files:
+        refuse_lfs_pointer(file)
+    names = ", ".join(entry.name for entry in entries[:5]) + (", ..." if len(entries) > 5 else "")
+    raise DataError(f"folder '{path}' holds no demonstrations that vlaft knows (found: {names}); {_UNDERSTOOD}")
+
+
+def _open_hdf5(path: Path, options: dict[str, object]) -> Source:
+    from vlaft.data.readers.hdf5 import open_hdf5
+
+    return open_hdf5(path, options)
+
+
+def _open_from_hub(path: Path) -> Source:
+    text = path.as_posix()
+    # A local folder of that name in front makes it a mistyped path: nothing is asked of the Hub then.
+    if not _HUB_ID.match(text) or Path(text.partition("/")[0]).exists():
+        raise DataError(f"'{path}' does not exist")
+    from vlaft.data.readers.lerobot import LeRobotSource, download
+
+    return LeRobotSource(download(text))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError) as error:
+        raise DataError(f"'{str(path)[:200]}' cannot be looked up: {error}") from error

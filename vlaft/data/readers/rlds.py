@@ -1,0 +1,276 @@
+"""RLDS datasets (TFDS folders of TFRecord shards), read without TensorFlow.
+
+One record is one episode. Reading an episode parses its record and checks that all per-step features agree on the
+number of steps; images and arrays are decoded when they are asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlaft.data.codec import decode_image
+from vlaft.data.episode import Episode, Image
+from vlaft.data.layout import Layout
+from vlaft.data.readers import EpisodeRef
+from vlaft.data.readers.tf_example import Stored, parse_example
+from vlaft.data.readers.tfds_decode import Value, count_rows, decode_field, is_stored
+from vlaft.data.readers.tfds_features import Field, parse_features
+from vlaft.data.readers.tfds_folder import open_tfds_folder
+from vlaft.data.readers.tfrecord import index_records, read_record
+from vlaft.errors import DataError
+
+_STEPS = "steps/"
+_STATES = ("observation/state", "observation/proprio", "state", "proprio")
+# Names of the third-person camera in the Open X-Embodiment datasets, the most telling first.
+_MAIN_CAMERAS = (
+    "primary",
+    "image_primary",
+    "image",
+    "image_0",
+    "rgb_static",
+    "agentview_image",
+    "agentview_rgb",
+    "front",
+    "front_image",
+    "front_rgb",
+    "exterior_image_1_left",
+    "image_side_1",
+    "rgb",
+    "top_image",
+    "static_image",
+)
+_INSTRUCTION = re.compile(
+    r"^(steps/|steps/observation/|episode_metadata/|)"
+    r"(language_instruction(_\d+)?|natural_language_instruction|instruction|language|language_text|task)$"
+)
+
+
+class RldsSource:
+    """A TFDS folder of robot episodes; implements `vlaft.data.readers.Source`."""
+
+    format = "rlds"
+
+    def __init__(self, path: Path) -> None:
+        """Open the folder of one version, or of a dataset, whose newest version is taken.
+
+        Raises:
+            DataError: metadata or shards are missing or damaged, or the features are not those of episodes.
+        """
+        folder = open_tfds_folder(path)
+        where = f"'{folder.path / 'features.json'}'"
+        fields, skipped = parse_features(folder.features, where)
+        if not any(field.path.startswith(_STEPS) and field.levels for field in fields):
+            known = ", ".join(field.path for field in fields[:10])
+            raise DataError(f"{where} describes no 'steps', so this is no RLDS dataset (it has: {known})")
+        self.path = folder.path
+        self.name = folder.name
+        self.warnings: list[str] = [*folder.warnings, *skipped]
+        self.fields = tuple(fields)
+        self.layout = _default_layout(fields)
+        self._shards = folder.shards
+
+    def episodes(self) -> Sequence[EpisodeRef]:
+        """List the episodes in the order of the records, split by split.
+
+        Raises:
+            DataError: a shard is damaged, or holds fewer records than dataset_info.json announces.
+        """
+        return self._episodes
+
+    @cached_property
+    def _episodes(self) -> tuple[EpisodeRef, ...]:
+        refs: list[EpisodeRef] = []
+        in_split: Counter[str] = Counter()
+        for shard in self._shards:
+            offsets = index_records(self.path / shard.name)
+            if shard.records is not None and len(offsets) < shard.records:
+                raise DataError(
+                    f"shard '{self.path / shard.name}' is cut off: it holds {len(offsets)} records where"
+                    f" dataset_info.json says {shard.records}; download or copy the file again"
+                )
+            if shard.records is not None and len(offsets) > shard.records:
+                self.warnings.append(
+                    f"shard '{shard.name}' holds {len(offsets)} records where dataset_info.json says {shard.records}"
+                )
+            for number, offset in enumerate(offsets):
+                name = f"{shard.split}[{in_split[shard.split]}]"
+                refs.append(EpisodeRef(len(refs), name, shard.split, (shard.split, shard.name, number, offset)))
+                in_split[shard.split] += 1
+        return tuple(refs)
+
+    def read(self, ref: EpisodeRef) -> Episode:
+        """Read one episode; frames and arrays stay undecoded until asked for.
+
+        Raises:
+            DataError: the record is damaged, or its features disagree on the number of steps.
+        """
+        example, where = self._example(ref)
+        length = _count_steps(self.fields, example, where)
+        stored = [field for field in self.fields if field.path.startswith(_STEPS) and is_stored(field, example)]
+        return Episode(
+            index=ref.index,
+            name=ref.name,
+            length=length,
+            instruction=_instruction(self.fields, example, where),
+            arrays=_StepArrays({_short(field): field for field in stored if field.is_array}, example, where),
+            cameras={
+                _short(field): EncodedFrames(_images(field, example, where), f"{where}, camera '{_short(field)}'")
+                for field in stored
+                if field.is_camera
+            },
+            split=ref.split,
+        )
+
+    def read_full_episode(self, ref: EpisodeRef) -> dict[str, Value]:
+        """Decode every stored field of one episode, by its key in the record (needs memory for all frames).
+
+        Raises:
+            DataError: as `read`, or a value is damaged.
+        """
+        example, where = self._example(ref)
+        _count_steps(self.fields, example, where)
+        return {field.path: decode_field(field, example, where) for field in self.fields if is_stored(field, example)}
+
+    def _example(self, ref: EpisodeRef) -> tuple[dict[str, Stored], str]:
+        _, shard, number, offset = ref.location
+        where = f"shard '{shard}', record {number} (episode '{ref.name}')"
+        payload = read_record(self.path / str(shard), int(number), int(offset))
+        return parse_example(payload, where), where
+
+
+@dataclass(frozen=True)
+class EncodedFrames:
+    """Frames as encoded images in memory; implements `vlaft.data.episode.Frames`."""
+
+    images: Sequence[bytes]
+    where: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, indices: Sequence[int]) -> Iterator[Image]:
+        """Decode the frames of `indices` as TensorFlow would, one at a time."""
+        for index in indices:
+            yield decode_image(self.images[index], f"{self.where}, step {index}")
+
+
+@dataclass(frozen=True)
+class _StepArrays(Mapping[str, NDArray[np.generic]]):
+    """The numeric per-step features, decoded on access."""
+
+    fields: Mapping[str, Field]
+    example: Mapping[str, Stored]
+    where: str
+
+    def __getitem__(self, name: str) -> NDArray[np.generic]:
+        value = decode_field(self.fields[name], self.example, self.where)
+        assert isinstance(value, np.ndarray)
+        return value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.fields
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.fields)
+
+    def __len__(self) -> int:
+        return len(self.fields)
+
+
+def _short(field: Field) -> str:
+    return field.path.removeprefix(_STEPS)
+
+
+def _images(field: Field, example: Mapping[str, Stored], where: str) -> list[bytes]:
+    stored = example.get(field.path)
+    if not isinstance(stored, list):
+        raise DataError(f"{where}: '{field.path}' holds numbers where encoded images are expected")
+    return stored
+
+
+def _count_steps(fields: Sequence[Field], example: Mapping[str, Stored], where: str) -> int:
+    """Return T, on which all per-step features have to agree."""
+    counts = {
+        field: rows
+        for field in fields
+        if field.path.startswith(_STEPS) and is_stored(field, example)
+        if (rows := count_rows(field, example)) is not None
+    }
+    # What most features say names the odd one out, when features.json gives one of them a wrong shape.
+    votes = Counter(rows for rows in counts.values() if rows >= 0)
+    length = votes.most_common(1)[0][0] if votes else 0
+    for field, rows in counts.items():
+        if rows != length:
+            shape = list(field.shape) if field.kind == "tensor" else "one value"
+            found = f"{rows} steps" if rows >= 0 else "numbers that make no whole number of steps"
+            raise DataError(
+                f"{where}: features.json says {shape} per step for '{field.path}', of which the record holds"
+                f" {found} where the other features have {length}"
+            )
+    if length == 0:
+        raise DataError(f"{where} has no steps")
+    return length
+
+
+def _instruction(fields: Sequence[Field], example: Mapping[str, Stored], where: str) -> str:
+    """The first text that is not empty, of the features that hold instructions, the most usual name first."""
+    candidates = [field for field in fields if _INSTRUCTION.match(field.path) and is_stored(field, example)]
+    for field in sorted(candidates, key=_instruction_rank):
+        if field.kind == "text" and len(field.levels) <= 1:
+            texts = decode_field(field, example, where)
+            for text in texts if isinstance(texts, list) else [texts]:
+                if isinstance(text, str) and text.strip():
+                    return text
+        elif field.is_array and len(field.shape) == 1 and np.dtype(field.dtype).kind in "iu":
+            codes = decode_field(field, example, where)
+            assert isinstance(codes, np.ndarray)
+            if len(codes) and (text := _text_of_codes(codes[0])):
+                return text
+    return ""
+
+
+def _instruction_rank(field: Field) -> tuple[int, int, str]:
+    name = field.path.rpartition("/")[2]
+    order = ("language_instruction", "natural_language_instruction")
+    rank = order.index(name) if name in order else 2 if name.startswith("language_instruction") else 3
+    return (rank, not field.path.startswith(_STEPS), field.path)
+
+
+def _text_of_codes(codes: NDArray[np.generic]) -> str:
+    """Texts stored as one UTF-8 code per element, padded with zeros (Language-Table)."""
+    values = codes.astype(np.int64)
+    if ((values < 0) | (values > 255)).any():
+        return ""
+    return values.astype(np.uint8).tobytes().rstrip(b"\0").decode("utf-8", errors="replace").strip()
+
+
+def _default_layout(fields: Sequence[Field]) -> Layout:
+    arrays = {_short(field) for field in fields if field.path.startswith(_STEPS) and field.is_array}
+    cameras = sorted(
+        (_short(field) for field in fields if field.is_camera),
+        key=lambda path: (_camera_rank(path), path),
+    )
+    leaves = Counter(path.rpartition("/")[2] for path in cameras)
+    return Layout(
+        action=("action",) if "action" in arrays else (),
+        state=next(((name,) for name in _STATES if name in arrays), ()),
+        cameras={
+            leaf if leaves[leaf := path.rpartition("/")[2]] == 1 else path.replace("/", "_"): path for path in cameras
+        },
+    )
+
+
+def _camera_rank(path: str) -> int:
+    name = path.rpartition("/")[2]
+    if name in _MAIN_CAMERAS:
+        return _MAIN_CAMERAS.index(name)
+    on_the_arm = any(word in name for word in ("wrist", "hand", "gripper"))
+    return len(_MAIN_CAMERAS) + on_the_arm
