@@ -17,6 +17,7 @@ from vlaft.errors import ConfigError, did_you_mean
 from vlaft.recipe_files import recipes_folder
 
 MAX_RECIPE_BYTES = 64 * 1024  # a recipe has some thirty lines
+MAX_DEPTH = 10  # of nested mappings and lists; the settings themselves need four
 
 
 def recipe_names() -> list[str]:
@@ -70,8 +71,7 @@ def read_settings(file: Path) -> dict[str, Any]:
         if len(raw) > MAX_RECIPE_BYTES:
             raise ConfigError(f"{file}: larger than {MAX_RECIPE_BYTES // 1024} KiB, so not a recipe")
         text = raw.decode("utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ConfigError(f"{file}: YAML aliases (*name) are not supported; write the value out")
+        _refuse_tricks(text)
         if not text.strip() or yaml.compose(text, yaml.SafeLoader) is None:
             return {}
         content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
@@ -87,6 +87,23 @@ def read_settings(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or (len(content) == 1 and ":" not in text):
         raise ConfigError(f"{file}: a recipe is a mapping of keys to values")
     return {str(key): value for key, value in content.items()}
+
+
+def _refuse_tricks(text: str) -> None:
+    """Refuse YAML that is small to write and large or slow to load: aliases, and deep nesting.
+
+    Raises:
+        ValueError: the text has either.
+    """
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):  # lazily, so a deep text is left before it gets slow
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("aliases, *name, are not supported; write the value out")
 
 
 def parse_word(word: str) -> dict[str, Any]:
@@ -105,6 +122,7 @@ def parse_word(word: str) -> dict[str, Any]:
     if not equals or not key:
         raise ConfigError(f"'{word}' is no setting; write key=value, such as train.steps=1000")
     try:
+        _refuse_tricks(value)
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException, RecursionError, ValueError, TypeError) as error:
         raise ConfigError(f"'{word}': the value is not valid YAML ({_first_line(error)})") from error
@@ -186,7 +204,7 @@ def _wrong_value(key: str, value: Any, hint: Any) -> str:
     choices = [
         str(choice) for part in (hint, *get_args(hint)) if get_origin(part) is Literal for choice in get_args(part)
     ]
-    shown = "null" if value is None else f"'{value}'"
+    shown = "null" if value is None else f"'{str(value).lower() if isinstance(value, bool) else value}'"
     return f"{key} must be {_describe(hint)}, not {shown}{did_you_mean(str(value), choices)}"
 
 

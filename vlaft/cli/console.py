@@ -5,6 +5,7 @@ Rich honours NO_COLOR and TERM=dumb itself, and writes no colours to a pipe.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
@@ -18,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-PIPE_WIDTH = 200  # columns of a table that goes to a file or pipe: wide enough that no cell is folded
+PIPE_WIDTH = 400  # columns of a table that goes to a file or pipe: wide enough that no cell is folded
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
 
 Advance = Callable[..., None]
 
 
+@functools.cache  # one for all, so that a message written during a progress bar does not tear it
 def stderr_console() -> Console:
     """Return the console for people: messages, warnings, progress."""
     from rich.console import Console

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -19,7 +20,6 @@ from vlaft.errors import ConfigError, VlaftError
 
 app = typer.Typer(
     name="vlaft",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -54,17 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words or os.environ.get("VLAFT_DEBUG", "0") not in ("", "0")
     words = [word for word in words if word != "--debug"]  # accepted after the verb as well
     try:
-        result = app(words, prog_name="vlaft", standalone_mode=False)
+        result = app(words or ["--help"], prog_name="vlaft", standalone_mode=False)
         sys.stdout.flush()  # a closed pipe must show here, not while the interpreter shuts down
     except VlaftError as error:
         if debug:
-            raise
+            traceback.print_exc()
         problems = error.problems if isinstance(error, ConfigError) else [str(error)]
         for problem in problems:
             _print_error(problem)
         return error.exit_code
     except typer.TyperException as error:  # an unknown option, a missing argument, a value of the wrong type
-        _print_error(_usage_sentence(error.format_message(), words))
+        _print_error(_usage_sentence(error, words))
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         _print_error("interrupted")
@@ -78,21 +78,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _print_error(sentence: str) -> None:
+    from rich.text import Text
+
     from vlaft.cli.console import stderr_console
 
-    stderr_console().print(f"[bold red]error:[/] {_escape(sentence)}", soft_wrap=True, highlight=False)
+    stderr_console().print(Text.assemble(("error: ", "bold red"), sentence), soft_wrap=True, highlight=False)
 
 
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
-def _usage_sentence(message: str, words: Sequence[str]) -> str:
-    """Tell those who type `--train.steps=4` that settings are plain words; other messages stay as they are."""
+def _usage_sentence(error: typer.TyperException, words: Sequence[str]) -> str:
+    """Tell those who type `--train.steps=4` that settings are plain words; name the help page to all others."""
+    message = error.format_message()
     for word in words:
         key = word.partition("=")[0]
         if key.startswith("--") and "." in key and key in message:
-            return f"'{word}' is no option; settings have no dashes: write key=value, such as {word.lstrip('-')}"
-    return message
+            return f"'{word}' is no option; write key=value, no dashes: {word.lstrip('-')}"
+    context = getattr(error, "ctx", None)
+    return f"{message} (see '{context.command_path} --help')" if context else message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,8 @@ import typer
 
 from vlaft.cli.arguments import AsJson
 from vlaft.errors import ConfigError
+
+_COUNT = re.compile(r"([\d,]+) on openvla-7b")  # in the second comment line of a recipe
 
 app = typer.Typer(help="List, show or copy the shipped training recipes.", invoke_without_command=True)
 
@@ -28,16 +31,18 @@ def list_recipes(as_json: AsJson = False) -> None:
     from vlaft.cli.console import print_json, show
     from vlaft.config_layers import find_recipe, opening_comments, recipe_names
 
-    rows = []
+    rows: list[dict[str, str]] = []
     for name in recipe_names():
         purpose, cost = opening_comments(find_recipe(name))
         rows.append({"name": name, "purpose": purpose, "cost": cost})
     if as_json:
         print_json(rows)
         return
-    table = Table("recipe", "what it is for", "what it costs", box=None, pad_edge=False)
+    table = Table("recipe", "what it is for", box=None, pad_edge=False)
+    table.add_column("trainable (openvla-7b)", justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*row.values())
+        count = _COUNT.search(row["cost"])
+        table.add_row(row["name"], row["purpose"], count[1] if count else "")
     show(table)
 
 

@@ -1,0 +1,227 @@
+"""The frame of the command line: exit codes, sentences, pipes, colours, shared options, and what it imports."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+
+from vlaft import __version__
+from vlaft.cli import console
+from vlaft.cli import main as frame
+from vlaft.cli.arguments import Settings, check_output_folder, parse_size
+from vlaft.cli.main import main
+from vlaft.config import RecipeConfig, resolve
+from vlaft.errors import CheckFailed, ConfigError, DataError, Interrupted, UsageError, VlaftError
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*words: str, code: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code] if code else [sys.executable, "-m", "vlaft"]
+    clean = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR", "VLAFT_DEBUG")}
+    return subprocess.run(
+        [*command, *words], capture_output=True, text=True, timeout=60, cwd=ROOT, env={**clean, **environment}
+    )
+
+
+@pytest.fixture
+def verb(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that gives the command line a verb `probe` that raises or returns what it is told."""
+
+    def install(outcome: object) -> None:
+        app = typer.Typer(pretty_exceptions_enable=False)
+
+        @app.callback()
+        def root() -> None:
+            pass
+
+        @app.command()
+        def probe(words: Settings = None) -> object:
+            if isinstance(outcome, BaseException):
+                raise outcome
+            return outcome(words) if callable(outcome) else outcome
+
+        monkeypatch.setattr(frame, "app", app)
+
+    return install
+
+
+HEAVY = ("torch", "transformers", "peft", "numpy", "pyarrow", "h5py", "av", "omegaconf")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["recipes", "--help"], ["recipes"]])
+def test_light_commands_import_nothing_heavy(words: list[str]) -> None:
+    code = (
+        "import sys; from vlaft.cli.main import main; result = main(sys.argv[1:]);"
+        f"print([name for name in {HEAVY[:-1]} if name in sys.modules], result, file=sys.stderr)"
+    )
+    done = run(*words, code=code)
+    assert done.stderr == "[] 0\n" and done.stdout
+
+
+def test_resolving_a_recipe_does_not_import_torch() -> None:
+    code = "import sys; from vlaft.config import resolve; resolve('lora32'); print('torch' in sys.modules)"
+    assert run(code=code).stdout == "False\n"
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"vlaft {__version__}\n"
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "recipes" in text and "--debug" in text
+    assert main([]) == 0
+    assert capsys.readouterr().out == text
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (VlaftError("a [b] c"), 1, "error: a [b] c\n"),
+        (DataError("x" * 300), 1, f"error: {'x' * 300}\n"),
+        (UsageError("both"), 2, "error: both\n"),
+        (CheckFailed("no"), 3, "error: no\n"),
+        (Interrupted("saved step 3"), 130, "error: saved step 3\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (ConfigError(["one", "two"]), 1, "error: one\nerror: two\n"),
+    ],
+)
+def test_known_errors_are_sentences(
+    verb: Any, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, text: str
+) -> None:
+    verb(error)
+    assert main(["probe"]) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.strip() == text.strip()
+
+
+def test_unknown_errors_keep_their_traceback(verb: Any) -> None:
+    verb(ZeroDivisionError("defect"))
+    with pytest.raises(ZeroDivisionError):
+        main(["probe"])
+
+
+@pytest.mark.parametrize("words", [["--debug", "probe"], ["probe", "--debug"]])
+def test_debug_shows_the_traceback_and_keeps_the_code(
+    verb: Any, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    verb(CheckFailed("no"))
+    assert main(words) == 3
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback") and err.endswith("error: no\n")
+
+
+def test_debug_by_environment(verb: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    verb(DataError("no"))
+    monkeypatch.setenv("VLAFT_DEBUG", "1")
+    assert main(["probe"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_usage_errors_are_two(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, part in (
+        (["nonsense"], "No such command 'nonsense'"),
+        (["recipes", "show"], "Missing argument 'name'. (see 'vlaft recipes show --help')"),
+        (["recipes", "list", "--jsn"], "No such option: --jsn"),
+    ):
+        assert main(words) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and part in err and "Traceback" not in err
+
+
+def test_dashed_settings_are_explained(verb: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    verb(None)
+    assert main(["probe", "--train.steps=4"]) == 2
+    assert capsys.readouterr().err == (
+        "error: '--train.steps=4' is no option; write key=value, no dashes: train.steps=4\n"
+    )
+
+
+def test_settings_are_collected_after_the_options(verb: Any) -> None:
+    seen: list[RecipeConfig] = []
+    verb(lambda words: seen.append(resolve(words=words)))
+    assert main(["probe", "train.steps=4", "adapt.lora.rank=8"]) == 0
+    assert (seen[0].train.steps, seen[0].adapt.lora.rank) == (4, 8)
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", "vlaft", "recipes"],
+            stdout=closed, stderr=subprocess.PIPE, text=True, timeout=60, cwd=ROOT,
+        )  # fmt: skip
+    assert done.stderr == "" and done.returncode == 1
+
+
+def test_no_color_is_honoured() -> None:
+    terminal = {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    assert "\x1b[" in run("recipes", "show", "x", **terminal).stderr
+    assert "\x1b[31m" not in run("recipes", "show", "x", NO_COLOR="1", **terminal).stderr
+    assert "\x1b[" not in run("recipes", "show", "x").stderr
+
+
+def test_json_is_json_whatever_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print_json(
+        {"array": np.array([1.0, np.nan], np.float32), "path": Path("a"), 3: float("inf"), "recipe": RecipeConfig()}
+    )
+    out, err = capsys.readouterr()
+    value = json.loads(out)
+    assert value["array"] == [1.0, None] and value["path"] == "a" and value["3"] is None
+    assert value["recipe"]["train"]["betas"] == [0.9, 0.999]
+    assert err == ""
+
+
+def test_progress_is_plain_lines_without_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "PLAIN_SECONDS", 0.0)
+    with console.progress("reading", total=2, unit="episodes") as advance:
+        advance()
+        advance(note="loss 0.5")
+    out, err = capsys.readouterr()
+    assert err.splitlines() == ["reading: 1/2 episodes, 0 s", "reading: 2/2 episodes, 0 s, loss 0.5"]
+    assert out == ""
+
+
+def test_progress_ends_with_the_count(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.progress("reading") as advance:
+        advance(5)
+    assert capsys.readouterr().err == "reading: 5, 0 s\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GB", 24 * 10**9), ("22.5GiB", 45 * 2**29), ("8g", 8 * 10**9), ("512 MB", 512 * 10**6), ("1000", 1000)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "lots", "-3GB", "0GB", "3XB", "3iB", "1e9"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(UsageError, match="no memory size"):
+        parse_size(text)
+
+
+def test_output_folders(tmp_path: Path) -> None:
+    check_output_folder(tmp_path, overwrite=False)
+    check_output_folder(tmp_path / "absent", overwrite=False)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(VlaftError, match="is not empty"):
+        check_output_folder(tmp_path, overwrite=False)
+    check_output_folder(tmp_path, overwrite=True)
+    check_output_folder(tmp_path, overwrite=False, resume=True)
+    with pytest.raises(UsageError, match="contradict"):
+        check_output_folder(tmp_path, overwrite=True, resume=True)
+    with pytest.raises(VlaftError, match="is a file"):
+        check_output_folder(tmp_path / "file", overwrite=True)
