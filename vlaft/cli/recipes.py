@@ -11,7 +11,7 @@ import typer
 from vlaft.cli.arguments import AsJson
 from vlaft.errors import ConfigError
 
-_COUNT = re.compile(r"([\d,]+) on openvla-7b")  # in the second comment line of a recipe
+_COUNT = re.compile(r"([\d,]+) parameters on openvla-7b")  # in the second comment line of a recipe
 
 app = typer.Typer(help="List, show or copy the shipped training recipes.", invoke_without_command=True)
 
