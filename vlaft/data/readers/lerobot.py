@@ -1,0 +1,199 @@
+"""Reader of LeRobot datasets, v2.0, v2.1 and v3.0, without the LeRobot package.
+
+Opening reads metadata and one parquet footer; reading an episode reads its rows; frames are decoded when asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlaft.data.episode import Episode, Frames
+from vlaft.data.layout import Layout
+from vlaft.data.readers import EpisodeRef
+from vlaft.data.readers.lerobot_arrays import ColumnArrays, chunk_columns, modality_slices
+from vlaft.data.readers.lerobot_instruction import find_instruction
+from vlaft.data.readers.lerobot_layout import column_widths, default_layout
+from vlaft.data.readers.lerobot_meta import EpisodeMeta, read_metadata
+from vlaft.data.readers.lerobot_pictures import find_pictures, list_pictures
+from vlaft.data.readers.lerobot_rows import ImageColumnFrames, PictureFiles, RowReader, read_schema
+from vlaft.data.readers.video import VideoFrames
+from vlaft.errors import DataError
+
+
+class LeRobotSource:
+    """An opened LeRobot dataset (a `Source`); picklable, so that worker processes need not open it again.
+
+    Arrays are the number columns under their own names, plus `action.<part>` and `state.<part>` where
+    `meta/modality.json` (GR00T) names slices. Cameras are the feature keys with a video or picture for every episode.
+    """
+
+    def __init__(self, path: Path, options: Mapping[str, object] | None = None) -> None:
+        """Open the dataset in the folder `path`.
+
+        Raises:
+            DataError: this is no LeRobot dataset, its data were not downloaded, or an option is unknown.
+        """
+        if options:
+            raise DataError(f"{path}: the LeRobot reader has no option '{min(options)}'")
+        self.path = Path(path)
+        self._meta = read_metadata(self.path)
+        self.name = _name(self.path)
+        self.format = f"lerobot-{self._meta.version}"
+        self.warnings: list[str] = list(self._meta.warnings)
+        self._rows = RowReader()
+        self._whole_files = not self._meta.version.startswith("v3")
+        schema = read_schema(self.path / self._meta.episodes[0].data)
+        self._chunks = chunk_columns(schema)
+        widths = column_widths(schema, self._meta.features)
+        self._slices = modality_slices(self._meta.modality, widths, self.warnings)
+        self._columns, self._loose = find_pictures(self._meta, schema, self.warnings)
+        cameras = [*self._meta.cameras, *self._columns, *self._loose]
+        order = {key: position for position, key in enumerate(self._meta.features)}
+        self._cameras = tuple(sorted(dict.fromkeys(cameras), key=lambda key: order.get(key, len(order))))
+        self.layout: Layout = default_layout(
+            self._meta.features, widths, self._slices, self._chunks, self._cameras, self._meta.fps, self.warnings
+        )
+
+    def episodes(self) -> Sequence[EpisodeRef]:
+        """List the episodes by LeRobot's episode_index."""
+        return [
+            EpisodeRef(position, f"episode_{meta.number:06d}", meta.split, (meta.data, meta.number))
+            for position, meta in enumerate(self._meta.episodes)
+        ]
+
+    def read(self, ref: EpisodeRef) -> Episode:
+        """Read one episode's rows.
+
+        Raises:
+            DataError: the episode's parquet file is damaged.
+        """
+        meta = self._meta.episodes[ref.index]
+        path = self.path / meta.data
+        rows = self._rows.read(path, meta.number, whole_file=self._whole_files, where=ref.name, warnings=self.warnings)
+        length = len(rows.positions)
+        if meta.length is not None and meta.length != length:
+            self._warn(
+                f"{ref.name}: the metadata say {meta.length} steps, the file has {length}; the file was believed"
+            )
+        arrays = ColumnArrays(rows.table, self._slices, self._chunks, f"{path}: {ref.name}")
+        times = self._times(arrays, length, ref.name)
+        self._check_order(arrays, f"{path}: {ref.name}")
+        cameras: dict[str, Frames] = {}
+        for key in self._cameras:
+            where = f"{ref.name}, camera '{key}'"
+            if key in self._columns:
+                cameras[key] = ImageColumnFrames(path, key, rows.positions, self.path, where)
+            elif key in self._loose:
+                cameras[key] = PictureFiles(list_pictures(self.path, key, meta.number), where)
+            else:
+                cameras[key] = self._video(meta, key, times, where)
+        return Episode(
+            index=ref.index,
+            name=ref.name,
+            length=length,
+            instruction=find_instruction(rows.table, self._meta, meta.tasks, ref.name, self.warnings),
+            arrays=arrays,
+            cameras=cameras,
+            split=meta.split,
+            fps=self._meta.fps,
+        )
+
+    def _video(self, meta: EpisodeMeta, key: str, times: NDArray[np.float64], where: str) -> VideoFrames:
+        span = meta.videos[key]
+        return VideoFrames(
+            path=self.path / span.path,
+            where=where,
+            times=times,
+            fps=self._meta.fps,
+            start=span.start,
+            stop=span.stop,
+            warnings=self.warnings,
+        )
+
+    def _times(self, arrays: ColumnArrays, length: int, where: str) -> NDArray[np.float64]:
+        """Return each row's time in seconds `[T]`: the timestamp column, or the rate's grid where that is unusable."""
+        fps = self._meta.fps
+        grid = np.arange(length) / (fps or 1.0)
+        if "timestamp" not in arrays:
+            return grid
+        times = np.asarray(arrays["timestamp"], np.float64).reshape(length, -1)
+        if times.shape[1] != 1 or not np.isfinite(times).all() or (np.diff(times[:, 0]) < 0).any():
+            self._warn(f"{where}: the column timestamp does not rise; times were taken from fps")
+            return grid
+        if fps is not None and length > 1:
+            spacing = float(np.median(np.diff(times[:, 0])))
+            if not 0.8 <= spacing * fps <= 1.25:
+                self._warn(
+                    f"{where}: the timestamps are {spacing:.3g} s apart while info.json says {fps:g} fps;"
+                    " fps was believed (give fps=... otherwise)"
+                )
+        return times[:, 0]
+
+    def _check_order(self, arrays: ColumnArrays, where: str) -> None:
+        """Refuse rows out of order: frame i belongs to row i. One column alone that falls is only warned about."""
+        falling = [
+            name
+            for name in ("frame_index", "timestamp")
+            if name in arrays and (np.diff(np.asarray(arrays[name], np.float64).reshape(-1)) < 0).any()
+        ]
+        if len(falling) == 2:
+            raise DataError(
+                f"{where}: the rows are out of order (frame_index and timestamp fall); sort them by frame_index"
+            )
+        if falling == ["frame_index"]:
+            self._warn(f"{where}: the column frame_index does not rise; the order of the rows was believed")
+
+    def _warn(self, sentence: str) -> None:
+        if sentence not in self.warnings:
+            self.warnings.append(sentence)
+
+
+def looks_like_lerobot(path: Path) -> bool:
+    """Whether the folder has a `meta` folder with LeRobot's files, whatever is in them."""
+    meta = path / "meta"
+    return any((meta / name).exists() for name in ("info.json", "episodes.jsonl", "tasks.jsonl", "tasks.parquet"))
+
+
+def download(repo_id: str) -> Path:
+    """Fetch a dataset from the Hugging Face Hub (or find it in the local cache) and return its folder.
+
+    Only metadata, parquet files, videos and pictures are fetched, nothing else that the repository holds.
+
+    Raises:
+        DataError: there is no such dataset, it is gated, or the Hub cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    patterns = ["meta/*.json", "meta/*.jsonl", "meta/*.parquet"]
+    patterns += ["data/*.parquet", "videos/*.mp4", "video/*.mp4", "images/*.png", "images/*.jpg"]
+    try:
+        return Path(snapshot_download(repo_id, repo_type="dataset", allow_patterns=patterns))
+    except HFValidationError as error:
+        raise DataError(f"'{repo_id}' is neither a folder here nor a dataset id of the Hub (owner/name)") from error
+    except GatedRepoError as error:
+        raise DataError(f"'{repo_id}' is gated: accept its terms on the Hub and log in with 'hf auth login'") from error
+    except RepositoryNotFoundError as error:
+        raise DataError(f"the Hub has no dataset '{repo_id}' that you may read; check the id, or log in") from error
+    except Exception as error:  # the Hub's client raises those of whatever HTTP library it uses
+        if not isinstance(error, HfHubHTTPError | OSError | ValueError) and not type(error).__module__.startswith(
+            "http"
+        ):
+            raise
+        raise DataError(
+            f"'{repo_id}' could not be fetched from the Hub ({' '.join(str(error).split())[:120]});"
+            " check the connection, or give the folder of a copy"
+        ) from error
+
+
+def _name(path: Path) -> str:
+    """Return the dataset's name: the folder's, or the repository's inside the Hub's cache."""
+    folder = path.resolve()
+    if folder.parent.name == "snapshots":
+        folder = folder.parent.parent
+    return re.sub(r"^datasets--.*--", "", folder.name)

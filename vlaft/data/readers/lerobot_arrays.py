@@ -1,0 +1,139 @@
+"""The number columns of one episode as numpy arrays by name, and GR00T's named slices of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from vlaft.data.readers.lerobot_rows import is_list, is_number
+from vlaft.errors import DataError
+
+Slices = Mapping[str, tuple[str, int, int]]  # name: (column, start, end)
+
+
+@dataclass(frozen=True)
+class ColumnArrays(Mapping[str, NDArray[np.generic]]):
+    """Columns `[T]` or `[T, N]` in their stored dtype, converted when they are read.
+
+    Attributes:
+        table: the episode's rows.
+        slices: further names for parts of columns, from `meta/modality.json`.
+        chunks: columns that hold several vectors per row; reading one is refused.
+        where: names file and episode in messages.
+    """
+
+    table: pa.Table
+    slices: Slices
+    chunks: frozenset[str]
+    where: str
+    _names: tuple[str, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        columns = [part.name for part in self.table.schema if _is_array(part.type)]
+        extra = [name for name, (column, _, _) in self.slices.items() if column in columns and name not in columns]
+        object.__setattr__(self, "_names", (*columns, *extra, *sorted(self.chunks)))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __getitem__(self, name: str) -> NDArray[np.generic]:
+        """Return one array.
+
+        Raises:
+            DataError: rows are missing or of different lengths, or the column holds chunks of vectors.
+        """
+        if name not in self._names:
+            raise KeyError(name)
+        if name in self.chunks:
+            raise DataError(
+                f"{self.where}: column '{name}' holds a list of vectors per row (action chunks), and one vector per"
+                " step is needed: name another column or write the dataset without chunks"
+            )
+        if name not in self.table.schema.names:
+            column, start, end = self.slices[name]
+            return _to_numpy(self.table.column(column), f"{self.where}: column '{column}'")[:, start:end]
+        return _to_numpy(self.table.column(name), f"{self.where}: column '{name}'")
+
+
+def chunk_columns(schema: pa.Schema) -> frozenset[str]:
+    """Return the columns whose rows are lists of lists of numbers."""
+    names = set()
+    for part in schema:
+        kind, depth = part.type, 0
+        while is_list(kind):
+            kind, depth = kind.value_type, depth + 1
+        if depth > 1 and is_number(kind):
+            names.add(part.name)
+    return frozenset(names)
+
+
+def modality_slices(modality: Mapping[str, Any], columns: Mapping[str, int | None], warnings: list[str]) -> Slices:
+    """Return the slices of GR00T's modality.json: `action.<part>` and `state.<part>`, where no such column exists.
+
+    Args:
+        modality: the file's content.
+        columns: the columns and their widths, None where unknown.
+        warnings: gets a sentence for a slice that fits no column.
+    """
+    slices = {}
+    for kind, vector in (("action", "action"), ("state", "observation.state")):
+        parts = modality.get(kind)
+        for part, bounds in (parts if isinstance(parts, dict) else {}).items():
+            name = f"{kind}.{part}"
+            if name in columns:
+                continue
+            start, end, column = (
+                (bounds.get("start"), bounds.get("end"), bounds.get("original_key", vector))
+                if isinstance(bounds, dict)
+                else (None, None, None)
+            )
+            good = type(start) is int and type(end) is int and isinstance(column, str) and column in columns
+            width = columns.get(column) if good and isinstance(column, str) else None
+            if not good or not 0 <= start < end <= (width or 2**31):
+                warnings.append(f"modality.json: '{name[:60]}' fits no column; left out")
+            else:
+                slices[name] = (str(column), int(start), int(end))
+    return slices
+
+
+def _is_array(kind: pa.DataType) -> bool:
+    return is_number(kind) or (is_list(kind) and is_number(kind.value_type))
+
+
+def _to_numpy(column: pa.ChunkedArray, where: str) -> NDArray[np.generic]:
+    if column.null_count:
+        step = int(np.flatnonzero(column.is_null().to_numpy())[0])
+        raise DataError(
+            f"{where}, step {step}: the value is missing ({column.null_count} such steps); repair the episode"
+        )
+    if is_number(column.type):
+        return np.asarray(column.to_numpy())
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = array.chunk(0) if array.num_chunks else pa.array([], column.type)
+    flat = np.asarray(array.flatten().to_numpy(zero_copy_only=False))
+    lengths = (
+        np.full(len(array), column.type.list_size)
+        if pa.types.is_fixed_size_list(column.type)
+        else np.asarray(array.value_lengths().to_numpy(zero_copy_only=False))
+    )
+    if len(lengths) == 0:
+        return flat.reshape(0, 0)
+    odd = np.flatnonzero(lengths != lengths[0])
+    if len(odd):
+        raise DataError(
+            f"{where}, step {odd[0]}: the row has {lengths[odd[0]]} numbers where the others have {lengths[0]};"
+            " repair or drop the episode"
+        )
+    return flat.reshape(len(array), int(lengths[0]))

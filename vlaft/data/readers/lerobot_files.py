@@ -1,0 +1,139 @@
+"""Where the files of a LeRobot dataset lie: what the templates say, doubted by what is there.
+
+Templates met in the wild name the chunk `{episode_chunk}`, `{chunk_index}` or even `{episode_index}`, and folders
+are called `videos` or `video`. So one walk over the folders lists what exists, and a template only decides where
+it points at an existing file.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vlaft.data.readers.sniff import is_lfs_pointer
+from vlaft.errors import DataError
+
+_EPISODE_FILE = re.compile(r"^episode[_-](\d{1,9})\.(?:parquet|mp4)$")
+_CHUNK_FILE = re.compile(r"^file[_-](\d{1,9})\.(?:parquet|mp4)$")
+_CHUNK = re.compile(r"^chunk-(\d{1,9})$")
+_FIELD = re.compile(r"\{(\w+)(?::0?(\d{1,2})d)?\}")
+_MAX_POINTER_BYTES = 1024  # git-LFS pointers are about 130 bytes
+
+Number = tuple[int, int]  # v2: (0, episode); v3: (chunk, file)
+
+
+@dataclass(frozen=True)
+class Files:
+    """What lies in the folder, by number and camera; paths are relative to `root`.
+
+    Attributes:
+        root: the dataset's folder.
+        by_episode: one file per episode (v2.x), else many episodes per file (v3.0).
+        data: parquet files.
+        videos: video files by camera.
+        lfs_videos: number of video files that are git-LFS pointers (they are not in `videos`).
+    """
+
+    root: Path
+    by_episode: bool
+    data: dict[Number, str] = field(default_factory=dict)
+    videos: dict[str, dict[Number, str]] = field(default_factory=dict)
+    lfs_videos: int = 0
+
+
+def list_files(root: Path) -> Files:
+    """Walk over `data`, `videos` and `video`.
+
+    Raises:
+        DataError: there are no data files, or git-LFS never fetched them.
+    """
+    parquet = _walk(root, "data", ".parquet")
+    if not (root / "data").is_dir():
+        raise DataError(f"{root}: the folder 'data' is missing; a LeRobot dataset keeps its parquet files there")
+    pointers = [path for path in parquet if _is_pointer(root / path)]
+    videos = _walk(root, "videos", ".mp4") + _walk(root, "video", ".mp4")
+    lfs_videos = [path for path in videos if _is_pointer(root / path)]
+    if pointers or (videos and len(lfs_videos) == len(videos)):
+        first = (pointers or lfs_videos)[0]
+        raise DataError(
+            f"{root}: {len(pointers) + len(lfs_videos)} of {len(parquet) + len(videos)} data and video files are git-LFS"
+            f" pointers whose content was never downloaded (the first is {first}): run git lfs pull"
+        )
+    by_episode = not any(_CHUNK_FILE.match(posixpath.basename(path)) for path in parquet)
+    files = Files(root, by_episode, lfs_videos=len(lfs_videos))
+    for path in parquet:
+        number = _number(path, by_episode)
+        if number is not None:
+            files.data.setdefault(number, path)
+    if not files.data:
+        raise DataError(
+            f"{root}: the folder 'data' holds no episode_*.parquet and no file-*.parquet; was the download complete?"
+        )
+    unfetched = set(lfs_videos)
+    for path in videos:
+        number = _number(path, by_episode)
+        camera = "/".join(part for part in path.split("/")[1:-1] if not _CHUNK.match(part))
+        if number is not None and camera and path not in unfetched:
+            files.videos.setdefault(camera, {}).setdefault(number, path)
+    return files
+
+
+def fill_template(template: object, fields: Mapping[str, int | str]) -> str | None:
+    """Return the relative path that a template of info.json stands for; None when it cannot be understood.
+
+    Only `{name}` and `{name:03d}` are known: `str.format` would let a dataset reach into objects.
+
+    Raises:
+        DataError: the path leaves the dataset's folder.
+
+    >>> fill_template("data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
+    ...               {"episode_chunk": 0, "episode_index": 7})
+    'data/chunk-000/episode_000007.parquet'
+    """
+    if not isinstance(template, str) or len(template) > 1000:
+        return None
+    if set(re.findall(r"\{(\w+)", template)) - set(fields):
+        return None
+    path = _FIELD.sub(lambda found: str(fields[found[1]]).zfill(int(found[2] or 0)), template)
+    return None if "{" in path or "\0" in path else inside(path, f"meta/info.json: the template '{template}'")
+
+
+def inside(path: str, what: str) -> str:
+    """Return the relative path in its plain form; a DataError when it would leave the folder.
+
+    Symbolic links are not followed for this: in the Hub's cache every file is a link to a store next door.
+    """
+    plain = posixpath.normpath(path.replace("\\", "/"))
+    if posixpath.isabs(plain) or plain.split("/")[0] == ".." or re.match(r"^[A-Za-z]:", plain):
+        raise DataError(f"{what} points outside of the dataset's folder; correct it")
+    return plain
+
+
+def _walk(root: Path, folder: str, suffix: str) -> list[str]:
+    found = []
+    for parent, folders, names in os.walk(root / folder):
+        folders.sort()
+        relative = Path(parent).relative_to(root).as_posix()
+        found += [f"{relative}/{name}" for name in sorted(names) if name.endswith(suffix) and name[0] != "."]
+    return found
+
+
+def _number(path: str, by_episode: bool) -> Number | None:
+    parts = path.split("/")
+    found = (_EPISODE_FILE if by_episode else _CHUNK_FILE).match(parts[-1])
+    if not found:
+        return None
+    chunk = next((match[1] for part in parts[:-1] if (match := _CHUNK.match(part))), "0")
+    return (0 if by_episode else int(chunk), int(found[1]))
+
+
+def _is_pointer(path: Path) -> bool:
+    try:
+        small = path.is_file() and path.stat().st_size <= _MAX_POINTER_BYTES
+    except OSError:
+        return False
+    return small and is_lfs_pointer(path)

@@ -1,0 +1,212 @@
+"""The frames of one episode inside a video file, decoded in order.
+
+A video is opened twice: once to list the presentation times of its packets (nothing is decoded, so a wrong
+length is known before any work), once to decode from the episode's first key frame onwards. Nothing ever
+seeks per frame: in long-GOP h264 that is fifty times slower than decoding in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlaft.data.codec import MAX_PIXELS
+from vlaft.data.episode import Image
+from vlaft.errors import DataError
+
+# A row may lie this many frame durations away from its frame: half a duration is what LeRobot's issue #3177
+# shows to be needed, and a recorder that lost its last frame is one duration away at the last row.
+_TOLERATED_FRAMES = 1.5
+
+
+@dataclass(frozen=True)
+class VideoFrames:
+    """The frames of one episode, one per row; frame i belongs to row i where the counts agree, else by time.
+
+    Attributes:
+        path: the video; any container and codec that FFmpeg reads.
+        where: names episode and camera in messages.
+        times: time of each row in seconds from the episode's start, `[T]` float64.
+        fps: rate that the metadata claim, or None.
+        start: where the episode starts in the video, in seconds; None when the video holds this episode alone.
+        stop: where it ends (exclusive), or None for `start + T / fps`.
+        warnings: gets a sentence when frames had to be matched by time.
+    """
+
+    path: Path
+    where: str
+    times: NDArray[np.float64]
+    fps: float | None = None
+    start: float | None = None
+    stop: float | None = None
+    warnings: list[str] = field(default_factory=list, compare=False, repr=False)
+
+    def __len__(self) -> int:
+        """Return T, after checking that every row has a frame.
+
+        Raises:
+            DataError: the video is damaged, or frames are missing.
+        """
+        return len(self._alignment[0])
+
+    def read(self, indices: Sequence[int]) -> Iterator[Image]:
+        """Yield the frames of `indices` (increasing), each uint8 `[height, width, 3]` RGB."""
+        row_pts, seek = self._alignment
+        wanted = [(int(index), int(row_pts[index])) for index in indices]
+        if not wanted:
+            return
+        with _open_video(self.path, self.where) as (container, stream):
+            if seek is not None:
+                container.seek(seek, stream=stream, backward=True)
+            position = 0
+            for pts, picture in _decode(container, stream, self.path, self.where, {pts for _, pts in wanted}):
+                while position < len(wanted) and wanted[position][1] == pts:
+                    yield picture
+                    position += 1
+                if position == len(wanted):
+                    return
+                if wanted[position][1] <= pts:
+                    break  # the decoder left out a damaged frame, or frames were asked for in falling order
+        raise DataError(
+            f"{self.path}: {self.where}, step {wanted[position][0]}: the frame cannot be decoded (damaged video);"
+            " fetch the file again or drop the episode"
+        )
+
+    @cached_property
+    def _alignment(self) -> tuple[NDArray[np.int64], int | None]:
+        """Presentation time of each row's frame in stream ticks `[T]`, and the tick to seek to (None: no seek)."""
+        with _open_video(self.path, self.where) as (container, stream):
+            tick = float(stream.time_base)
+            rate = self.fps or float(stream.average_rate or 0) or 1.0
+            if self.start is None:
+                pts, seek = _demux(container, stream, None, None), None
+            else:
+                stop = self.stop if self.stop is not None else self.start + len(self.times) / rate
+                first, last = (int(round((bound - 0.5 / rate) / tick)) for bound in (self.start, stop))
+                pts, seek = _demux_window(container, stream, max(first, 0), last)
+        if len(pts) == 0:
+            raise DataError(f"{self.path}: {self.where}: the video has no frames here; fetch the file again")
+        if len(pts) == len(self.times):
+            return pts, seek
+        return self._match_by_time(pts, pts * tick, rate), seek
+
+    def _match_by_time(
+        self, pts: NDArray[np.int64], pts_seconds: NDArray[np.float64], rate: float
+    ) -> NDArray[np.int64]:
+        """Take for each row the frame nearest in time; rows may count from 0 or from the first frame."""
+        spacing = max(1 / rate, float(np.median(np.diff(pts_seconds))) if len(pts) > 1 else 0.0)
+        best: tuple[float, NDArray[np.int64], NDArray[np.float64]] | None = None
+        for origin in (self.start or 0.0, float(pts_seconds[0] - self.times[0])):
+            queries = self.times + origin
+            after = np.searchsorted(pts_seconds, queries).clip(1, max(len(pts) - 1, 1))
+            choice = np.stack([after - 1, np.minimum(after, len(pts) - 1)])
+            distance = np.abs(pts_seconds[choice] - queries)
+            nearest = np.take_along_axis(choice, distance.argmin(axis=0)[None], axis=0)[0]
+            error = distance.min(axis=0)
+            # the time as written wins unless the other reading is clearly nearer (GR00T rows start at 0.05 s)
+            if best is None or error.max() < best[0] - 0.25 * spacing:
+                best = (float(error.max()), nearest, error)
+        assert best is not None
+        largest, nearest, error = best
+        counts = f"{len(pts)} frames for {len(self.times)} rows"
+        if not largest <= _TOLERATED_FRAMES * spacing:
+            lost = np.flatnonzero(~(error <= _TOLERATED_FRAMES * spacing))
+            raise DataError(
+                f"{self.path}: {self.where}: the video has {counts}, and {len(lost)} steps from step {lost[0]} on have"
+                f" no frame within {_TOLERATED_FRAMES * spacing:.3g} s; fetch the file again or drop the episode"
+            )
+        self.warnings.append(
+            f"{self.where}: the video has {counts}; frames were matched by time, at most {largest:.3g} s away"
+        )
+        return pts[np.maximum.accumulate(nearest)]
+
+
+def count_frames(path: Path) -> int:
+    """Return the number of frames that the video's header claims; 0 when it claims none or cannot be read."""
+    try:
+        with _open_video(path, "header") as (_, stream):
+            return int(stream.frames)
+    except DataError:
+        return 0
+
+
+@contextmanager
+def _open_video(path: Path, where: str) -> Iterator[tuple[Any, Any]]:
+    """Open a video and turn FFmpeg's errors, at whatever moment they come, into ours."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise DataError(f"{path}: {where}: the file has no video stream")
+            stream = container.streams.video[0]
+            context = stream.codec_context
+            if context is None:
+                raise DataError(f"{path}: {where}: no decoder for this video's codec is installed")
+            if stream.time_base is None or not 0 < context.width * context.height <= MAX_PIXELS:
+                raise DataError(f"{path}: {where}: the video's header is damaged; fetch the file again")
+            if str(context.pix_fmt).startswith(("gray1", "gray9")):
+                raise DataError(
+                    f"{path}: {where}: the video is {context.pix_fmt}, a depth camera; choose cameras in colour"
+                )
+            yield container, stream
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: {where}: the video does not exist") from error
+    except (av.FFmpegError, OSError, ValueError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(
+            f"{path}: {where}: the video cannot be read ({' '.join(str(reason).split())[:120]}); fetch the file again"
+        ) from error
+
+
+def _demux(container: Any, stream: Any, first: int | None, last: int | None) -> NDArray[np.int64]:
+    """Return the sorted presentation times of the packets between `first` and `last` (exclusive)."""
+    times = []
+    for packet in container.demux(stream):
+        if packet.pts is None or packet.is_discard:
+            continue  # the flushing packet at the end, and what an edit list cuts away
+        if last is not None and packet.dts is not None and packet.dts >= last:
+            break
+        if (first is None or packet.pts >= first) and (last is None or packet.pts < last):
+            times.append(packet.pts)
+    return np.array(sorted(times), dtype=np.int64)
+
+
+def _demux_window(container: Any, stream: Any, first: int, last: int) -> tuple[NDArray[np.int64], int]:
+    """Return the presentation times within a window, and where to seek to so that all of them can be decoded.
+
+    A seek goes by decoding time, so with reordered frames it may land on a key frame that is shown after the
+    window's first frame; reading then starts at the head of the file.
+    """
+    container.seek(first, stream=stream, backward=True)
+    landed = next((packet.pts for packet in container.demux(stream) if packet.pts is not None), None)
+    seek = first if landed is not None and landed <= first + 1 else 0
+    container.seek(seek, stream=stream, backward=True)
+    return _demux(container, stream, first, last), seek
+
+
+def _decode(container: Any, stream: Any, path: Path, where: str, wanted: set[int]) -> Iterator[tuple[int, Image]]:
+    """Yield presentation time and pixels of every decoded frame; only those `wanted` are converted to RGB."""
+    from av.video.reformatter import VideoReformatter
+
+    reformatter = VideoReformatter()  # shared, so that the colour conversion is set up once and not per frame
+    empty: Image = np.zeros((0, 0, 3), np.uint8)
+    for frame in container.decode(stream):
+        if frame.pts is None:
+            continue
+        if frame.pts not in wanted:
+            yield frame.pts, empty
+            continue
+        if frame.is_corrupt or frame.width * frame.height > MAX_PIXELS:
+            raise DataError(
+                f"{path}: {where}: the frame at {float(frame.pts * stream.time_base):.3f} s is damaged;"
+                " fetch the file again or drop the episode"
+            )
+        yield frame.pts, reformatter.reformat(frame, format="rgb24").to_ndarray()
