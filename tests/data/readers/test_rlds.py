@@ -25,7 +25,7 @@ from vlaft.data.readers import Source, open_source
 from vlaft.data.readers.rlds import RldsSource
 from vlaft.data.readers.tfds_decode import Ragged, decode_field
 from vlaft.data.readers.tfds_features import parse_features
-from vlaft.errors import DataError
+from vlaft.errors import ConfigError, DataError
 
 
 def _load_writer() -> ModuleType:
@@ -427,6 +427,11 @@ def test_unknown_kind_is_left_out_with_a_warning(small: Path) -> None:
     assert len(source.episodes()) == 2
 
 
+def test_reader_options_are_refused(small: Path) -> None:
+    with pytest.raises(ConfigError, match="swap_rb"):
+        open_source(small, {"swap_rb": "no"})
+
+
 def test_no_steps(small: Path) -> None:
     edit_json(
         small / "features.json",
@@ -632,3 +637,38 @@ def test_a_mistyped_local_path_is_not_looked_up_on_the_hub(tmp_path: Path, monke
     for path in ("data/missing", "missing.hdf5", "some/deep/path", "demos/one.hdf5", "../x/y", "x" * 5000):
         with pytest.raises(DataError, match=r"does not exist|cannot be looked up"):
             open_source(Path(path))
+
+
+@pytest.fixture
+def fake_readers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Stand-ins for the other readers, that note how they are called."""
+    calls: list[Any] = []
+    lerobot, hdf5 = ModuleType("lerobot"), ModuleType("hdf5")
+    vars(lerobot)["LeRobotSource"] = lambda path, options: calls.append(("lerobot", path, options))
+    vars(lerobot)["download"] = lambda repo_id: Path("cache") / repo_id
+    vars(hdf5)["open_hdf5"] = lambda path, options: calls.append(("hdf5", path, options))
+    monkeypatch.setitem(sys.modules, "vlaft.data.readers.lerobot", lerobot)
+    monkeypatch.setitem(sys.modules, "vlaft.data.readers.hdf5", hdf5)
+    return calls
+
+
+def test_open_source_picks_by_content(fake_readers: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pusht" / "meta").mkdir(parents=True)
+    (tmp_path / "pusht" / "meta" / "info.json").write_text("{}")
+    (tmp_path / "demos").mkdir()
+    (tmp_path / "demos" / "no_extension").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
+    open_source(tmp_path / "pusht")
+    open_source(tmp_path / "demos", {"swap_rb": "no"})
+    open_source(tmp_path / "demos" / "no_extension")
+    (tmp_path / "suites").mkdir()
+    shutil.move(tmp_path / "demos", tmp_path / "suites")
+    open_source(tmp_path / "suites")
+    open_source(Path("lerobot/pusht"), {"video": "x"})
+    assert fake_readers == [
+        ("lerobot", tmp_path / "pusht", {}),
+        ("hdf5", tmp_path / "demos", {"swap_rb": "no"}),
+        ("hdf5", tmp_path / "demos" / "no_extension", {}),
+        ("hdf5", tmp_path / "suites", {}),
+        ("lerobot", Path("cache/lerobot/pusht"), {"video": "x"}),
+    ]

@@ -8,17 +8,19 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Protocol
 
 from vlaft.data.episode import Episode
 from vlaft.data.layout import Layout
-from vlaft.errors import DataError
+from vlaft.errors import ConfigError, DataError
 
 _UNDERSTOOD = (
     "understood are: RLDS (a folder with dataset_info.json and features.json), LeRobot (a folder with meta/info.json),"
     " HDF5 files of robomimic, LIBERO or ALOHA, or with a mapping, and LeRobot ids on the Hub (user/dataset)"
 )
+_MAX_LOOKED_AT = 1000  # files opened to find out what a folder holds
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?<!\.hdf5)(?<!\.h5)$")
 
 
@@ -67,13 +69,14 @@ def open_source(path: Path, options: dict[str, object] | None = None) -> Source:
         options: what only one reader understands, from a preset or from the command line.
 
     Raises:
+        ConfigError: options that the reader does not know.
         DataError: nothing there, or nothing that a reader knows.
     """
     from vlaft.data.readers.sniff import describe_file, first_bytes, is_hdf5, refuse_lfs_pointer
 
     path = Path(path)
     if not _exists(path):
-        return _open_from_hub(path)
+        return _open_from_hub(path, options or {})
     if path.is_dir():
         return _open_folder(path, options or {})
     first_bytes(path)
@@ -96,15 +99,19 @@ def _open_folder(path: Path, options: dict[str, object]) -> Source:
     if (path / "meta" / "info.json").is_file():
         from vlaft.data.readers.lerobot import LeRobotSource
 
-        return LeRobotSource(path)
+        return LeRobotSource(path, options)
     if (path / "dataset.json").is_file():
         raise DataError(f"'{path}' is already converted (it has a dataset.json): train on it with --data {path}")
     if is_tfds_folder(path):
         from vlaft.data.readers.rlds import RldsSource
 
+        if options:
+            raise ConfigError(f"an RLDS dataset takes no reader options (given: {', '.join(sorted(options))})")
         return RldsSource(path)
     files = [entry for entry in entries if entry.is_file()]
-    if any(is_hdf5(file) for file in files):
+    # One level below as well: LIBERO's suites are folders of files.
+    below = islice((file for file in path.glob("*/*") if file.is_file()), _MAX_LOOKED_AT)
+    if any(is_hdf5(file) for file in chain(files, below)):
         return _open_hdf5(path, options)
     for file in files:
         refuse_lfs_pointer(file)
@@ -118,14 +125,14 @@ def _open_hdf5(path: Path, options: dict[str, object]) -> Source:
     return open_hdf5(path, options)
 
 
-def _open_from_hub(path: Path) -> Source:
+def _open_from_hub(path: Path, options: dict[str, object]) -> Source:
     text = path.as_posix()
     # A local folder of that name in front makes it a mistyped path: nothing is asked of the Hub then.
     if not _HUB_ID.match(text) or Path(text.partition("/")[0]).exists():
         raise DataError(f"'{path}' does not exist")
     from vlaft.data.readers.lerobot import LeRobotSource, download
 
-    return LeRobotSource(download(text))
+    return LeRobotSource(download(text), options)
 
 
 def _exists(path: Path) -> bool:

@@ -209,11 +209,10 @@ def _count_steps(fields: Sequence[Field], example: Mapping[str, Stored], where: 
     length = votes.most_common(1)[0][0] if votes else 0
     for field, rows in counts.items():
         if rows != length:
-            shape = list(field.shape) if field.kind == "tensor" else "one value"
-            found = f"{rows} steps" if rows >= 0 else "numbers that make no whole number of steps"
+            found = f"{rows} steps" if rows >= 0 else "no whole number of steps"
             raise DataError(
-                f"{where}: features.json says {shape} per step for '{field.path}', of which the record holds"
-                f" {found} where the other features have {length}"
+                f"{where}: by the shape [{', '.join('?' if size is None else str(size) for size in field.shape)}] that"
+                f" features.json gives '{field.path}', the record holds {found} of it where others have {length}"
             )
     if length == 0:
         raise DataError(f"{where} has no steps")
