@@ -1,0 +1,299 @@
+"""robomimic files, and LIBERO's dialect of them: many demonstrations in one file, `/data/demo_N`.
+
+What is peculiar:
+
+* Row order: robomimic stores frames upright, LIBERO bottom row first. OpenVLA turns LIBERO's frames by 180 degrees (not
+  a mere flip), in its data and in its evaluation, so LIBERO's default layout has that step.
+* LIBERO's own files hold the observation *after* the action of the same row; files made by OpenVLA's regenerating
+  script hold the one before it, without any attribute: their instruction is in the file's name.
+* The format has no field for language; robocasa writes `ep_meta.lang`, LIBERO `problem_info.language_instruction`.
+
+Options: `filter_key` (a name under `/mask`: only its demonstrations), `shift_action` (k: step t gets the action of step
+t + k), `instruction` (a text, or `{attribute | dataset | file_name: ...}`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+
+from vlaft.data.episode import Episode
+from vlaft.data.layout import Layout, StepSpec
+from vlaft.data.readers import EpisodeRef
+from vlaft.data.readers.hdf5_access import (
+    MAX_STEPS,
+    attribute,
+    child_names,
+    datasets,
+    find,
+    guarded,
+    is_numeric,
+    json_attribute,
+    listing,
+    need_dataset,
+    need_group,
+    numeric_order,
+    opened,
+)
+from vlaft.data.readers.hdf5_episode import FrameFormat, Hdf5Source, build_episode, is_camera, main_first, short_names
+from vlaft.data.readers.hdf5_options import (
+    USUAL_ATTRIBUTES,
+    InstructionRule,
+    instruction_rule,
+    positive_number,
+    refuse,
+    refuse_unknown,
+    shift_of,
+)
+from vlaft.errors import DataError, did_you_mean
+
+OPTIONS = ("filter_key", "instruction", "shift_action")
+_RENDER_FIRST = (
+    "render the images first (robomimic's dataset_states_to_obs.py replays the states), then give the file it writes"
+)
+_ACTION_NAMES = ("x", "y", "z", "axis_x", "axis_y", "axis_z", "gripper")
+_STATES = (
+    ("obs/ee_states", "obs/gripper_states"),
+    ("obs/robot0_eef_pos", "obs/robot0_eef_quat", "obs/robot0_gripper_qpos"),
+)
+
+
+@dataclass(kw_only=True)
+class RobomimicSource(Hdf5Source):
+    """Demonstrations of one or more robomimic or LIBERO files."""
+
+    rule: InstructionRule | None
+    shift: int
+
+    def read(self, ref: EpisodeRef) -> Episode:
+        """Read one demonstration; see `vlaft.data.readers.Source.read`."""
+        path = self.file_of(ref)
+        where = f"{path}: {ref.location[1]}"
+        with opened(path) as file:
+            data = need_group(file, "data", str(path))
+            demo = need_group(data, str(ref.location[1]), str(path))
+            length = len_of_actions(demo, where)
+            if self.rule is None:
+                instruction = _instruction(data, demo, path, where)
+            else:
+                instruction = self.rule.resolve(demo, path, where)
+            found = datasets(demo, where, skip=("next_obs",))
+            return build_episode(
+                ref,
+                path,
+                where,
+                length=length,
+                found=found,
+                cameras=dict.fromkeys(_cameras(found), FrameFormat()),
+                strict="obs/",
+                shift=self.shift,
+                instruction=instruction,
+                fps=_control_rate(data, where),
+            )
+
+
+def looks_like_robomimic(file: h5py.File, where: str) -> bool:
+    """Tell by the group `data` whose members are demonstrations with `actions`, or by its attributes."""
+    data = find(file, "data", where)
+    if not isinstance(data, h5py.Group):
+        return False
+    with guarded(where):
+        if "env_args" in data.attrs or "env_info" in data.attrs or "total" in data.attrs:
+            return True
+    names = child_names(data, where)
+    return not names or all(re.fullmatch(r"demo_?\d+", name) for name in names)
+
+
+def open_robomimic(root: Path, files: list[Path], options: Mapping[str, object]) -> RobomimicSource:
+    """Open robomimic or LIBERO files; `files` lie in `root`, or are `root` itself.
+
+    Raises:
+        ConfigError: an unknown option.
+        DataError: damaged, no demonstrations, or none with images.
+    """
+    problems = refuse_unknown(options, OPTIONS, "a robomimic file")
+    rule = instruction_rule(options.get("instruction"), problems)
+    shift = shift_of(options, 1, problems)
+    refuse(problems)
+    warnings: list[str] = []
+    refs: list[EpisodeRef] = []
+    layouts: list[tuple[str, Layout]] = []
+    for path in files:
+        relative = "" if path == root else path.relative_to(root).as_posix()
+        with opened(path) as file:
+            data = need_group(file, "data", str(path))
+            names = _demonstrations(data, path, warnings)
+            splits = _splits(file, names, path, warnings, options.get("filter_key"))
+            prefix = f"{path.stem}/" if relative else ""
+            for name in splits:
+                refs.append(EpisodeRef(len(refs), prefix + name, splits[name], (relative, name)))
+            if splits:
+                layouts.append(_layout(data, next(iter(splits)), path, warnings, shift))
+    if not refs:
+        key = options.get("filter_key")
+        chosen = f" in the filter key '{key}'" if key else ""
+        raise DataError(f"{root} holds no demonstrations{chosen}: record or convert some first")
+    format, layout = layouts[0]
+    if any(other[0] != format or other[1].steps != layout.steps for other in layouts):
+        raise DataError(f"{root} mixes files whose frames or actions are stored differently; open them one by one")
+    return RobomimicSource(
+        path=root, name=root.stem, format=format, layout=layout, warnings=warnings, refs=refs, rule=rule, shift=shift
+    )
+
+
+def len_of_actions(demo: h5py.Group, where: str) -> int:
+    """Return T, the rows of `actions`.
+
+    Raises:
+        DataError: no such array, or not `[T, A]` numbers.
+    """
+    actions = need_dataset(demo, "actions", where)
+    if not is_numeric(actions) or actions.ndim != 2 or len(actions) > MAX_STEPS:
+        raise DataError(f"{where}: 'actions' has shape {actions.shape} and type {actions.dtype}, not [T, A] numbers")
+    return len(actions)
+
+
+def _demonstrations(data: h5py.Group, path: Path, warnings: list[str]) -> list[str]:
+    """The demonstrations that have steps; what the attributes claim otherwise becomes a warning."""
+    names, total = [], 0
+    for name in child_names(data, str(path)):
+        demo = find(data, name, str(path))
+        if not isinstance(demo, h5py.Group):
+            continue
+        where = f"{path}: {name}"
+        actions = find(demo, "actions", where)
+        rows = len(actions) if isinstance(actions, h5py.Dataset) and actions.shape else None
+        claimed = attribute(demo, "num_samples", where)
+        if rows is not None and isinstance(claimed, float) and claimed != rows:
+            warnings.append(f"{where}: num_samples says {claimed:.0f} steps, the actions have {rows}; the data decide")
+        if rows == 0:
+            warnings.append(f"{where} has no steps and is left out")
+            continue
+        total += rows or 0
+        names.append(name)
+    claimed = attribute(data, "total", str(path))
+    if isinstance(claimed, float) and claimed != total:
+        warnings.append(
+            f"{path}: the attribute 'total' says {claimed:.0f} steps, the data have {total}; the data decide"
+        )
+    return names
+
+
+def _splits(
+    file: h5py.File, names: list[str], path: Path, warnings: list[str], filter_key: object
+) -> dict[str, str | None]:
+    """Map the demonstrations to keep to their split, from the filter keys `train` and `valid` under `/mask`."""
+    mask = find(file, "mask", str(path))
+    keys = child_names(mask, str(path)) if isinstance(mask, h5py.Group) else []
+    members: dict[str, list[str]] = {}
+    for key in keys if isinstance(mask, h5py.Group) else []:
+        dataset = find(mask, key, str(path))
+        if key not in ("train", "valid", filter_key) or not isinstance(dataset, h5py.Dataset):
+            continue
+        with guarded(f"{path}: filter key '{key}'"):
+            if dataset.ndim != 1 or dataset.dtype.kind not in "SO" or len(dataset) > MAX_STEPS:
+                raise DataError(f"{path}: filter key '{key}' is no list of names")
+            texts = [text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text) for text in dataset[()]]
+        members[key] = texts
+        absent = sorted(set(texts) - set(names), key=numeric_order)
+        if absent:
+            warnings.append(f"{path}: filter key '{key}' names demonstrations that are not there: {listing(absent, 5)}")
+    if filter_key is not None:
+        if filter_key not in members:
+            hint = did_you_mean(str(filter_key), keys)
+            raise DataError(f"{path} has no filter key '{filter_key}'{hint} (it has: {listing(keys)})")
+        names = [name for name in names if name in set(members[str(filter_key)])]
+    train, valid = set(members.get("train", ())), set(members.get("valid", ()))
+    both = train & valid
+    if both:
+        warnings.append(f"{path}: {listing(sorted(both), 5)} are in 'train' and in 'valid'; they count as 'valid'")
+    return {name: "valid" if name in valid else "train" if name in train else None for name in names}
+
+
+def _layout(data: h5py.Group, name: str, path: Path, warnings: list[str], shift: int) -> tuple[str, Layout]:
+    """The default layout, from the first demonstration, and the dialect's name."""
+    where = f"{path}: {name}"
+    demo = need_group(data, name, str(path))
+    actions = need_dataset(demo, "actions", where)
+    found = datasets(demo, where, skip=("next_obs",))
+    cameras = _cameras(found)
+    if not cameras:
+        observed = sorted(key for key in found if key.startswith("obs/"))
+        what = f"only {listing(observed, 5)}" if observed else "no observations, only " + listing(sorted(found), 5)
+        raise DataError(f"{path} holds no camera images ({what}): {_RENDER_FIRST}")
+    told = [attribute(data, key, where) for key in ("problem_info", "bddl_file_name")]
+    libero = "obs/agentview_rgb" in cameras or any(text is not None for text in told)
+    arm = actions.ndim == 2 and actions.shape[1] == 7
+    steps: list[StepSpec] = []
+    if libero:
+        convention = attribute(data, "macros_image_convention", where)
+        if convention not in (None, "opengl"):
+            warnings.append(f"{path}: images are said to be upright ({convention}), so they are not rotated")
+        else:
+            steps.append({"rotate": {"degrees": 180}})
+        if told[0] is not None and not shift:
+            warnings.append(
+                f"{path}: LIBERO's own recorder stores the observation after the action of the same step; if this file"
+                " comes from it unchanged, give shift_action=1 (OpenVLA trained on regenerated files instead)"
+            )
+    if arm:
+        # LIBERO's values are clipped as OpenVLA's transform does; robosuite's continuous ones are scaled
+        steps += ["clip_gripper" if libero else "scale_gripper", "invert_gripper"]
+    state = next((names for names in _STATES if all(key in found for key in names)), ())
+    layout = Layout(
+        action=("actions",),
+        state=state,
+        cameras=short_names(cameras),
+        steps=tuple(steps),
+        action_names=_ACTION_NAMES if arm else (),
+        action_mask=(True,) * 6 + (False,) if arm else (),
+    )
+    return ("libero" if libero else "robomimic"), layout
+
+
+def _cameras(found: Mapping[str, h5py.Dataset]) -> list[str]:
+    return main_first([name for name, dataset in found.items() if name.startswith("obs/") and is_camera(dataset)])
+
+
+def _control_rate(data: h5py.Group, where: str) -> float | None:
+    arguments = json_attribute(data, "env_args", where)
+    inner = arguments.get("env_kwargs")
+    rate = inner.get("control_freq") if isinstance(inner, dict) else None
+    return positive_number(rate) or positive_number(arguments.get("control_freq"))
+
+
+def _instruction(data: h5py.Group, demo: h5py.Group, path: Path, where: str) -> str:
+    language = json_attribute(demo, "ep_meta", where).get("lang")
+    if isinstance(language, str) and language.strip():
+        return language.strip()
+    language = json_attribute(data, "problem_info", where).get("language_instruction")
+    if isinstance(language, list):  # some LIBERO files hold it as a list of characters
+        language = ("" if all(len(str(part)) == 1 for part in language) else " ").join(map(str, language))
+    if isinstance(language, str) and language.strip():
+        return language.strip()
+    for node in (demo, data):
+        for name in USUAL_ATTRIBUTES:
+            text = attribute(node, name, where)
+            if isinstance(text, str) and text.strip():
+                return text.strip()
+    return instruction_of_libero_name(path.name) if find(demo, "obs/agentview_rgb", where) is not None else ""
+
+
+def instruction_of_libero_name(file_name: str) -> str:
+    """Return the instruction in a LIBERO file's name, or nothing where it isn't named like one.
+
+    >>> instruction_of_libero_name("KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5")
+    'turn on the stove'
+    >>> instruction_of_libero_name("demo.hdf5")
+    ''
+    """
+    stem = file_name.removesuffix(".hdf5").removesuffix(".h5")
+    if not stem.endswith("_demo"):
+        return ""
+    words = stem.removesuffix("_demo").split("_")
+    scene = max((i for i, word in enumerate(words) if "SCENE" in word), default=-1)
+    return " ".join(word for word in words[scene + 1 :] if word)
