@@ -146,7 +146,9 @@ def tensor_table(folder: Path) -> dict[str, TensorEntry]:
     if (folder / SINGLE_FILE).is_file():
         return read_header(folder / SINGLE_FILE)
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-        raise CheckpointError(f"{folder}: only pickled weights here; vlaft reads safetensors only, so convert them first")
+        raise CheckpointError(
+            f"{folder}: only pickled weights here; vlaft reads safetensors only, so convert them first"
+        )
     raise CheckpointError(f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE} here")
 
 

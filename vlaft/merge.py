@@ -1,0 +1,220 @@
+"""Fold trained weights into their base: a plain checkpoint again, in the release's layout.
+
+The base streams through, tensor by tensor, from its shards into equal shards of the output, so that memory is
+bounded by the largest tensor, not by the model. Sums are taken in float32 and rounded to the output's type once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlaft.adapt.adapter_files import read_adapter_config, read_adapter_tensors
+from vlaft.adapt.merging import ModuleAdapter, module_adapters
+from vlaft.errors import CheckpointError
+from vlaft.model.checkpoint import (
+    INDEX_FILE,
+    TensorEntry,
+    fingerprint,
+    read_header,
+    read_json,
+    tensor_table,
+)
+from vlaft.model.tensor_stream import DTYPES, ShardWriter, read_chunks, read_tensor
+from vlaft.output_folder import output_folder
+from vlaft.trained import STATISTICS_FILE, TRAINED_FILE, Trained, write_json
+
+MERGE_FILE = "merge.json"
+# Beside the weights and config.json, what a release folder is made of (upstream's Python files are left out).
+RELEASE_FILES = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+_DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_JSON_DTYPES = {short: name for name, short in _DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge did.
+
+    Attributes:
+        folder: the merged checkpoint.
+        tensors: number of tensors written.
+        changed: number of those that training changed.
+        bytes: size of the weights.
+    """
+
+    folder: Path
+    tensors: int
+    changed: int
+    bytes: int
+
+
+def merge(
+    trained: Trained,
+    base: Path,
+    out: Path,
+    *,
+    base_name: str | None = None,
+    dtype: str | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> MergeResult:
+    """Write `base` with `trained` folded in to `out`, a folder that does not exist yet or is to be replaced.
+
+    Args:
+        trained: an adapter or trained tensors.
+        base: the base's local folder.
+        out: written beside its place and renamed into it at the end.
+        base_name: how the base was called, for the record.
+        dtype: `float32`, `bfloat16` or `float16` of floating-point tensors; None keeps each tensor's own.
+        advance: called with the number of bytes that were written.
+
+    Raises:
+        CheckpointError: the trained weights belong to another base, are merged into it already, or are damaged.
+        VlaftError: too little room on the disk.
+    """
+    base_print = fingerprint(base)
+    trained_print = weights_fingerprint(trained)
+    _check_provenance(trained, base, base_print, trained_print)
+    table = tensor_table(base)
+    changes = _changes(trained, table, base)
+    layout = {
+        name: (_DTYPE_NAMES[dtype] if dtype and entry.dtype in _JSON_DTYPES else entry.dtype, entry.shape)
+        for name, entry in table.items()
+    }
+    total = sum(torch.Size(shape).numel() * DTYPES[kind].itemsize for kind, shape in layout.values())
+    with output_folder(out, total) as partial:
+        by_file: dict[str, list[str]] = {}
+        for name, entry in table.items():
+            by_file.setdefault(entry.file, []).append(name)
+        for file, names in by_file.items():
+            with ShardWriter(partial / file, {name: layout[name] for name in names}) as writer:
+                for name in names:
+                    entry = table[name]
+                    _write_tensor(writer, name, base, entry, layout[name][0], changes.get(name))
+                    advance(torch.Size(entry.shape).numel() * DTYPES[layout[name][0]].itemsize)
+        if len(by_file) > 1 or (base / INDEX_FILE).is_file():
+            weight_map = {name: table[name].file for name in sorted(table)}
+            write_json(partial / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        copy_release_files(base, partial)
+        _write_config(base, partial, trained, layout)
+        record = {
+            "base": base_name or str(base),
+            "base_fingerprint": base_print,
+            "trained": str(trained.weights.name),
+            "trained_fingerprint": trained_print,
+            "recipe": trained.recipe,
+            "earlier": read_json(base / MERGE_FILE) if (base / MERGE_FILE).is_file() else None,
+        }
+        write_json(partial / MERGE_FILE, record)
+    return MergeResult(out, len(table), len(changes), total)
+
+
+def weights_fingerprint(trained: Trained) -> str:
+    """Return a short hash of the trained weights' file."""
+    name = "adapter_model.safetensors" if trained.is_adapter else TRAINED_FILE
+    digest = hashlib.sha256()
+    try:
+        with (trained.weights / name).open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise CheckpointError(f"{trained.weights / name}: cannot be read ({error.strerror})") from None
+    return digest.hexdigest()[:32]
+
+
+def _check_provenance(trained: Trained, base: Path, base_print: str, trained_print: str) -> None:
+    record: dict[str, Any] | None = read_json(base / MERGE_FILE) if (base / MERGE_FILE).is_file() else None
+    while record:
+        if record.get("trained_fingerprint") == trained_print:
+            raise CheckpointError(f"{base}: '{trained.weights.name}' is merged into this checkpoint already")
+        record = record.get("earlier")
+    if trained.base_fingerprint and trained.base_fingerprint != base_print:
+        raise CheckpointError(
+            f"{trained.weights} was trained on another base (fingerprint {trained.base_fingerprint[:12]}) than"
+            f" {base} ({base_print[:12]}); give the right one with --base"
+        )
+
+
+def _changes(trained: Trained, table: Mapping[str, TensorEntry], base: Path) -> dict[str, ModuleAdapter | Tensor]:
+    """Return what replaces or changes each tensor, checked against the base's shapes."""
+    changes: dict[str, ModuleAdapter | Tensor] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    if trained.is_adapter:
+        config = read_adapter_config(trained.weights)
+        adapters = module_adapters(config, read_adapter_tensors(trained.weights))
+        changes.update(adapters)
+        shapes = {name: tuple(_update_shape(adapter)) for name, adapter in adapters.items()}
+    else:
+        header = read_header(trained.weights / TRAINED_FILE)
+        for name, entry in header.items():
+            changes[name] = read_tensor(trained.weights, entry)
+            shapes[name] = entry.shape
+    for name, shape in shapes.items():
+        if name not in table:
+            raise CheckpointError(f"{trained.weights} belongs to another base: {base} has no tensor '{name}'")
+        if table[name].shape != shape:
+            raise CheckpointError(
+                f"{trained.weights} belongs to another base: '{name}' is {shape} there and {table[name].shape} in {base}"
+            )
+    return changes
+
+
+def _update_shape(adapter: ModuleAdapter) -> tuple[int, ...]:
+    if adapter.a.ndim == 4:
+        return (adapter.b.shape[0], *adapter.a.shape[1:])
+    shape = (adapter.b.shape[0], adapter.a.shape[1])
+    return shape[::-1] if adapter.embedding else shape
+
+
+def _write_tensor(
+    writer: ShardWriter, name: str, base: Path, entry: TensorEntry, dtype: str, change: ModuleAdapter | Tensor | None
+) -> None:
+    if change is None and dtype == entry.dtype:
+        writer.copy(name, read_chunks(base, entry))
+        return
+    if isinstance(change, ModuleAdapter):
+        # Summed in float32 and rounded once, also where the output is wider than the base.
+        tensor = change.merged(read_tensor(base, entry).to(torch.float32))
+    else:
+        tensor = change if change is not None else read_tensor(base, entry)
+    writer.write(name, tensor.to(DTYPES[dtype]))
+
+
+def copy_release_files(source: Path, target: Path) -> None:
+    """Copy tokenizer, processor and generation settings, where `source` has them."""
+    for name in RELEASE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _write_config(
+    base: Path, target: Path, trained: Trained, layout: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> None:
+    config = read_json(base / "config.json") | dict(trained.inference)
+    statistics = dict(trained.statistics)
+    if not statistics and (base / STATISTICS_FILE).is_file():
+        statistics = read_json(base / STATISTICS_FILE)
+    if statistics:
+        config["norm_stats"] = statistics
+        write_json(target / STATISTICS_FILE, statistics)
+    kinds = {dtype for dtype, _ in layout.values() if dtype in _JSON_DTYPES}
+    if len(kinds) == 1:
+        name = _JSON_DTYPES[kinds.pop()]
+        config["torch_dtype"] = name
+        if isinstance(config.get("text_config"), dict) and "torch_dtype" in config["text_config"]:
+            config["text_config"] = config["text_config"] | {"torch_dtype": name}
+    write_json(target / "config.json", config)

@@ -1,0 +1,126 @@
+"""Safetensors files read and written one tensor at a time, so that memory is bounded by the largest tensor.
+
+The safetensors library writes a file from a dict of all its tensors and maps files as a whole when reading; both
+are fine for adapters and too much for the shards of a 15 GB checkpoint on a small machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from vlaft.errors import CheckpointError
+from vlaft.model.checkpoint import TensorEntry
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_CHUNK = 16 * 2**20
+
+
+def read_tensor(folder: Path, entry: TensorEntry) -> Tensor:
+    """Read one tensor into memory of its own.
+
+    Raises:
+        CheckpointError: the file ends early, or the type is not known.
+    """
+    if entry.dtype not in DTYPES:
+        raise CheckpointError(f"{folder / entry.file}: tensors of type {entry.dtype} are not supported")
+    buffer = bytearray(entry.end - entry.begin)
+    with (folder / entry.file).open("rb") as file:
+        file.seek(entry.begin)
+        if file.readinto(buffer) != len(buffer):
+            raise CheckpointError(f"{folder / entry.file}: truncated")
+    if not buffer:
+        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+    return torch.frombuffer(buffer, dtype=DTYPES[entry.dtype]).view(entry.shape)
+
+
+def read_chunks(folder: Path, entry: TensorEntry) -> Iterator[bytes]:
+    """Read one tensor's bytes in pieces of a few megabytes."""
+    with (folder / entry.file).open("rb") as file:
+        file.seek(entry.begin)
+        left = entry.end - entry.begin
+        while left:
+            chunk = file.read(min(left, _CHUNK))
+            if not chunk:
+                raise CheckpointError(f"{folder / entry.file}: truncated")
+            left -= len(chunk)
+            yield chunk
+
+
+class ShardWriter:
+    """Write a safetensors file whose names, types and shapes are known beforehand, tensor by tensor, in order."""
+
+    def __init__(self, path: Path, layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+        """Open `path` and write the header.
+
+        Args:
+            path: the file to write.
+            layout: tensor name to (safetensors' name of the type, shape), in the order of writing.
+        """
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, (dtype, shape) in layout.items():
+            size = torch.Size(shape).numel() * DTYPES[dtype].itemsize
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+            offset += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
+        self._layout = dict(layout)
+        self._pending = list(layout)
+        self._file: BinaryIO = path.open("wb")
+        self._file.write(struct.pack("<Q", len(text)) + text)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write the next tensor."""
+        dtype, shape = self._next(name)
+        if _NAMES.get(tensor.dtype) != dtype or tuple(tensor.shape) != shape:
+            raise ValueError(f"'{name}' is {tensor.dtype} {tuple(tensor.shape)}, announced as {dtype} {shape}")
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        self._file.write(memoryview(data.numpy()))
+
+    def copy(self, name: str, chunks: Iterator[bytes]) -> None:
+        """Write the next tensor from its bytes."""
+        self._next(name)
+        for chunk in chunks:
+            self._file.write(chunk)
+
+    def _next(self, name: str) -> tuple[str, tuple[int, ...]]:
+        if not self._pending or self._pending[0] != name:
+            raise ValueError(f"'{name}' is out of order")
+        self._pending.pop(0)
+        return self._layout[name]
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                if self._pending:
+                    raise ValueError(f"{len(self._pending)} announced tensors were not written")
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()

@@ -1,0 +1,122 @@
+"""What a run or an adapter folder holds, found and described: the input of merge, export, evaluate and predict.
+
+Three kinds of folder are understood: a run (`vlaft train` wrote it: `run.json`), one checkpoint of a run
+(`checkpoints/step-000500`), and an adapter in peft's layout from anywhere, upstream's script included.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vlaft.errors import CheckpointError
+from vlaft.model.checkpoint import read_json
+
+RUN_FILE = "run.json"
+STATISTICS_FILE = "dataset_statistics.json"
+ADAPTER_CONFIG = "adapter_config.json"
+TRAINED_FILE = "trained.safetensors"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Trained weights and what is known about them.
+
+    Attributes:
+        weights: folder with an adapter or with `trained.safetensors`.
+        base: folder or Hub id of the base, or None when nothing says.
+        base_fingerprint: fingerprint of the base's weights, or None when nothing says.
+        statistics: dataset statistics of the training data, empty when there are none.
+        inference: keys for the merged `config.json` (`prompt_style`, `image_pipeline`), empty when unknown.
+        recipe: name of the recipe, or None.
+    """
+
+    weights: Path
+    base: str | None
+    base_fingerprint: str | None = None
+    statistics: Mapping[str, Any] = field(default_factory=dict)
+    inference: Mapping[str, Any] = field(default_factory=dict)
+    recipe: str | None = None
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the weights are an adapter; otherwise they are whole tensors."""
+        return (self.weights / ADAPTER_CONFIG).is_file()
+
+
+def is_trained(folder: Path) -> bool:
+    """Say whether `folder` is a run, a run's checkpoint, or an adapter."""
+    return any((folder / name).is_file() for name in (RUN_FILE, ADAPTER_CONFIG, TRAINED_FILE))
+
+
+def find_trained(folder: Path, checkpoint: str | None = None) -> Trained:
+    """Describe the trained weights in `folder`.
+
+    Args:
+        folder: a run, a run's checkpoint, or an adapter.
+        checkpoint: of a run: `best`, `last`, or a name such as `step-000500`; None takes the best, else the last.
+
+    Raises:
+        CheckpointError: nothing of the kind is there, or the checkpoint asked for is not.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    if (folder / RUN_FILE).is_file():
+        return _of_run(folder, checkpoint)
+    if not is_trained(folder):
+        raise CheckpointError(
+            f"{folder}: neither a run ({RUN_FILE}) nor an adapter ({ADAPTER_CONFIG}); give what vlaft train wrote"
+        )
+    if checkpoint is not None:
+        raise CheckpointError(f"{folder} is a single checkpoint; --checkpoint chooses within a run")
+    run = folder.parent.parent
+    if folder.parent.name == "checkpoints" and (run / RUN_FILE).is_file():
+        return _of_run(run, folder.name)
+    return _of_adapter(folder)
+
+
+def _of_run(run: Path, checkpoint: str | None) -> Trained:
+    content = read_json(run / RUN_FILE)
+    name = checkpoint
+    if checkpoint in (None, "best", "last"):
+        name = content.get(checkpoint) if checkpoint else content.get("best") or content.get("last")
+    if not name:
+        raise CheckpointError(f"{run}: the run has no {checkpoint or 'finished'} checkpoint yet")
+    weights = run / "checkpoints" / str(name)
+    if Path(str(name)).name != name or not weights.is_dir():
+        there = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+        raise CheckpointError(f"{run}: no checkpoint '{name}' (there are: {', '.join(there) or 'none'})")
+    statistics = read_json(run / STATISTICS_FILE) if (run / STATISTICS_FILE).is_file() else {}
+    return Trained(
+        weights=weights,
+        base=content.get("base"),
+        base_fingerprint=content.get("base_fingerprint"),
+        statistics=statistics,
+        inference=content.get("inference") or {},
+        recipe=content.get("recipe"),
+    )
+
+
+def _of_adapter(folder: Path) -> Trained:
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(f"{folder}: trained tensors without their run; give the run's folder")
+    from vlaft.adapt.adapter_files import base_fingerprint
+
+    content = read_json(folder / ADAPTER_CONFIG)
+    # Upstream leaves the statistics beside the adapter or in the folder above it.
+    places = [folder / STATISTICS_FILE, folder.parent / STATISTICS_FILE]
+    statistics = next((read_json(place) for place in places if place.is_file()), {})
+    return Trained(
+        weights=folder,
+        base=content.get("base_model_name_or_path") or None,
+        base_fingerprint=base_fingerprint(folder),
+        statistics=statistics,
+    )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON with indentation and a final newline."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,187 @@
+"""Training checkpoints: written aside and renamed, rotated, read back to continue bit for bit.
+
+A checkpoint `step-000500/` holds
+* the adapter in peft's layout, or `trained.safetensors` with the trained tensors under the base's names;
+* `optimizer.safetensors` and `state.json`: moments, random state, position in the data, best result so far.
+
+Nothing is pickled. `state.json` lists a checksum of each other file and is written last, so that a folder whose
+list does not hold is told apart from a good one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vlaft.errors import CheckpointError, VlaftError
+from vlaft.output_folder import sync
+from vlaft.trained import TRAINED_FILE
+
+_OPTIMIZER_FILE = "optimizer.safetensors"
+_STATE_FILE = "state.json"
+_NAME = re.compile(r"^step-(\d{6,})$")
+
+
+def checkpoint_name(step: int) -> str:
+    """Return `step-000500` for 500."""
+    return f"step-{step:06d}"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the finished checkpoints in `folder`, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.match(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def trained_tensors(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return the tensors of `names` from the model's state dict, on the CPU."""
+    state = model.state_dict()
+    return {name: state[name].detach().cpu().contiguous() for name in names}
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return an optimizer's state as tensors `index.key` and a JSON-able rest (scalars, without the groups)."""
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for index, values in optimizer.state_dict()["state"].items():
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{key}"] = value.detach().cpu().contiguous()
+            else:
+                scalars[f"{index}.{key}"] = value
+    return tensors, scalars
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
+    """Put back what `flatten_optimizer` gave; the optimizer has the same groups."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in [*tensors.items(), *scalars.items()]:
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def random_state() -> dict[str, Tensor]:
+    """Return torch's random state on the CPU and on the current GPU."""
+    state = {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["random.cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict[str, Tensor]) -> None:
+    """Put back what `random_state` gave; a GPU's state is left out where there is none."""
+    torch.set_rng_state(state["random.cpu"])
+    if torch.cuda.is_available() and "random.cuda" in state:
+        torch.cuda.set_rng_state(state["random.cuda"])
+
+
+def write_checkpoint(
+    folder: Path,
+    step: int,
+    *,
+    write_weights: Any,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+) -> Path:
+    """Write a checkpoint aside and rename it into place.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        step: number of finished updates.
+        write_weights: called with the folder to write the adapter or the trained tensors into.
+        optimizer: its moments are stored.
+        state: JSON-able rest (data position, best result ...).
+
+    Raises:
+        VlaftError: the disk is full or not writable; what was there before is untouched.
+    """
+    final = folder / checkpoint_name(step)
+    partial = folder / f".{final.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_weights(partial)
+        tensors, scalars = flatten_optimizer(optimizer)
+        save_file(tensors | random_state(), partial / _OPTIMIZER_FILE)
+        files = {path.name: _checksum(path) for path in sorted(partial.iterdir())}
+        content = state | {"step": step, "optimizer_scalars": scalars, "files": files}
+        (partial / _STATE_FILE).write_text(json.dumps(content, indent=2) + "\n")
+        for path in partial.iterdir():
+            sync(path)
+        if final.exists():  # the same step, written before an interruption
+            shutil.rmtree(final)
+        partial.rename(final)
+        sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise VlaftError(
+            f"{final}: the checkpoint could not be written ({reason}); earlier checkpoints are untouched:"
+            " make room and continue with --resume"
+        ) from error
+    return final
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """Read a checkpoint's state, its optimizer tensors and its random state.
+
+    Raises:
+        CheckpointError: a file is missing or does not match its checksum.
+    """
+    try:
+        state = json.loads((folder / _STATE_FILE).read_text())
+        files = dict(state["files"])
+        for name, checksum in files.items():
+            if Path(name).name != name or _checksum(folder / name) != checksum:
+                raise CheckpointError(f"{folder / name}: the file does not match its checksum")
+        tensors = load_file(folder / _OPTIMIZER_FILE)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: the checkpoint is damaged ({error})") from None
+    random = {name: tensor for name, tensor in tensors.items() if name.startswith("random.")}
+    return state, {name: tensor for name, tensor in tensors.items() if name not in random}, random
+
+
+def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint that is whole, and a sentence for each damaged one that was passed over."""
+    warnings = []
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            read_checkpoint(path)
+        except CheckpointError as error:
+            warnings.append(f"{error}; falling back to the one before")
+            continue
+        return path, warnings
+    return None, warnings
+
+
+def rotate(folder: Path, keep: int, best: str | None) -> None:
+    """Delete all but the newest `keep` checkpoints and the best; the newest always stays."""
+    paths = list_checkpoints(folder)
+    for path in paths[: -max(keep, 1)]:
+        if path.name != best:
+            # Renamed first: a kill in mid-deletion leaves nothing that looks like a checkpoint.
+            doomed = folder / f".{path.name}.old"
+            shutil.rmtree(doomed, ignore_errors=True)
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value

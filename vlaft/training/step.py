@@ -1,0 +1,70 @@
+"""One forward and backward pass: what a run does thousands of times, and what the memory model traces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vlaft.data.augmentation import augment, pixel_values
+from vlaft.model.openvla import OpenVLAOutput
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A batch on the model's device.
+
+    Attributes:
+        input_ids: `[B, T]` int64, padded on the right.
+        labels: `[B, T]` int64.
+        label_positions: `[B, K]` int64, columns of `labels` that the loss uses.
+        images: `[B, H, W, 3]` uint8.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    label_positions: Tensor
+    images: Tensor
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Per ViT: channel means and standard deviations of its pixels, on the 0 to 1 scale."""
+
+    means: Sequence[Sequence[float]]
+    stds: Sequence[Sequence[float]]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Return the context in which forward passes run: matrix products in `dtype`, plain float32 without autocast."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def forward(
+    model: nn.Module,
+    inputs: Inputs,
+    normalization: Normalization,
+    compute: torch.dtype,
+    generator: torch.Generator | None = None,
+) -> OpenVLAOutput:
+    """Run the model on a batch and return loss and logits at label positions.
+
+    Args:
+        model: bare, or wrapped by peft and by what distributes it.
+        inputs: the batch.
+        normalization: of the base's pixels.
+        compute: number format of matrix products.
+        generator: augment the images with random numbers from here; None leaves them as they are.
+    """
+    images = inputs.images if generator is None else augment(inputs.images, generator)
+    pixels = pixel_values(images, normalization.means, normalization.stds)
+    with autocast(pixels.device, compute):
+        return model(
+            input_ids=inputs.input_ids,
+            pixel_values=pixels,
+            labels=inputs.labels,
+            label_positions=inputs.label_positions,
+        )
