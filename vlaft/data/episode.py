@@ -90,6 +90,7 @@ class Episode:
         split: the source's own split, or None when it has none.
         fps: control rate in Hz, or None when the source does not say.
         action: `[T, A]` float32, once a layout was applied.
+        action_names: one name per action dimension, kept in step with `action`; empty when unknown.
         state: `[T, S]` float32, once a layout that names a state was applied.
     """
 
@@ -102,6 +103,7 @@ class Episode:
     split: str | None = None
     fps: float | None = None
     action: NDArray[np.float32] | None = None
+    action_names: tuple[str, ...] = ()
     state: NDArray[np.float32] | None = None
 
     def select(self, indices: NDArray[np.int64]) -> Episode:

@@ -1,12 +1,14 @@
 """Which arrays of a source are the action, the state, the cameras and the instruction.
 
 A reader brings a default layout; a preset (`recipes/datasets/*.yaml`) and the words on the command line
-replace single fields of it. An array is named by its path in the source, with an optional slice of its last
-axis: `action`, `observation/state[0:6]`, `action/world_vector`, `state[-2:]`, `gripper[0]`.
+replace single fields of it. An array is named by its path in the source, with an optional slice of its columns:
+`action`, `observation/state[0:6]`, `action/world_vector`, `state[-2:]`, `gripper[0]`. An array of more than two
+dimensions counts its columns in row-major order: of `[T, 10, 3]`, `[0:3]` is the first row of three.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -31,8 +33,10 @@ class Layout:
         instruction: a constant instruction for every episode, or None to take the source's.
         fps: control rate in Hz, or None to take the source's.
         steps: standardizing steps by name, with their arguments, in order.
-        action_names: one name per action dimension, or empty.
-        action_mask: True where q01/q99 normalisation applies, one per dimension; empty means all.
+        action_names: one name per dimension of the joined `action`, or empty. Steps that add, drop or turn
+            dimensions change the names with them: the final ones are `Episode.action_names`.
+        action_mask: True where q01/q99 normalisation applies, one per dimension of the standardized action;
+            empty means all.
         options: what only one reader understands (for example a generic HDF5 mapping).
     """
 
@@ -47,7 +51,9 @@ class Layout:
     options: Mapping[str, object] = field(default_factory=dict)
 
 
-_REFERENCE = re.compile(r"^(?P<path>[^\[\]]+?)(?:\[(?P<slice>-?\d*(?::-?\d*)?)\])?$")
+_REFERENCE = re.compile(
+    r"(?P<path>[^\[\]]+)(?:\[(?:(?P<column>-?\d{1,9})|(?P<start>-?\d{1,9})?(?P<colon>:)(?P<stop>-?\d{1,9})?)\])?"
+)
 
 
 def read_reference(episode: Episode, reference: str) -> NDArray[np.float32]:
@@ -56,35 +62,37 @@ def read_reference(episode: Episode, reference: str) -> NDArray[np.float32]:
     Raises:
         DataError: no such array, an empty slice, a wrong number of rows, or values that are not numbers.
     """
-    match = _REFERENCE.match(reference)
+    match = _REFERENCE.fullmatch(reference)
     if match is None:
         raise DataError(f"'{reference}' is no array reference: write path, path[a:b] or path[i]")
-    path, part = match["path"], match["slice"]
+    path = match["path"]
     if path not in episode.arrays:
         known = sorted(episode.arrays)
         raise DataError(
             f"episode '{episode.name}' has no array '{path}'{did_you_mean(path, known)}"
             f" (it has: {', '.join(known) or 'none'})"
         )
-    values = np.asarray(episode.arrays[path])
+    values = np.atleast_1d(np.asarray(episode.arrays[path]))
     if values.dtype.kind not in "biuf":
         raise DataError(f"episode '{episode.name}': array '{path}' holds {values.dtype}, not numbers")
     if len(values) != episode.length:
         raise DataError(
             f"episode '{episode.name}': array '{path}' has {len(values)} rows where {episode.length} steps are expected"
         )
-    values = values.reshape(len(values), -1).astype(np.float32)
-    if part:
-        if ":" in part:
-            start, stop = (int(bound) if bound else None for bound in part.split(":"))
-            values = values[:, start:stop]
-        else:
-            column = int(part)
-            if not -values.shape[1] <= column < values.shape[1]:
-                raise DataError(f"'{reference}': the array has only {values.shape[1]} columns")
-            values = values[:, [column]]
-        if values.shape[1] == 0:
-            raise DataError(f"'{reference}' selects nothing of the array's columns")
+    with np.errstate(over="ignore"):  # too large for float32 becomes inf, which is then refused as not finite
+        values = values.reshape(len(values), math.prod(values.shape[1:])).astype(np.float32)
+    if match["colon"]:
+        start, stop = (None if match[name] is None else int(match[name]) for name in ("start", "stop"))
+        values = values[:, start:stop]
+    elif match["column"] is not None:
+        column = int(match["column"])
+        if not -values.shape[1] <= column < values.shape[1]:
+            raise DataError(
+                f"episode '{episode.name}': '{reference}' asks for a column where there are only {values.shape[1]}"
+            )
+        values = values[:, [column]]
+    if values.shape[1] == 0:
+        raise DataError(f"episode '{episode.name}': '{reference}' selects nothing of the array's columns")
     return values
 
 
@@ -94,10 +102,18 @@ def apply_layout(episode: Episode, layout: Layout) -> Episode:
     Raises:
         DataError: an array or camera is missing (the sentence lists what there is), or a value is not finite.
     """
+    if not layout.action:
+        known = ", ".join(sorted(episode.arrays)) or "none"
+        raise DataError(f"which arrays are the action is not known; name them in `action` (there are: {known})")
     action = np.concatenate([read_reference(episode, reference) for reference in layout.action], axis=1)
     state = None
     if layout.state:
         state = np.concatenate([read_reference(episode, reference) for reference in layout.state], axis=1)
+    if layout.action_names and len(layout.action_names) != action.shape[1]:
+        raise DataError(
+            f"episode '{episode.name}': {len(layout.action_names)} action_names are given for the {action.shape[1]}"
+            f" dimensions of {' + '.join(layout.action)}; give one for each, or none"
+        )
     bad = np.flatnonzero(~np.isfinite(action).all(axis=1))
     if len(bad):
         raise DataError(
@@ -121,6 +137,7 @@ def apply_layout(episode: Episode, layout: Layout) -> Episode:
     return replace(
         episode,
         action=action,
+        action_names=tuple(layout.action_names),
         state=state,
         cameras=cameras,
         instruction=episode.instruction if layout.instruction is None else layout.instruction,

@@ -1,0 +1,203 @@
+"""Dataset statistics in OpenVLA's layout: `dataset_statistics.json`, and `norm_stats` of a checkpoint's config.
+
+`{name: {"action": {mean, std, max, min, q01, q99, mask}, "proprio": {the same without mask}, "num_transitions",
+"num_trajectories"}}`. Lists hold one number per dimension, in the units of the standardized action; `mask` is True
+where q01/q99 normalisation applies.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlaft.errors import DataError, did_you_mean
+
+DatasetStatistics = dict[str, Any]  # one dataset: action, proprio, num_transitions, num_trajectories
+Statistics = dict[str, DatasetStatistics]
+
+FIELDS = ("mean", "std", "max", "min", "q01", "q99")
+FILE_NAME = "dataset_statistics.json"
+_LARGEST_FILE = 64 * 2**20  # bytes; a released file of 25 datasets has 60 kB
+
+
+def compute_statistics(
+    actions: Sequence[NDArray[np.float32]],
+    states: Sequence[NDArray[np.float32]] | None = None,
+    mask: Sequence[bool] = (),
+) -> DatasetStatistics:
+    """Return the statistics over all steps of all episodes.
+
+    As OpenVLA: standard deviation with ddof 0, 1 % and 99 % quantiles by linear interpolation, and zeros shaped
+    like the action for `proprio` when there are no states. Sums run in float64 (upstream's run in float32, which
+    loses digits over millions of steps and agrees to 1e-6 over thousands); results are rounded to float32.
+
+    Args:
+        actions: per episode `[T, A]` float32, standardized.
+        states: per episode `[T, S]` float32, or None.
+        mask: one per action dimension; empty means that all are normalised.
+
+    Raises:
+        DataError: no steps, differing dimensions, values that are not finite, or a mask of another length.
+    """
+    joined = _join(actions, "action")
+    size = joined.shape[1]
+    if mask and len(mask) != size:
+        raise DataError(f"the action mask has {len(mask)} entries for {size} action dimensions; give one for each")
+    action: dict[str, Any] = dict(_moments(joined))
+    action["mask"] = [bool(entry) for entry in mask] if mask else [True] * size
+    if states is None:
+        proprio = {name: [0.0] * size for name in FIELDS}
+    else:
+        if [len(state) for state in states] != [len(episode) for episode in actions]:
+            raise DataError("states and actions differ in their number of episodes or steps")
+        proprio = _moments(_join(states, "state"))
+    return {
+        "action": action,
+        "proprio": proprio,
+        "num_transitions": len(joined),
+        "num_trajectories": len(actions),
+    }
+
+
+def _join(episodes: Sequence[NDArray[np.float32]], what: str) -> NDArray[np.float32]:
+    sizes = {episode.shape[1:] for episode in episodes}
+    if sum(len(episode) for episode in episodes) == 0:
+        raise DataError("there are no steps to compute statistics of")
+    if len(sizes) != 1:
+        listed = ", ".join(str(size[0] if size else 0) for size in sorted(sizes))
+        raise DataError(f"episodes differ in their number of {what} dimensions ({listed}); convert them separately")
+    joined = np.concatenate([np.asarray(episode, dtype=np.float32) for episode in episodes])
+    bad = np.argwhere(~np.isfinite(joined))
+    if len(bad):
+        raise DataError(f"{what} dimension {bad[0][1]} is not finite in {len(bad)} places; repair or drop the episode")
+    return joined
+
+
+def _moments(values: NDArray[np.float32]) -> dict[str, list[float]]:
+    results = {
+        "mean": values.mean(axis=0, dtype=np.float64),
+        "std": values.std(axis=0, dtype=np.float64),
+        "max": values.max(axis=0),
+        "min": values.min(axis=0),
+        "q01": np.quantile(values, 0.01, axis=0),
+        "q99": np.quantile(values, 0.99, axis=0),
+    }
+    return {name: result.astype(np.float32).astype(np.float64).tolist() for name, result in results.items()}
+
+
+def write_statistics(path: Path, statistics: Mapping[str, DatasetStatistics]) -> None:
+    """Write `dataset_statistics.json` (`path` is the file), beside its place first and then renamed into it.
+
+    Raises:
+        DataError: `statistics` is not in OpenVLA's layout.
+    """
+    checked = check_statistics(statistics, str(path))
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        aside.write_text(json.dumps(checked, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_statistics(path: Path) -> Statistics:
+    """Read and check `dataset_statistics.json`; `path` is the file or the folder that holds it.
+
+    Raises:
+        DataError: no such file, no JSON, or not in OpenVLA's layout; the sentence names the file and the key.
+    """
+    file = path / FILE_NAME if path.is_dir() else path
+    try:
+        if file.stat().st_size > _LARGEST_FILE:
+            raise DataError(f"{file} is too large for dataset statistics")
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{file} does not exist; it is written by vlaft convert and by OpenVLA's fine-tuning") from None
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise DataError(f"{file} is not valid JSON") from None
+    return check_statistics(value, str(file))
+
+
+def check_statistics(value: object, where: str) -> Statistics:
+    """Return `value` as statistics when it is in OpenVLA's layout.
+
+    A missing `mask` stands for all True, as upstream reads it. `proprio` and the two counts may be missing.
+
+    Args:
+        value: the parsed JSON, or `norm_stats` of a checkpoint's config.
+        where: the file, for the message.
+
+    Raises:
+        DataError: it is not; the sentence names the first key that is wrong.
+    """
+    if not isinstance(value, Mapping) or not value:
+        raise DataError(f"{where} holds no dataset statistics: a dictionary of datasets is expected")
+    return {str(name): _check_dataset(entry, f"{where}: {name}") for name, entry in value.items()}
+
+
+def _check_dataset(entry: object, where: str) -> DatasetStatistics:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("action"), Mapping):
+        raise DataError(f"{where}.action is missing: these are no dataset statistics")
+    checked = dict(entry)
+    action = dict(entry["action"])
+    size = _check_lists(action, f"{where}.action")
+    mask = action.setdefault("mask", [True] * size)
+    if not isinstance(mask, list) or len(mask) != size or not all(isinstance(part, bool) for part in mask):
+        raise DataError(f"{where}.action.mask has to be a list of {size} true or false")
+    checked["action"] = action
+    if "proprio" in entry:
+        if not isinstance(entry["proprio"], Mapping):
+            raise DataError(f"{where}.proprio has to be a dictionary of {', '.join(FIELDS)}")
+        _check_lists(entry["proprio"], f"{where}.proprio")
+        checked["proprio"] = dict(entry["proprio"])
+    for name in ("num_transitions", "num_trajectories"):
+        count = entry.get(name, 0)
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise DataError(f"{where}.{name} has to be a whole number")
+    return checked
+
+
+def _check_lists(values: Mapping[str, Any], where: str) -> int:
+    size = None
+    for name in FIELDS:
+        numbers = values.get(name)
+        if not isinstance(numbers, list) or not numbers or not all(_is_finite(number) for number in numbers):
+            raise DataError(f"{where}.{name} has to be a list of finite numbers")
+        if size is not None and len(numbers) != size:
+            raise DataError(f"{where}.{name} has {len(numbers)} numbers where {FIELDS[0]} has {size}")
+        size = len(numbers)
+    return size or 0
+
+
+def _is_finite(number: object) -> bool:
+    try:
+        return isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
+    except OverflowError:  # a whole number beyond float's range
+        return False
+
+
+def choose_key(statistics: Mapping[str, DatasetStatistics], key: str | None = None) -> str:
+    """Return whose statistics to use: `key`, or the only dataset there is (OpenVLA's rule for `unnorm_key`).
+
+    Raises:
+        DataError: no `key` is given and there are several datasets, or there is none of this name.
+    """
+    known = list(statistics)
+    if key is None:
+        if len(known) == 1:
+            return known[0]
+        raise DataError(f"the statistics hold {len(known)} datasets; choose one by its key: {', '.join(known)}")
+    if key not in statistics:
+        raise DataError(
+            f"there are no statistics for '{key}'{did_you_mean(key, known)} (there are: {', '.join(known)})"
+        )
+    return key
