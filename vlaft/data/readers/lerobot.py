@@ -44,7 +44,7 @@ class LeRobotSource:
         self._meta = read_metadata(self.path)
         self.name = _name(self.path)
         self.format = f"lerobot-{self._meta.version}"
-        self.warnings: list[str] = list(self._meta.warnings)
+        self.warnings: list[str] = _Sentences(self._meta.warnings)
         self._rows = RowReader()
         self._whole_files = not self._meta.version.startswith("v3")
         schema = read_schema(self.path / self._meta.episodes[0].data)
@@ -77,7 +77,7 @@ class LeRobotSource:
         rows = self._rows.read(path, meta.number, whole_file=self._whole_files, where=ref.name, warnings=self.warnings)
         length = len(rows.positions)
         if meta.length is not None and meta.length != length:
-            self._warn(
+            self.warnings.append(
                 f"{ref.name}: the metadata say {meta.length} steps, the file has {length}; the file was believed"
             )
         arrays = ColumnArrays(rows.table, self._slices, self._chunks, f"{path}: {ref.name}")
@@ -123,12 +123,12 @@ class LeRobotSource:
             return grid
         times = np.asarray(arrays["timestamp"], np.float64).reshape(length, -1)
         if times.shape[1] != 1 or not np.isfinite(times).all() or (np.diff(times[:, 0]) < 0).any():
-            self._warn(f"{where}: the column timestamp does not rise; times were taken from fps")
+            self.warnings.append(f"{where}: the column timestamp does not rise; times were taken from fps")
             return grid
         if fps is not None and length > 1:
             spacing = float(np.median(np.diff(times[:, 0])))
             if not 0.8 <= spacing * fps <= 1.25:
-                self._warn(
+                self.warnings.append(
                     f"{where}: the timestamps are {spacing:.3g} s apart while info.json says {fps:g} fps;"
                     " fps was believed (give fps=... otherwise)"
                 )
@@ -146,11 +146,15 @@ class LeRobotSource:
                 f"{where}: the rows are out of order (frame_index and timestamp fall); sort them by frame_index"
             )
         if falling == ["frame_index"]:
-            self._warn(f"{where}: the column frame_index does not rise; the order of the rows was believed")
+            self.warnings.append(f"{where}: the column frame_index does not rise; the order of the rows was believed")
 
-    def _warn(self, sentence: str) -> None:
-        if sentence not in self.warnings:
-            self.warnings.append(sentence)
+
+class _Sentences(list[str]):
+    """Sentences, each once: reading an episode again repeats nothing."""
+
+    def append(self, sentence: str) -> None:
+        if sentence not in self:
+            super().append(sentence)
 
 
 def looks_like_lerobot(path: Path) -> bool:

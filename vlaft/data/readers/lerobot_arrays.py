@@ -93,17 +93,19 @@ def modality_slices(modality: Mapping[str, Any], columns: Mapping[str, int | Non
             name = f"{kind}.{part}"
             if name in columns:
                 continue
-            start, end, column = (
-                (bounds.get("start"), bounds.get("end"), bounds.get("original_key", vector))
-                if isinstance(bounds, dict)
-                else (None, None, None)
-            )
-            good = type(start) is int and type(end) is int and isinstance(column, str) and column in columns
-            width = columns.get(column) if good and isinstance(column, str) else None
-            if not good or not 0 <= start < end <= (width or 2**31):
-                warnings.append(f"modality.json: '{name[:60]}' fits no column; left out")
+            bounds = bounds if isinstance(bounds, dict) else {}
+            start, end, column = bounds.get("start"), bounds.get("end"), bounds.get("original_key", vector)
+            width = columns.get(column) if isinstance(column, str) else None
+            if (
+                isinstance(column, str)
+                and column in columns
+                and type(start) is int
+                and type(end) is int
+                and 0 <= start < end <= (width or 2**31)
+            ):
+                slices[name] = (column, start, end)
             else:
-                slices[name] = (str(column), int(start), int(end))
+                warnings.append(f"modality.json: '{name[:60]}' fits no column; left out")
     return slices
 
 

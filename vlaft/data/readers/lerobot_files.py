@@ -60,8 +60,8 @@ def list_files(root: Path) -> Files:
     if pointers or (videos and len(lfs_videos) == len(videos)):
         first = (pointers or lfs_videos)[0]
         raise DataError(
-            f"{root}: {len(pointers) + len(lfs_videos)} of {len(parquet) + len(videos)} data and video files are git-LFS"
-            f" pointers whose content was never downloaded (the first is {first}): run git lfs pull"
+            f"{root}: {len(pointers) + len(lfs_videos)} of {len(parquet) + len(videos)} data and video files are"
+            f" git-LFS pointers whose content was never downloaded (the first is {first}): run git lfs pull"
         )
     by_episode = not any(_CHUNK_FILE.match(posixpath.basename(path)) for path in parquet)
     files = Files(root, by_episode, lfs_videos=len(lfs_videos))

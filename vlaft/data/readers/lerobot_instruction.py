@@ -37,7 +37,8 @@ def find_instruction(table: pa.Table, meta: Metadata, listed: tuple[str, ...], w
         if texts:
             if several:
                 warnings.append(
-                    f"{where}: the rows name {len(several)} instructions; the most frequent was taken: '{texts[0][:80]}'"
+                    f"{where}: the rows name {len(several)} instructions; the most frequent was taken:"
+                    f" '{texts[0][:80]}'"
                 )
             return texts[0]
     for text in listed:

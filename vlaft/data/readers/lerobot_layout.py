@@ -59,8 +59,8 @@ def default_layout(
         parts = sorted({name for name in (*widths, *slices) if name.startswith(("action.", "actions."))})
         if parts:
             warnings.append(
-                f"there is no single action column; say which parts make the action, for example action=[{_example(parts)}]"
-                f" (there are: {', '.join(parts)})"
+                "there is no single action column; say which parts make the action, for example"
+                f" action=[{_example(parts)}] (there are: {', '.join(parts)})"
             )
         else:
             warnings.append(f"there is no action column (number columns: {', '.join(sorted(widths)) or 'none'})")

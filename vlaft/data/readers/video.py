@@ -89,13 +89,13 @@ class VideoFrames:
                 pts, seek = _demux(container, stream, None, None), None
             else:
                 stop = self.stop if self.stop is not None else self.start + len(self.times) / rate
-                first, last = (int(round((bound - 0.5 / rate) / tick)) for bound in (self.start, stop))
+                first, last = (round((bound - 0.5 / rate) / tick) for bound in (self.start, stop))
                 pts, seek = _demux_window(container, stream, max(first, 0), last)
         if len(pts) == 0:
             raise DataError(f"{self.path}: {self.where}: the video has no frames here; fetch the file again")
         if len(pts) == len(self.times):
             return pts, seek
-        return self._match_by_time(pts, pts * tick, rate), seek
+        return self._match_by_time(pts, (pts * tick).astype(np.float64), rate), seek
 
     def _match_by_time(
         self, pts: NDArray[np.int64], pts_seconds: NDArray[np.float64], rate: float
@@ -209,4 +209,5 @@ def _decode(container: Any, stream: Any, path: Path, where: str, wanted: set[int
                 f"{path}: {where}: the frame at {float(frame.pts * stream.time_base):.3f} s is damaged;"
                 " fetch the file again or drop the episode"
             )
-        yield frame.pts, reformatter.reformat(frame, format="rgb24").to_ndarray()
+        pixels = reformatter.reformat(frame, format="rgb24").to_ndarray()
+        yield frame.pts, np.asarray(pixels, np.uint8)
