@@ -10,6 +10,7 @@ import pytest
 from vlaft.data.episode import ArrayFrames, Episode
 from vlaft.data.layout import Layout, apply_layout
 from vlaft.data.presets import load_mix, load_preset, mix_names, preset_names, preset_of_dataset
+from vlaft.data.readers import open_source
 from vlaft.data.standardize import standardize
 from vlaft.errors import ConfigError
 from vlaft.recipe_files import recipes_folder
@@ -45,7 +46,8 @@ def source_episode(preset: str, layout: Layout, steps: int = 6) -> Episode:
 def test_every_preset_gives_an_action_that_its_mask_and_names_describe(name: str) -> None:
     layout = load_preset(name)
     episode = standardize(apply_layout(source_episode(name, layout), layout), layout.steps)
-    assert episode.action is not None and episode.state is not None or not layout.state
+    assert episode.action is not None
+    assert (episode.state is not None) == bool(layout.state)
     assert episode.action.shape == (episode.length, len(layout.action_mask))
     assert len(episode.action_names) == episode.action.shape[1]
     assert next(iter(layout.cameras)) == "primary"
@@ -211,3 +213,36 @@ def test_a_mix_with_unknown_datasets_and_wrong_weights_is_refused(tmp_path: Path
     file.write_text("datasets: []\n")
     with pytest.raises(ConfigError, match="has to map names of datasets to weights"):
         load_mix(file)
+
+
+@pytest.mark.parametrize(
+    ("folder", "preset", "episodes"),
+    [
+        ("rlds/bridge_dataset/1.0.0", "bridge", 50),
+        ("hdf5/libero_raw", "libero_hdf5", 6),
+        ("hdf5/libero_regenerated", "libero_hdf5", 3),
+        ("hdf5/robomimic_image.hdf5", "robomimic", 8),
+        ("hdf5/aloha_compressed", "aloha", 3),
+    ],
+)
+def test_presets_fit_real_files(shared: Path, folder: str, preset: str, episodes: int) -> None:
+    source = open_source(shared / "data" / folder)
+    layout = load_preset(preset, source.layout)
+    assert len(source.episodes()) == episodes
+    for ref in source.episodes():
+        episode = standardize(apply_layout(source.read(ref), layout), layout.steps)
+        assert episode.action is not None and episode.state is not None
+        assert episode.action.shape == (episode.length, len(layout.action_mask))
+        assert all(len(frames) == episode.length for frames in episode.cameras.values())
+        if preset != "aloha":
+            assert set(np.unique(episode.action[:, -1])) <= {0.0, 1.0}
+        (first,) = episode.cameras["primary"].read([0])
+        assert first.std() > 1
+
+
+def test_recipes_lie_in_the_package_of_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlaft.recipe_files.__file__", str(tmp_path / "vlaft" / "recipe_files.py"))
+    with pytest.raises(ConfigError, match="install vlaft again"):
+        recipes_folder()
+    (tmp_path / "vlaft" / "recipes" / "datasets").mkdir(parents=True)
+    assert recipes_folder() == tmp_path / "vlaft" / "recipes"

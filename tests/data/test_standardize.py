@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -358,3 +360,16 @@ def test_a_step_that_does_not_fit_names_itself_and_the_episode() -> None:
         standardize(episode, ["drop_first", "filter_noops"])
     with pytest.raises(DataError, match="has no action yet"):
         standardize(Episode(index=0, name="demo_0", length=3), [])
+
+
+def test_values_that_are_not_finite_never_get_through() -> None:
+    episode = make_episode(np.ones((3, 7)))
+    assert episode.state is not None
+    state = episode.state.copy()
+    state[1, 2] = np.nan
+    with pytest.raises(DataError, match="step 0: the action is not finite after 'relabel_from_state'"):
+        standardize(replace(episode, state=state), ["relabel_from_state"])
+    with pytest.raises(DataError, match="not finite after 'scale_action'"):
+        standardize(episode, [{"scale_action": {"factors": [1e300] * 7}}])
+    with pytest.raises(DataError, match="not finite after 'append_constant'"):
+        standardize(episode, [{"append_constant": {"value": float("nan")}}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -176,13 +177,18 @@ def test_upstreams_files_are_read(shared: Path) -> None:
         assert check_statistics(content, "golden") == content
 
 
-def test_bridge_read_from_rlds_with_its_preset_has_upstreams_statistics(shared: Path) -> None:
-    """Reads real records with the RLDS reader; upstream computed the same over `train` and `val`."""
+def bridge_actions(shared: Path) -> tuple[list[np.ndarray], list[str]]:
+    """Standardized actions and instructions of both splits, read by the RLDS reader with the preset `bridge`."""
     source = RldsSource(shared / "data/rlds/bridge_dataset/1.0.0")
     layout = load_preset("bridge", source.layout)
-    standardized = [standardize(apply_layout(source.read(ref), layout), layout.steps) for ref in source.episodes()]
-    actions = [episode.action for episode in standardized if episode.action is not None]
-    found = compute_statistics(actions, mask=layout.action_mask)
+    episodes = [standardize(apply_layout(source.read(ref), layout), layout.steps) for ref in source.episodes()]
+    return [np.asarray(episode.action) for episode in episodes], [episode.instruction for episode in episodes]
+
+
+def test_bridge_read_from_rlds_with_its_preset_has_upstreams_statistics(shared: Path) -> None:
+    """Upstream computed them over `train` and `val`, from the same records."""
+    actions, _ = bridge_actions(shared)
+    found = compute_statistics(actions, mask=load_preset("bridge").action_mask)
     golden = json.loads((shared / "golden/bridge/dataset_statistics.json").read_text())
     assert found["num_transitions"] == golden["num_transitions"] == 400
     assert found["num_trajectories"] == golden["num_trajectories"] == 50
@@ -192,3 +198,22 @@ def test_bridge_read_from_rlds_with_its_preset_has_upstreams_statistics(shared: 
         assert found["action"][name] == golden["action"][name]
     for name in FIELDS:
         np.testing.assert_allclose(found["action"][name], golden["action"][name], rtol=0, atol=1e-6, err_msg=name)
+
+
+def test_bridge_read_from_rlds_with_its_preset_has_upstreams_actions(shared: Path) -> None:
+    """Every trajectory that upstream standardized is found among ours, step by step; upstream's are normalised."""
+    actions, instructions = bridge_actions(shared)
+    bounds = json.loads((shared / "golden/bridge/dataset_statistics.json").read_text())["action"]
+    low, high, mask = (np.asarray(bounds[name]) for name in ("q01", "q99", "mask"))
+    normalized = [np.where(mask, np.clip(2 * (a - low) / (high - low + 1e-8) - 1, -1, 1), a) for a in actions]
+    rows = [json.loads(line) for line in (shared / "golden/bridge/examples.jsonl").read_text().splitlines()]
+    trajectories: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        trajectories.setdefault(row["trajectory"], []).append(row)
+    assert len(trajectories) == 25
+    for trajectory in trajectories.values():
+        expected = np.array([row["normalized_action"] for row in sorted(trajectory, key=lambda row: row["step"])])
+        distances = [np.abs(found - expected).max() for found in normalized]
+        nearest = int(np.argmin(distances))
+        assert distances[nearest] < 1e-5
+        assert instructions[nearest] == trajectory[0]["instruction"]

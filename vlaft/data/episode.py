@@ -44,6 +44,7 @@ class ArrayFrames:
         return len(self.array)
 
     def read(self, indices: Sequence[int]) -> Iterator[Image]:
+        """Yield the frames of `indices` as they lie in memory."""
         for index in indices:
             yield np.asarray(self.array[index])
 
@@ -59,6 +60,7 @@ class SelectedFrames:
         return len(self.indices)
 
     def read(self, indices: Sequence[int]) -> Iterator[Image]:
+        """Yield the frames of the source that `indices` stand for."""
         return self.source.read([int(self.indices[index]) for index in indices])
 
 
@@ -73,6 +75,7 @@ class MappedFrames:
         return len(self.source)
 
     def read(self, indices: Sequence[int]) -> Iterator[Image]:
+        """Yield the frames of `indices`, each passed through `function`."""
         return (self.function(image) for image in self.source.read(indices))
 
 

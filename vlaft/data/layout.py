@@ -103,8 +103,8 @@ def apply_layout(episode: Episode, layout: Layout) -> Episode:
         DataError: an array or camera is missing (the sentence lists what there is), or a value is not finite.
     """
     if not layout.action:
-        known = ", ".join(sorted(episode.arrays)) or "none"
-        raise DataError(f"which arrays are the action is not known; name them in `action` (there are: {known})")
+        there_are = ", ".join(sorted(episode.arrays)) or "none"
+        raise DataError(f"which arrays are the action is not known; name them in `action` (there are: {there_are})")
     action = np.concatenate([read_reference(episode, reference) for reference in layout.action], axis=1)
     state = None
     if layout.state:

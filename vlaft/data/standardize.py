@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Union, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 from vlaft.data.dimensions import (
     append_constant,
     relabel_from_state,
@@ -134,13 +136,20 @@ def standardize(episode: Episode, steps: Sequence[StepSpec]) -> Episode:
     require_action(episode)
     for step in parse_steps(steps):
         try:
-            changed = step.apply(episode)
+            with np.errstate(all="ignore"):  # what is not finite afterwards is refused below
+                changed = step.apply(episode)
         except (DataError, ConfigError) as error:
             raise DataError(f"{error} (standardizing step '{step.name}' of episode '{episode.name}')") from error
         if changed.length == 0:
             raise DataError(
                 f"episode '{episode.name}' has no steps left after '{step.name}' (it had {episode.length});"
                 " leave the episode out, or change the standardizing steps"
+            )
+        bad = np.flatnonzero(~np.isfinite(require_action(changed)).all(axis=1))
+        if len(bad):
+            raise DataError(
+                f"episode '{episode.name}', step {bad[0]}: the action is not finite after '{step.name}' (the state,"
+                " or an argument of this standardizing step, is not finite or too large)"
             )
         episode = changed
     return episode
