@@ -101,25 +101,16 @@ def test_cameras_and_colours(shared: Path, name: str) -> None:
 def test_both_versions_of_one_set_agree(shared: Path) -> None:
     _, old = opened(shared, SETS[1])
     _, new = opened(shared, SETS[3])
+    compared = 0
     for before, after in zip(old, new, strict=True):
         np.testing.assert_array_equal(before.action, after.action)
-        steps = [0, 1, before.length // 2, before.length - 2, before.length - 1]
-        pairs = zip(before.cameras["ego_view"].read(steps), after.cameras["ego_view"].read(steps), strict=True)
-        compared = 0
-        for one, other in pairs:
-            np.testing.assert_array_equal(one, other)
-            compared += 1
-        assert compared == len(steps)
-
-
-@pytest.mark.slow
-def test_both_versions_give_every_frame_alike(shared: Path) -> None:
-    _, old = opened(shared, SETS[1])
-    _, new = opened(shared, SETS[3])
-    for before, after in zip(old, new, strict=True):
         steps = range(before.length)
-        for one, other in zip(before.cameras["ego_view"].read(steps), after.cameras["ego_view"].read(steps), strict=True):
-            np.testing.assert_array_equal(one, other)
+        for one, other in zip(
+            before.cameras["ego_view"].read(steps), after.cameras["ego_view"].read(steps), strict=True
+        ):
+            assert one.tobytes() == other.tobytes()
+            compared += 1
+    assert compared == 1667
 
 
 def test_wrong_metadata_are_told(shared: Path) -> None:
@@ -128,7 +119,9 @@ def test_wrong_metadata_are_told(shared: Path) -> None:
     assert any("observation.images.egoview" in text and "left out" in text for text in gr00t)
     internvla = LeRobotSource(shared / "data/lerobot/v2.1-internvla_pick_place").warnings
     assert any("'video.base_view' has a video for only 1 of 4 episodes" in text for text in internvla)
-    assert any("action=[action.delta_eef_position,action.delta_eef_rotation,action.gripper_close]" in t for t in internvla)
+    assert any(
+        "action=[action.delta_eef_position,action.delta_eef_rotation,action.gripper_close]" in t for t in internvla
+    )
     assert LeRobotSource(shared / "data/lerobot/v2.1-pusht_image").warnings == []
     assert LeRobotSource(shared / "data/lerobot/v3.0-internvla_pick_place").warnings == []
 
