@@ -102,7 +102,11 @@ def test_depth_is_no_camera_and_base_action_an_array(shared: Path, tmp_path: Pat
 
 def test_shift_action_is_off_and_acts_choice_when_true(tmp_path: Path) -> None:
     path = write_aloha(tmp_path / "a.hdf5", length=4)
-    for options, first in (({}, [0, 1, 2, 3]), ({"shift_action": True}, [0, 0, 1, 2]), ({"shift_action": 1}, [1, 2, 3, 3])):
+    for options, first in (
+        ({}, [0, 1, 2, 3]),
+        ({"shift_action": True}, [0, 0, 1, 2]),
+        ({"shift_action": 1}, [1, 2, 3, 3]),
+    ):
         source = open_hdf5(path, options)
         episode = apply_layout(source.read(source.episodes()[0]), source.layout)
         assert episode.action is not None

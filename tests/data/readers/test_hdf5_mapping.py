@@ -62,7 +62,11 @@ def test_unknown_layout_shows_what_there_is_and_a_mapping_that_works(shared: Pat
     sentence = str(caught.value)
     assert "cmd/ee_delta (26, 6) float32" in sentence
     assert "episodes='episodes/traj_*' action='[cmd/ee_delta]'" in sentence
-    typed = {"episodes": "episodes/traj_*", "action": ["cmd/ee_delta"], "cameras": {"main": {"path": "camera/small_float"}}}
+    typed = {
+        "episodes": "episodes/traj_*",
+        "action": ["cmd/ee_delta"],
+        "cameras": {"main": {"path": "camera/small_float"}},
+    }
     assert "cameras.main.path='camera/small_float'" in sentence
     assert len(open_hdf5(mixed(shared), typed).episodes()) == 3
 

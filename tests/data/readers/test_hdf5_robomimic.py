@@ -145,7 +145,7 @@ def test_shift_pairs_a_step_with_a_later_action(tmp_path: Path) -> None:
     source = open_hdf5(write_robomimic(tmp_path / "a.hdf5", {"demo_0": 4}), {"shift_action": 1})
     episode = source.read(source.episodes()[0])
     assert episode.arrays["actions"][:, 0].tolist() == [1, 2, 3, 3]
-    with pytest.raises(ConfigError, match="shift_actio.*did you mean 'shift_action'"):
+    with pytest.raises(ConfigError, match=r"shift_actio.*did you mean 'shift_action'"):
         open_hdf5(tmp_path / "a.hdf5", {"shift_actio": 1})
 
 

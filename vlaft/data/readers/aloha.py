@@ -38,6 +38,7 @@ from vlaft.data.readers.hdf5_episode import (
     FrameFormat,
     Hdf5Source,
     build_episode,
+    dataset_name,
     detect_encoding,
     is_camera,
     main_first,
@@ -131,7 +132,7 @@ def open_aloha(root: Path, files: list[Path], options: Mapping[str, object]) -> 
     if layout is None:
         raise DataError(f"{root} holds no episodes with steps: record some first")
     return AlohaSource(
-        path=root, name=root.stem, format="aloha", layout=layout, warnings=warnings, refs=refs,
+        path=root, name=dataset_name(root), format="aloha", layout=layout, warnings=warnings, refs=refs,
         rule=rule, shift=shift, swap_rb=swap_rb,
     )  # fmt: skip
 

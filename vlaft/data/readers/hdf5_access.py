@@ -66,7 +66,7 @@ def child_names(group: h5py.Group, where: str) -> list[str]:
             raise DataError(f"{where}: group '{group.name}' claims {len(group)} members, more than {_MAX_NAMES}")
         names = list(group)
     for name in names:
-        if not name.isprintable():  # undecodable bytes come as lone surrogates, which aren't printable either
+        if not isinstance(name, str) or not name.isprintable():  # h5py gives bytes for what is no UTF-8
             raise DataError(f"{where}: group '{group.name}' has a member whose name is damaged ({name!a})")
     return sorted(names, key=numeric_order)
 
@@ -140,10 +140,7 @@ def datasets(group: h5py.Group, where: str, skip: tuple[str, ...] = ()) -> dict[
 
 def is_numeric(dataset: h5py.Dataset) -> bool:
     """Tell whether the values are numbers or truth values, at least one axis of them."""
-    try:
-        return dataset.dtype.kind in "biuf" and dataset.shape is not None and dataset.ndim >= 1
-    except TypeError:  # a type that numpy has no word for
-        return False
+    return dataset.dtype.kind in "biuf" and dataset.shape is not None and dataset.ndim >= 1
 
 
 def read_array(dataset: h5py.Dataset, where: str) -> NDArray[np.generic]:
@@ -192,6 +189,17 @@ def attribute(node: h5py.Group | h5py.Dataset | None, name: str, where: str) -> 
         if handle.get_storage_size() > _MAX_ATTRIBUTE_BYTES:
             raise DataError(f"{where}: attribute '{name}' of '{node.name}' is too large to be right")
         return scalar(node.attrs[name])
+
+
+def nearest_attribute(group: h5py.Group, name: str, where: str) -> str | float | None:
+    """Return the attribute of the group, else of the nearest group around it that has one, up to the file's root."""
+    for _ in range(_MAX_DEPTH):
+        value = attribute(group, name, where)
+        if value is not None or group.name == "/":
+            return value
+        with guarded(where):
+            group = group.parent
+    return None
 
 
 def scalar(value: object) -> str | float | None:
@@ -253,6 +261,7 @@ def _walk(start: h5py.Group, path: str, where: str, links: int, depth: int) -> h
             else:
                 node = node[name]
             if isinstance(node, h5py.Dataset):
+                _ = node.dtype, node.shape  # raises here, where it is caught, if numpy has no word for the type
                 _check_stored_here(node, place, depth)
             elif not isinstance(node, h5py.Group):
                 return None

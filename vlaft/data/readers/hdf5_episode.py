@@ -136,6 +136,11 @@ class Hdf5Frames:
                 yield _to_image(block[index - start], self.format, step)
 
 
+def dataset_name(root: Path) -> str:
+    """Return the name of the dataset at `root`: the file's without its extension, or the folder's."""
+    return root.resolve().name if root.is_dir() else root.stem
+
+
 def detect_encoding(dataset: h5py.Dataset) -> Literal["raw", "jpeg"]:
     """Return `"jpeg"` for rows of bytes: variable-length uint8, zero-padded uint8 `[T, P]`, or byte strings."""
     return "raw" if dataset.dtype.kind in "biuf" and dataset.ndim != 2 else "jpeg"

@@ -16,7 +16,7 @@
     instruction: a text                  or {attribute: name} | {dataset: path} | {file_name: expression}
     fps: 10                              or {attribute: name}
 
-Attributes are looked up at the episode's group, then at the root of the file. `action` may be left out where the
+Attributes are looked up at the episode's group, then at the groups around it. `action` may be left out where the
 episode has an array `action` or `actions`, `cameras` where there are uint8 arrays `[T, height, width, 3]`, and
 `episodes` means `file` when absent.
 """
@@ -36,17 +36,25 @@ from vlaft.data.layout import Layout
 from vlaft.data.readers import EpisodeRef
 from vlaft.data.readers.hdf5_access import (
     MAX_STEPS,
-    attribute,
     child_names,
     datasets,
     find,
     is_numeric,
     listing,
+    nearest_attribute,
     need_group,
     opened,
 )
 from vlaft.data.readers.hdf5_camera_option import CameraRule, camera_rules
-from vlaft.data.readers.hdf5_episode import FrameFormat, Hdf5Source, build_episode, is_camera, main_first, short_names
+from vlaft.data.readers.hdf5_episode import (
+    FrameFormat,
+    Hdf5Source,
+    build_episode,
+    dataset_name,
+    is_camera,
+    main_first,
+    short_names,
+)
 from vlaft.data.readers.hdf5_options import (
     InstructionRule,
     instruction_rule,
@@ -146,7 +154,7 @@ def open_mapped(root: Path, files: list[Path], options: Mapping[str, object]) ->
     if options.get("cameras") is None:
         named = short_names(list(named))
     return MappedSource(
-        path=root, name=root.stem, format="hdf5", warnings=warnings, refs=refs,
+        path=root, name=dataset_name(root), format="hdf5", warnings=warnings, refs=refs,
         layout=Layout(action=action, state=state, cameras=named, options=dict(options)),
         action=action, cameras={value.path: value for value in cameras.values()}, rule=rule, fps=fps,
     )  # fmt: skip
@@ -248,8 +256,7 @@ def _rate_option(value: object, problems: list[str]) -> float | str | None:
 def _rate(fps: float | str | None, group: h5py.Group, where: str) -> float | None:
     if not isinstance(fps, str):
         return fps
-    found = attribute(group, fps, where)
-    rate = positive_number(attribute(group.file, fps, where) if found is None else found)
+    rate = positive_number(nearest_attribute(group, fps, where))
     if rate is None:
         raise DataError(f"{where} has no attribute '{fps}' with a rate in Hz; give fps as a number")
     return rate

@@ -10,7 +10,7 @@ from typing import Literal
 
 import h5py
 
-from vlaft.data.readers.hdf5_access import attribute, guarded, need_dataset, scalar
+from vlaft.data.readers.hdf5_access import guarded, nearest_attribute, need_dataset, scalar
 from vlaft.errors import ConfigError, DataError, did_you_mean
 
 InstructionKind = Literal["constant", "attribute", "dataset", "file_name"]
@@ -25,8 +25,8 @@ class InstructionRule:
     """Where an episode's instruction comes from.
 
     Attributes:
-        kind: a constant, an attribute (of the episode's group, else of the file's root), a dataset (its first value),
-            or a regular expression on the file's name (its first group if it has one; `_` becomes a blank).
+        kind: a constant, an attribute (of the episode's group, else of the groups around it), a dataset (its first
+            value), or a regular expression on the file's name (its first group if it has one; `_` becomes a blank).
         value: the text, name, path or expression.
     """
 
@@ -48,9 +48,7 @@ class InstructionRule:
             return " ".join((match[1] if match.re.groups else match[0]).replace("_", " ").split())
         found: object = None
         if self.kind == "attribute":
-            found = attribute(group, self.value, where)
-            if found is None:
-                found = attribute(group.file, self.value, where)
+            found = nearest_attribute(group, self.value, where)
         else:
             dataset = need_dataset(group, self.value, where)
             with guarded(f"{where}: '{self.value}'"):

@@ -39,7 +39,15 @@ from vlaft.data.readers.hdf5_access import (
     numeric_order,
     opened,
 )
-from vlaft.data.readers.hdf5_episode import FrameFormat, Hdf5Source, build_episode, is_camera, main_first, short_names
+from vlaft.data.readers.hdf5_episode import (
+    FrameFormat,
+    Hdf5Source,
+    build_episode,
+    dataset_name,
+    is_camera,
+    main_first,
+    short_names,
+)
 from vlaft.data.readers.hdf5_options import (
     USUAL_ATTRIBUTES,
     InstructionRule,
@@ -141,7 +149,14 @@ def open_robomimic(root: Path, files: list[Path], options: Mapping[str, object])
     if any(other[0] != format or other[1].steps != layout.steps for other in layouts):
         raise DataError(f"{root} mixes files whose frames or actions are stored differently; open them one by one")
     return RobomimicSource(
-        path=root, name=root.stem, format=format, layout=layout, warnings=warnings, refs=refs, rule=rule, shift=shift
+        path=root,
+        name=dataset_name(root),
+        format=format,
+        layout=layout,
+        warnings=warnings,
+        refs=refs,
+        rule=rule,
+        shift=shift,
     )
 
 
