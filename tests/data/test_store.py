@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vlaft.data.images import ImagePipeline
+from vlaft.data.statistics import compute_statistics
 from vlaft.data.store import (
     ROW_GROUP,
     ConvertedDataset,
@@ -52,7 +53,8 @@ def write_dataset(folder: Path) -> Path:
     for name, episodes in plan.items():
         rows = [[example(episode, frame) for frame in range(length)] for episode, length in episodes]
         shards.append(write_shard(folder / name, name.split("-")[0], example_schema(cameras), rows))
-    write_json(folder / "dataset_statistics.json", {"toy": {}})
+    actions = [np.array([[0.5, float(frame)] for frame in range(25)], dtype=np.float32)]
+    write_json(folder / "dataset_statistics.json", {"toy": compute_statistics(actions)})
     write_json(
         folder / "dataset.json",
         {

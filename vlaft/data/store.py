@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vlaft.data.images import ImagePipeline
+from vlaft.data.statistics import read_statistics
 from vlaft.errors import DataError
 
 FORMAT_VERSION = 1
@@ -199,7 +200,7 @@ class ConvertedDataset:
             raise DataError(
                 f"{self.path / DATASET_FILE} lacks or misnames {error}; convert the source again"
             ) from error
-        self.statistics = read_json(self.path / STATISTICS_FILE)
+        self.statistics = read_statistics(self.path / STATISTICS_FILE)
         self._shards = {split: [shard for shard in shards if shard.split == split] for split in SPLITS}
         self._files: dict[str, pq.ParquetFile] = {}
         self._groups: dict[str, list[tuple[str, int]]] = {}  # per split: (shard file, row group) ...

@@ -1,0 +1,99 @@
+"""Where a conversion writes: beside its place, locked, and renamed into it when everything is there."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from vlaft.data.store import DATASET_FILE, read_json, sync_folder, write_json
+from vlaft.errors import DataError
+
+STATE = ".conversion"  # folder inside the staging folder: the fingerprint and what is finished
+
+
+def check_output(out: Path, sources: Sequence[Path], overwrite: bool) -> None:
+    """Refuse an output that is in the way, and to replace anything but a converted dataset."""
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file; the output has to be a folder")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise DataError(f"{out} is not empty; name another folder, or give --overwrite")
+        if not (out / DATASET_FILE).is_file():
+            raise DataError(f"{out} holds something that is no converted dataset; it is not overwritten")
+    for source in sources:
+        place, target = source.resolve(), out.resolve()
+        if source.exists() and (place == target or place in target.parents or target in place.parents):
+            raise DataError(f"the output {out} and the source {source} lie within each other; name another folder")
+
+
+def beside(out: Path, suffix: str = "") -> Path:
+    """Return the absolute path of a folder beside the output (which may have been given as `.`)."""
+    absolute = out.resolve()
+    return absolute.with_name(absolute.name + suffix)
+
+
+@contextmanager
+def open_staging(out: Path, fingerprint: str) -> Iterator[Path]:
+    """Make or take over `<out>.partial`, locked against a second conversion into the same place."""
+    staging = beside(out, ".partial")
+    staging.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(staging, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(
+                f"another conversion is writing to {out} right now; wait for it or name another folder"
+            ) from error
+        mark = staging / STATE / "request.json"
+        if _fingerprint_in(mark) != fingerprint:
+            for entry in staging.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            mark.parent.mkdir()
+            write_json(mark, {"fingerprint": fingerprint})
+        for leftover in staging.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        yield staging
+    finally:
+        os.close(descriptor)  # releases the lock
+
+
+def _fingerprint_in(mark: Path) -> object:
+    try:
+        return read_json(mark).get("fingerprint")
+    except DataError:
+        return None
+
+
+@contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """Turn what a disk answers (full, read-only, not ours) into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(
+                f"the disk is full while writing {out}.partial; free some space and run the same command again,"
+                " finished shards are kept"
+            ) from error
+        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+            raise DataError(f"{out} cannot be written ({error.strerror}); name another folder") from error
+        raise
+
+
+def move_into_place(staging: Path, out: Path) -> None:
+    """Give the finished staging folder its name, in the place of what lay there."""
+    shutil.rmtree(staging / STATE)
+    sync_folder(staging)
+    place = beside(out)
+    old = beside(out, f".{os.getpid()}.old")
+    if place.is_dir():
+        place.rename(old)
+    staging.rename(place)
+    sync_folder(place.parent)
+    shutil.rmtree(old, ignore_errors=True)
