@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from vlaft import __version__
-from vlaft.cli import recipes
+from vlaft.cli import doctor, merge, predict, recipes, report, train
 from vlaft.errors import ConfigError, VlaftError
 
 app = typer.Typer(
@@ -25,6 +25,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(recipes.app, name="recipes")
+app.command("report")(report.report)
+app.command("doctor")(doctor.doctor)
+app.command("train")(train.train)
+app.command("merge")(merge.merge)
+app.command("predict")(predict.predict)
 
 
 def _print_version(wanted: bool) -> None:

@@ -185,3 +185,26 @@ def _checksum(path: Path) -> int:
         while block := file.read(1 << 20):
             value = zlib.crc32(block, value)
     return value
+
+
+def write_trained(model: nn.Module, names: Iterable[str], folder: Path) -> None:
+    """Write the trained tensors, under the base's names, into the existing `folder`."""
+    save_file(trained_tensors(model, names), folder / TRAINED_FILE, metadata={"format": "pt"})
+
+
+def load_trained(model: nn.Module, folder: Path) -> None:
+    """Put the tensors of `trained.safetensors` into `model`.
+
+    Raises:
+        CheckpointError: the file is damaged or belongs to another model.
+    """
+    try:
+        tensors = load_file(folder / TRAINED_FILE)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / TRAINED_FILE}: cannot be read ({error})") from None
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise CheckpointError(f"{folder}: trained on another base: '{name}' does not fit the model")
+        with torch.no_grad():
+            parameters[name].copy_(tensor)

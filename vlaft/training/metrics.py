@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlaft.data.actions import ActionTokenizer
-from vlaft.model.openvla import OpenVLAOutput
+from vlaft.model.openvla import IGNORE_INDEX, OpenVLAOutput
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Metrics:
 
 
 class MetricSums:
-    """Running sums of one device: `[sum of losses, passes, correct tokens, sum of differences, tokens]`."""
+    """Running sums of one device: `[sum of losses, labels, correct tokens, sum of differences, action tokens]`."""
 
     def __init__(self, actions: ActionTokenizer, device: torch.device) -> None:
         self.actions = actions
@@ -42,10 +42,11 @@ class MetricSums:
         # Upstream's test for an action token; it leaves the end-of-sequence label out.
         is_action = (output.label_ids >= self.actions.first_id) & (output.label_ids < self.actions.vocab_size)
         difference = (self._decode(predicted) - self._decode(output.label_ids)).abs()
+        labels = (output.label_ids != IGNORE_INDEX).sum().double()
         self.sums += torch.stack(
             [
-                output.loss.detach().double(),
-                torch.ones((), dtype=torch.float64, device=self.sums.device),
+                output.loss.detach().double() * labels,
+                labels,
                 ((predicted == output.label_ids) & is_action).sum().double(),
                 (difference * is_action).sum().double(),
                 is_action.sum().double(),
@@ -58,6 +59,6 @@ class MetricSums:
 
     def read(self) -> Metrics:
         """Return the means so far and begin anew: the one transfer from the device."""
-        loss, passes, correct, difference, tokens = self.sums.tolist()
+        loss, labels, correct, difference, tokens = self.sums.tolist()
         self.sums.zero_()
-        return Metrics(loss / max(passes, 1), correct / max(tokens, 1), difference / max(tokens, 1))
+        return Metrics(loss / max(labels, 1), correct / max(tokens, 1), difference / max(tokens, 1))

@@ -1,0 +1,129 @@
+"""`vlaft train`: adapt a base to demonstrations, as a recipe says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vlaft.cli.arguments import Base, ConfigFiles, Data, Out, Overwrite, Recipe, Resume, Settings
+
+if TYPE_CHECKING:
+    from vlaft.config import RecipeConfig
+    from vlaft.training.events import Banner, EvaluationLine, StepLine
+
+
+def train(
+    out: Out,
+    recipe: Recipe = None,
+    data: Data = None,
+    base: Base = None,
+    config: ConfigFiles = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and what it costs.")] = False,
+    settings: Settings = None,
+) -> None:
+    """Adapt a base to demonstrations.
+
+    Example: vlaft train --recipe lora32 --data data/ --base openvla/openvla-7b --out run/ train.steps=2000
+    """
+    from vlaft.cli.arguments import check_output_folder
+
+    check_output_folder(out, overwrite=overwrite, resume=resume)
+    resolved = resolve_recipe(recipe, config, settings, data, base, run=out if resume else None)
+    if dry_run:
+        _dry_run(resolved)
+        return
+    import shutil
+
+    from vlaft.cli.console import say
+    from vlaft.training.trainer import train as run_training
+
+    if overwrite and out.is_dir():
+        shutil.rmtree(out)
+    summary = run_training(resolved, out, _Printer(), resume=resume)
+    stopped = ", stopped early" if summary.stopped_early else ""
+    best = f"; best: {summary.best} (held-out action L1 {summary.best_l1:.4f})" if summary.best else ""
+    say(f"{summary.steps} steps in {_duration(summary.seconds)}{stopped}; last: {summary.last}{best}")
+    say(f"peak memory {summary.peak_bytes / 1e9:.2f} GB; written to {out}")
+    say(f"next: vlaft merge {out} --out {out}-merged")
+
+
+def resolve_recipe(
+    recipe: str | None,
+    config: list[Path] | None,
+    settings: list[str] | None,
+    data: list[Path] | None,
+    base: str | None,
+    run: Path | None = None,
+) -> RecipeConfig:
+    """Lay the command's words over the recipe; a run that is continued brings its own recipe."""
+    from vlaft.config import resolve
+    from vlaft.training.run_folder import RECIPE_FILE
+
+    words = list(settings or [])
+    if base is not None:
+        words.append(f"base='{base}'")
+    if data:
+        words.append(f"data.path=[{', '.join(repr(str(path)) for path in data)}]")
+    name: str | Path | None = recipe
+    if recipe is None and run is not None and (run / RECIPE_FILE).is_file():
+        name = run / RECIPE_FILE
+    return resolve(name or "lora32", config or [], words)
+
+
+def _dry_run(recipe: RecipeConfig) -> None:
+    from vlaft.cli.console import show
+    from vlaft.config import to_yaml
+
+    show(to_yaml(recipe))
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+class _Printer:
+    """Tells a person on stderr how the run goes, a line per logged step."""
+
+    def started(self, banner: Banner) -> None:
+        from vlaft.cli.console import say
+
+        share = 100 * banner.trainable / banner.total
+        say(f"recipe {banner.recipe} ({banner.method}) on {banner.base}, {banner.device}")
+        say(f"data   {banner.train_examples:,} training and {banner.val_examples:,} held-out examples")
+        say(f"params {banner.trainable:,} of {banner.total:,} are trained ({share:.2f} %)")
+        say(f"steps  {banner.first_step:,} of {banner.steps:,} done, {banner.effective_batch} examples each")
+
+    def stepped(self, line: StepLine) -> None:
+        from vlaft.cli.console import say
+
+        memory = f" | {line.memory_bytes / 1e9:.2f} GB" if line.memory_bytes is not None else ""
+        say(
+            f"step {line.step:>6} | loss {line.loss:.4f} | accuracy {line.action_accuracy:.3f} | L1 {line.action_l1:.4f}"
+            f" | lr {line.learning_rate:.2e} | grad {line.grad_norm:.3f} | {line.samples_per_second:.1f} samples/s"
+            f" | data {line.data_seconds:.3f} s{memory} | {_duration(line.seconds_left)} left"
+        )
+
+    def evaluated(self, line: EvaluationLine) -> None:
+        from vlaft.cli.console import say
+
+        mark = " (best so far)" if line.best else ""
+        say(
+            f"step {line.step:>6} | held out: loss {line.val_loss:.4f} | accuracy {line.val_action_accuracy:.3f}"
+            f" | L1 {line.val_action_l1:.4f}{mark}"
+        )
+
+    def saved(self, checkpoint: Path) -> None:
+        from vlaft.cli.console import say
+
+        say(f"saved {checkpoint}")
+
+    def warned(self, sentence: str) -> None:
+        from vlaft.cli.console import warn
+
+        warn(sentence)
