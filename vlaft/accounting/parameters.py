@@ -1,0 +1,126 @@
+"""How many parameters a recipe trains, where they are, and how many of them a loss ever reaches.
+
+Counted on the meta device: no weights are needed and none are made. Quantised bases are counted as they are before
+quantisation: a packed weight holds as many parameters as it stands for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vlaft.config import RecipeConfig
+    from vlaft.model.configuration import OpenVLAConfig
+
+PARTS = ("vision", "projector", "language model", "head")
+_PREFIX = "base_model.model."  # peft's
+_NUMBERED = re.compile(r"\.(\d+)(?=\.|$)")
+_ADAPTER = re.compile(r"\.(base_layer|lora_\w+)(\..*)?$")
+
+
+@dataclass(frozen=True)
+class PartCount:
+    """Parameters of one part of a model.
+
+    Attributes:
+        total: all of them, adapters included.
+        trainable: those that the recipe trains.
+    """
+
+    total: int = 0
+    trainable: int = 0
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of an adapted model.
+
+    Attributes:
+        trainable: those that the recipe trains.
+        total: all, adapters included.
+        reached_by_gradient: trainable ones that a backward pass gave a gradient.
+        parts: by part, keys `PARTS`.
+        modules: by module of the base, numbered ones folded: `language_model.model.layers.N.mlp.up_proj`.
+    """
+
+    trainable: int
+    total: int
+    reached_by_gradient: int
+    parts: dict[str, PartCount]
+    modules: dict[str, PartCount]
+
+
+def part_of(name: str) -> str:
+    """Return the part of the model, one of `PARTS`, that a parameter or module belongs to.
+
+    >>> part_of("base_model.model.language_model.lm_head.base_layer.weight"), part_of("projector.fc1.bias")
+    ('head', 'projector')
+    """
+    name = name.removeprefix(_PREFIX)
+    if name.startswith("vision_backbone"):
+        return "vision"
+    if name.startswith("projector"):
+        return "projector"
+    return "head" if name.startswith("language_model.lm_head") else "language model"
+
+
+def folded(name: str) -> str:
+    """Return the base's module that a parameter belongs to, block numbers replaced by N.
+
+    >>> folded("base_model.model.language_model.model.layers.31.mlp.up_proj.lora_A.default.weight")
+    'language_model.model.layers.N.mlp.up_proj'
+    """
+    module = _ADAPTER.sub("", name.removeprefix(_PREFIX))
+    if module == name.removeprefix(_PREFIX):
+        module = module.rpartition(".")[0]
+    return _NUMBERED.sub(".N", module)
+
+
+def count(model: nn.Module) -> ParameterCount:
+    """Count the parameters of an adapted model after a backward pass has been run on it."""
+    named = [(name, parameter, parameter.requires_grad) for name, parameter in model.named_parameters()]
+    return ParameterCount(
+        trainable=sum(parameter.numel() for _, parameter, trained in named if trained),
+        total=sum(parameter.numel() for _, parameter, _ in named),
+        reached_by_gradient=sum(parameter.numel() for _, parameter, _ in named if parameter.grad is not None),
+        parts=_group(model, part_of, PARTS),
+        modules=_group(model, folded),
+    )
+
+
+def _group(model: nn.Module, key: Callable[[str], str], keys: tuple[str, ...] = ()) -> dict[str, PartCount]:
+    groups = dict.fromkeys(keys, PartCount())
+    for name, parameter in model.named_parameters():
+        old = groups.get(key(name), PartCount())
+        size = parameter.numel()
+        groups[key(name)] = PartCount(old.total + size, old.trainable + (size if parameter.requires_grad else 0))
+    return groups
+
+
+def count_parameters(recipe: RecipeConfig, config: OpenVLAConfig) -> ParameterCount:
+    """Count what `recipe` trains on a base, by running a forward and a backward pass on the meta device.
+
+    Args:
+        recipe: resolved settings; only `adapt` matters.
+        config: of the base.
+
+    Raises:
+        ConfigError: LoRA targets that the base does not have.
+    """
+    import torch
+
+    from vlaft.accounting.meta import example_inputs, example_normalization, meta_model
+    from vlaft.adapt import adapt
+    from vlaft.training.step import forward
+
+    model = adapt(meta_model(config), recipe.adapt)
+    inputs = example_inputs(config, batch_size=1, tokens=16, labels=8)
+    loss = forward(model, inputs, example_normalization(config), torch.float32).loss
+    assert loss is not None
+    loss.backward()
+    return count(model)
