@@ -238,7 +238,7 @@ def _conversion(
     reused: int,
 ) -> Conversion:
     damaged = [entry for result in results for entry in result.skipped]
-    warnings = [f"{source.name}: {warning}" for source in opened for warning in source.source.warnings]
+    warnings = [f"{source.name}: {warning}" for source in opened for warning in source.warnings]
     if damaged:
         warnings.append(
             f"{len(damaged)} episodes with damaged frames were left out; their actions are counted in the statistics"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from vlaft.data.episode import Episode
 from vlaft.data.layout import Layout, apply_layout
-from vlaft.data.presets import load_preset
+from vlaft.data.presets import layout_fields, load_preset, preset_of_dataset
 from vlaft.data.prompts import BaseFiles
 from vlaft.data.readers import EpisodeRef, Source, open_source
 from vlaft.data.standardize import parse_steps, standardize
 from vlaft.data.statistics import DatasetStatistics, compute_statistics
 from vlaft.data.store import MAIN_CAMERA
-from vlaft.errors import ConfigError, DataError, did_you_mean
+from vlaft.errors import ConfigError, DataError
 
 OnError = Literal["skip", "stop"]
 Progress = Callable[[str, int, int], None]  # phase, done, total
@@ -35,7 +35,8 @@ class SourceRequest:
     Attributes:
         path: file, folder or Hub id, as `open_source` takes it.
         preset: name or file of a dataset preset, or None for the reader's own layout.
-        layout: single fields of the layout that win over preset and reader (`{"instruction": "open the drawer"}`).
+        layout: single fields of the layout that win over preset and reader, as a preset's YAML would set them
+            (`{"instruction": "open the drawer"}`).
         name: the dataset's name and its key in the statistics; None takes the source's own.
         weight: how often training samples it: times its number of steps, as in OpenVLA's mixtures.
     """
@@ -59,6 +60,13 @@ class OpenedSource:
     def name(self) -> str:
         """The dataset's name and its key in the statistics."""
         return self.request.name or self.source.name
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the reader did not believe, and whether a preset was overlooked; each a sentence."""
+        known = None if self.request.preset else preset_of_dataset(self.source.name)
+        hint = [f"a preset is made for this dataset: give --preset {known} unless its actions are as you want them"]
+        return [*self.source.warnings, *(hint if known else [])]
 
     def read(self, ref: EpisodeRef) -> Episode:
         """Return a standardized episode; its frames are not decoded yet.
@@ -93,17 +101,16 @@ def open_request(request: SourceRequest) -> OpenedSource:
         DataError: the source cannot be opened.
         ConfigError: the preset or a field of the layout is wrong.
     """
-    known = [entry.name for entry in fields(Layout)]
-    unknown = [key for key in request.layout if key not in known]
-    if unknown:
-        raise ConfigError([f"unknown layout setting '{key}'{did_you_mean(key, known)}" for key in unknown])
+    settings = layout_fields(request.layout, "settings")
     if not request.weight > 0 or not np.isfinite(request.weight):
         raise ConfigError(f"the weight of {request.path} is {request.weight}; it has to be a positive number")
     preset = Layout() if request.preset is None else load_preset(request.preset)
-    options = {**preset.options, **request.layout.get("options", {})}
+    options = {**preset.options, **settings.get("options", {})}
     source = open_source(request.path, options)
     layout = source.layout if request.preset is None else load_preset(request.preset, source.layout)
-    layout = replace(layout, **request.layout)
+    if "action" in settings:  # names and mask describe the action that they came with
+        settings = {"action_names": (), "action_mask": (), **settings}
+    layout = replace(layout, **settings)
     parse_steps(layout.steps)
     return OpenedSource(request, source, layout)
 

@@ -53,7 +53,7 @@ def load_preset(name_or_path: str | Path, base: Layout | None = None) -> Layout:
             all problems of the file together.
     """
     path = _find(name_or_path, "datasets", "preset", {**{name: name for name in preset_names()}, **_published()})
-    values = _layout_fields(_read(path), path)
+    values = layout_fields(_read(path), path)
     if "action" in values:  # names and mask of the base describe the base's action
         values = {"action_names": (), "action_mask": (), **values}
     return replace(base or Layout(), **values)
@@ -128,7 +128,12 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _layout_fields(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def layout_fields(content: Mapping[str, Any], path: Path | str) -> dict[str, Any]:
+    """Return the fields of a `Layout` that `content` (parsed YAML) sets, checked; `path` is named in errors.
+
+    Raises:
+        ConfigError: unknown keys, values of a wrong kind, or wrong standardizing steps; all problems together.
+    """
     problems: list[str] = []
     values: dict[str, Any] = {}
     for key, value in content.items():

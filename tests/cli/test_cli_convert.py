@@ -1,0 +1,68 @@
+"""The words of `vlaft convert`; what it does with them is tested in tests/data/test_convert.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from vlaft.cli.convert import _layout_settings, _sources, convert
+from vlaft.data.store import ConvertedDataset
+from vlaft.errors import ConfigError, UsageError
+
+
+def run(words: list[str]) -> Any:
+    app = typer.Typer()
+    app.command()(convert)
+    return app(words, standalone_mode=False)
+
+
+def test_words_become_layout_fields() -> None:
+    words = ["action=act[0:7]", "cameras.primary=image_0", "fps=5", "steps=[drop_first,{resample: {fps: 5}}]"]
+    assert _layout_settings([*words, "instruction=open it"]) == {
+        "action": ["act[0:7]"],
+        "cameras": {"primary": "image_0"},
+        "fps": 5,
+        "steps": ["drop_first", {"resample": {"fps": 5}}],
+        "instruction": "open it",
+    }
+    with pytest.raises(ConfigError, match="already set"):
+        _layout_settings(["cameras=x", "cameras.primary=y"])
+
+
+def test_options_per_source(tmp_path: Path) -> None:
+    odd = tmp_path / "a=b"
+    odd.mkdir()
+    sources = _sources([str(odd), "c", "fps=5"], ["bridge"], ["one", "two"], [])
+    assert [(source.path, source.preset, source.name) for source in sources] == [
+        (odd, "bridge", "one"),
+        (Path("c"), "bridge", "two"),
+    ]
+    with pytest.raises(UsageError, match="--name is given 1 times for 2 sources"):
+        _sources(["a", "b"], [], ["one"], [])
+    with pytest.raises(UsageError, match="there is no source"):
+        _sources(["fps=5"], [], [], [])
+
+
+def test_bridge(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = shared / "golden/openvla-tiny/checkpoint"
+    words = [str(shared / "data/rlds/bridge_dataset"), "--preset", "bridge", "--base", str(checkpoint)]
+    words += ["--out", str(tmp_path / "out"), "--limit", "2", "--json", "instruction=lift the pot"]
+    run([*words, "--dry-run"])
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["rows"] == {"train": 16, "val": 16}
+    assert "nothing was written" in captured.err and not (tmp_path / "out").exists()
+    run([*words, "--workers", "1"])
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["episodes"] == {"train": 2, "val": 2}
+    assert "writing examples: 32/32 examples" in captured.err
+    assert ConvertedDataset(tmp_path / "out").row("val", 3)["instruction"] == "lift the pot"
+
+
+def test_a_wrong_setting_is_told_with_the_nearest_known_one(shared: Path, tmp_path: Path) -> None:
+    words = [str(shared / "data/rlds/bridge_dataset"), "--base", str(shared / "golden/openvla-tiny/checkpoint")]
+    with pytest.raises(ConfigError, match="did you mean 'instruction'"):
+        run([*words, "--out", str(tmp_path / "out"), "instuction=x"])
