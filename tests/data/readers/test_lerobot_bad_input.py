@@ -421,6 +421,13 @@ def test_the_most_frequent_instruction(tmp_path: Path) -> None:
     assert warned(root, "episode_000000: the rows name 2 instructions")[0].instruction == "task 1"
 
 
+def test_texts_that_are_none(tmp_path: Path) -> None:
+    root = make_v3(tmp_path / "a")
+    path = root / "meta/tasks.parquet"
+    path.write_bytes(path.read_bytes().replace(b"task 0", b"\xff\xfe\xff 0"))
+    refused(root, r"tasks\.parquet: metadata: the parquet file is damaged")
+
+
 # --- pictures
 
 

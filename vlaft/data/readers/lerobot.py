@@ -121,7 +121,8 @@ class LeRobotSource:
         grid = np.arange(length) / (fps or 1.0)
         if "timestamp" not in arrays:
             return grid
-        times = np.asarray(arrays["timestamp"], np.float64).reshape(length, -1)
+        with np.errstate(invalid="ignore"):  # what a damaged file holds is judged below
+            times = np.asarray(arrays["timestamp"], np.float64).reshape(length, -1)
         if times.shape[1] != 1 or not np.isfinite(times).all() or (np.diff(times[:, 0]) < 0).any():
             self.warnings.append(f"{where}: the column timestamp does not rise; times were taken from fps")
             return grid
@@ -136,11 +137,12 @@ class LeRobotSource:
 
     def _check_order(self, arrays: ColumnArrays, where: str) -> None:
         """Refuse rows out of order: frame i belongs to row i. One column alone that falls is only warned about."""
-        falling = [
-            name
-            for name in ("frame_index", "timestamp")
-            if name in arrays and (np.diff(np.asarray(arrays[name], np.float64).reshape(-1)) < 0).any()
-        ]
+        with np.errstate(invalid="ignore"):
+            falling = [
+                name
+                for name in ("frame_index", "timestamp")
+                if name in arrays and (np.diff(np.asarray(arrays[name], np.float64).reshape(-1)) < 0).any()
+            ]
         if len(falling) == 2:
             raise DataError(
                 f"{where}: the rows are out of order (frame_index and timestamp fall); sort them by frame_index"

@@ -15,7 +15,7 @@ from typing import Any
 
 from vlaft.data.readers.lerobot_files import Files, Number, fill_template, list_files
 from vlaft.data.readers.lerobot_json import as_int, read_json, read_json_lines
-from vlaft.data.readers.lerobot_rows import read_table
+from vlaft.data.readers.lerobot_rows import read_records
 from vlaft.data.readers.video import count_frames
 from vlaft.errors import DataError
 
@@ -149,7 +149,7 @@ def _read_tasks(root: Path, warnings: list[str]) -> dict[int, str]:
     lines, table = root / "meta" / "tasks.jsonl", root / "meta" / "tasks.parquet"
     rows: Iterator[dict[str, Any]] = iter(())
     if table.is_file():
-        rows = iter(read_table(table).to_pylist())
+        rows = iter(read_records(table))
     elif lines.is_file():
         rows = read_json_lines(lines)
     else:
@@ -212,7 +212,7 @@ def _episodes_v3(root: Path, info: Mapping[str, Any], files: Files, warnings: li
     rows = {}
     for table in tables:
         wanted = ("episode_index", "tasks", "length", "data/", "videos/")
-        for row in read_table(table, prefixes=wanted).to_pylist():
+        for row in read_records(table, wanted):
             number = as_int(row.get("episode_index"))
             if number is not None and number >= 0:
                 rows[number] = row

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -37,9 +38,10 @@ class RowReader:
 
     def __init__(self) -> None:
         self._held: tuple[tuple[Path, int], pa.Table] | None = None
+        self._held_numbers: tuple[Path, NDArray[np.generic]] | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_held": None}  # a worker process fills its own
+        return {"_held": None, "_held_numbers": None}  # a worker process fills its own
 
     def read(self, path: Path, number: int, *, whole_file: bool, where: str, warnings: list[str]) -> Rows:
         """Return the rows of episode `number`.
@@ -60,29 +62,42 @@ class RowReader:
             by_row = "episode_index" in names
             if not by_row and not whole_file:
                 raise DataError(f"{path}: {where}: the file has no column episode_index; it is not LeRobot's")
+            mask = None if whole_file else self._numbers(file, path) == number
             for group in range(file.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                if whole_file or _may_hold(file.metadata.row_group(group), number):
+                count = file.metadata.row_group(group).num_rows
+                if mask is None:
                     table = self._group(file, path, group, names)
-                    mask = np.ones(len(table), bool)
-                    if not whole_file:
-                        mask = np.asarray(table.column("episode_index").to_numpy() == number)
-                    chosen = np.flatnonzero(mask)
-                    if len(chosen):
-                        tables.append(table.take(pa.array(chosen)))
-                        positions.append(chosen + offset)
-                offset += rows
+                    chosen = np.arange(len(table))
+                else:
+                    chosen = np.flatnonzero(mask[offset : offset + count])
+                    table = self._group(file, path, group, names) if len(chosen) else None
+                if len(chosen) and int(chosen[-1]) < len(table):
+                    tables.append(table.take(pa.array(chosen)))
+                    positions.append(chosen + offset)
+                offset += count
         if not tables:
             raise DataError(f"{path}: {where}: the file holds no row of this episode; fetch the file again")
         table = pa.concat_tables(tables).combine_chunks()
         held = Rows(table, np.concatenate(positions).astype(np.int64))
         return _doubt_number(held, path, number, where, warnings) if whole_file and by_row else held
 
+    def _numbers(self, file: pq.ParquetFile, path: Path) -> NDArray[np.generic]:
+        """Return the column episode_index of a file `[rows]`, held for the next episode.
+
+        Row-group statistics would do with less reading, but pyarrow aborts the process on damaged ones.
+        """
+        if self._held_numbers is None or self._held_numbers[0] != path:
+            column = file.read(columns=["episode_index"], use_threads=False).column("episode_index")
+            self._held_numbers = (path, np.asarray(column.to_numpy()))
+        return self._held_numbers[1]
+
     def _group(self, file: pq.ParquetFile, path: Path, group: int, names: list[str]) -> pa.Table:
         if self._held is None or self._held[0] != (path, group):
             # pyarrow takes "action" to mean "action.joints" too, hence the second selection
             self._held = None
-            self._held = ((path, group), file.read_row_group(group, columns=names, use_threads=False).select(names))
+            table = file.read_row_group(group, columns=names, use_threads=False).select(names)
+            table.validate(full=True)
+            self._held = ((path, group), table)
         return self._held[1]
 
 
@@ -167,15 +182,17 @@ def read_picture(path: Path, where: str) -> bytes:
         raise DataError(f"{where}: the picture file cannot be read ({error.strerror})") from error
 
 
-def read_table(path: Path, prefixes: tuple[str, ...] = ()) -> pa.Table:
-    """Return a whole small parquet file of metadata: columns of numbers, texts and lists that begin with `prefixes`."""
+def read_records(path: Path, prefixes: tuple[str, ...] = ("",)) -> list[dict[str, Any]]:
+    """Return a metadata file's rows: numbers, texts and lists of columns that begin with `prefixes`."""
     with _open_parquet(path, "metadata") as file:
         names = [
             name
             for name in file.schema_arrow.names
-            if _loadable(file.schema_arrow.field(name).type, texts=True) and name.startswith(prefixes or "")
+            if _loadable(file.schema_arrow.field(name).type, texts=True) and name.startswith(prefixes)
         ]
-        return file.read(columns=names, use_threads=False).select(names)
+        table = file.read(columns=names, use_threads=False).select(names)
+        table.validate(full=True)
+        return list(table.to_pylist())
 
 
 def read_schema(path: Path) -> pa.Schema:
@@ -218,18 +235,6 @@ def _loadable(kind: pa.DataType, texts: bool = False) -> bool:
     if is_list(kind):
         return is_number(kind.value_type) or (texts and is_text(kind.value_type))
     return is_number(kind) or is_text(kind)
-
-
-def _may_hold(group: pq.RowGroupMetaData, number: int) -> bool:
-    """Whether the row group's statistics leave room for the episode."""
-    for index in range(group.num_columns):
-        column = group.column(index)
-        if column.path_in_schema == "episode_index":
-            statistics = column.statistics
-            if statistics is None or not statistics.has_min_max:
-                return True
-            return bool(statistics.min <= number <= statistics.max)
-    return True
 
 
 def _doubt_number(rows: Rows, path: Path, number: int, where: str, warnings: list[str]) -> Rows:
