@@ -62,6 +62,16 @@ def read_reference(episode: Episode, reference: str) -> NDArray[np.float32]:
     Raises:
         DataError: no such array, an empty slice, a wrong number of rows, or values that are not numbers.
     """
+    with np.errstate(over="ignore"):  # too large for float32 becomes inf, which is then refused as not finite
+        return read_columns(episode, reference).astype(np.float32)
+
+
+def read_columns(episode: Episode, reference: str) -> NDArray[np.generic]:
+    """Return the array that `reference` names, in the type in which it is stored, as `[T, N]`.
+
+    Raises:
+        DataError: as `read_reference`.
+    """
     match = _REFERENCE.fullmatch(reference)
     if match is None:
         raise DataError(f"'{reference}' is no array reference: write path, path[a:b] or path[i]")
@@ -79,8 +89,7 @@ def read_reference(episode: Episode, reference: str) -> NDArray[np.float32]:
         raise DataError(
             f"episode '{episode.name}': array '{path}' has {len(values)} rows where {episode.length} steps are expected"
         )
-    with np.errstate(over="ignore"):  # too large for float32 becomes inf, which is then refused as not finite
-        values = values.reshape(len(values), math.prod(values.shape[1:])).astype(np.float32)
+    values = values.reshape(len(values), math.prod(values.shape[1:]))
     if match["colon"]:
         start, stop = (None if match[name] is None else int(match[name]) for name in ("start", "stop"))
         values = values[:, start:stop]
