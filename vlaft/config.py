@@ -68,7 +68,7 @@ class DataConfig:
     path: str | list[str] | None = None  # folder(s) that `vlaft convert` wrote, or null until --data names them
     augment: bool = True  # random crop and colour changes of training images
     val_examples: int | None = 512  # held-out examples per evaluation, evenly spread; null: all of them
-    workers: int = 4  # processes that decode images; 0: the training process itself, as upstream
+    workers: int = 4  # threads that decode images ahead; 0: none
 
     @property
     def paths(self) -> list[str]:

@@ -1,8 +1,8 @@
 """From images and an instruction to an action: a checkpoint with everything that it records about its input.
 
-    policy = vlaft.load("model/")
-    prediction = policy.predict(image, "pick up the red block")
-    prediction.action  # float64 [A], in the robot's units
+policy = vlaft.load("model/")
+prediction = policy.predict(image, "pick up the red block")
+prediction.action  # float64 [A], in the robot's units
 """
 
 from __future__ import annotations
@@ -90,10 +90,12 @@ class Policy:
                 missing or unknown.
         """
         several = not isinstance(images, np.ndarray) or images.ndim == 4
-        frames = list(images) if several else [images]
+        frames: list[Any] = list(images) if several else [images]
         texts = [instruction] * len(frames) if isinstance(instruction, str) else list(instruction)
         if len(texts) != len(frames):
-            raise DataError(f"{len(frames)} images and {len(texts)} instructions: give one instruction, or one for each")
+            raise DataError(
+                f"{len(frames)} images and {len(texts)} instructions: give one instruction, or one for each"
+            )
         key = choose_key(self.statistics, unnorm_key)
         statistics = self.statistics[key]["action"]
         input_ids, mask = self._prompts(texts)

@@ -42,8 +42,8 @@ RELEASE_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-_DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_JSON_DTYPES = {short: name for name, short in _DTYPE_NAMES.items()}
+DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_JSON_DTYPES = {short: name for name, short in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -91,26 +91,15 @@ def merge(
     _check_provenance(trained, base, base_print, trained_print)
     table = tensor_table(base)
     changes = _changes(trained, table, base)
-    layout = {
-        name: (_DTYPE_NAMES[dtype] if dtype and entry.dtype in _JSON_DTYPES else entry.dtype, entry.shape)
+    dtypes = {
+        name: DTYPE_NAMES[dtype] if dtype and entry.dtype in _JSON_DTYPES else entry.dtype
         for name, entry in table.items()
     }
-    total = sum(torch.Size(shape).numel() * DTYPES[kind].itemsize for kind, shape in layout.values())
+    total = tensor_bytes(table, dtypes)
     with output_folder(out, total) as partial:
-        by_file: dict[str, list[str]] = {}
-        for name, entry in table.items():
-            by_file.setdefault(entry.file, []).append(name)
-        for file, names in by_file.items():
-            with ShardWriter(partial / file, {name: layout[name] for name in names}) as writer:
-                for name in names:
-                    entry = table[name]
-                    _write_tensor(writer, name, base, entry, layout[name][0], changes.get(name))
-                    advance(torch.Size(entry.shape).numel() * DTYPES[layout[name][0]].itemsize)
-        if len(by_file) > 1 or (base / INDEX_FILE).is_file():
-            weight_map = {name: table[name].file for name in sorted(table)}
-            write_json(partial / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        copy_tensors(base, partial, dtypes, changes, advance)
         copy_release_files(base, partial)
-        _write_config(base, partial, trained, layout)
+        _write_config(base, partial, trained, checkpoint_dtype(dtypes))
         record = {
             "base": base_name or str(base),
             "base_fingerprint": base_print,
@@ -168,7 +157,8 @@ def _changes(trained: Trained, table: Mapping[str, TensorEntry], base: Path) -> 
             raise CheckpointError(f"{trained.weights} belongs to another base: {base} has no tensor '{name}'")
         if table[name].shape != shape:
             raise CheckpointError(
-                f"{trained.weights} belongs to another base: '{name}' is {shape} there and {table[name].shape} in {base}"
+                f"{trained.weights} belongs to another base: '{name}' is {shape} there"
+                f" and {table[name].shape} in {base}"
             )
     return changes
 
@@ -180,18 +170,60 @@ def _update_shape(adapter: ModuleAdapter) -> tuple[int, ...]:
     return shape[::-1] if adapter.embedding else shape
 
 
+def tensor_bytes(table: Mapping[str, TensorEntry], dtypes: Mapping[str, str]) -> int:
+    """Return the bytes that tensors of these shapes and types take."""
+    return sum(torch.Size(entry.shape).numel() * DTYPES[dtypes[name]].itemsize for name, entry in table.items())
+
+
+def copy_tensors(
+    source: Path,
+    target: Path,
+    dtypes: Mapping[str, str],
+    changes: Mapping[str, ModuleAdapter | Tensor] | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Stream a checkpoint's tensors into shards of the same names in `target`, with the index.
+
+    Args:
+        source: a checkpoint's folder.
+        target: an existing folder.
+        dtypes: type of each tensor in the output, by safetensors' names.
+        changes: what replaces or changes single tensors.
+        advance: called with the number of bytes that were written.
+    """
+    table = tensor_table(source)
+    by_file: dict[str, list[str]] = {}
+    for name, entry in table.items():
+        by_file.setdefault(entry.file, []).append(name)
+    for file, names in by_file.items():
+        with ShardWriter(target / file, {name: (dtypes[name], table[name].shape) for name in names}) as writer:
+            for name in names:
+                _write_tensor(writer, name, source, table[name], dtypes[name], (changes or {}).get(name))
+                advance(torch.Size(table[name].shape).numel() * DTYPES[dtypes[name]].itemsize)
+    if (source / INDEX_FILE).is_file():
+        weight_map = {name: table[name].file for name in sorted(table)}
+        total = tensor_bytes(table, dtypes)
+        write_json(target / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
 def _write_tensor(
-    writer: ShardWriter, name: str, base: Path, entry: TensorEntry, dtype: str, change: ModuleAdapter | Tensor | None
+    writer: ShardWriter, name: str, source: Path, entry: TensorEntry, dtype: str, change: ModuleAdapter | Tensor | None
 ) -> None:
     if change is None and dtype == entry.dtype:
-        writer.copy(name, read_chunks(base, entry))
+        writer.copy(name, read_chunks(source, entry))
         return
     if isinstance(change, ModuleAdapter):
         # Summed in float32 and rounded once, also where the output is wider than the base.
-        tensor = change.merged(read_tensor(base, entry).to(torch.float32))
+        tensor = change.merged(read_tensor(source, entry).to(torch.float32))
     else:
-        tensor = change if change is not None else read_tensor(base, entry)
+        tensor = change if change is not None else read_tensor(source, entry)
     writer.write(name, tensor.to(DTYPES[dtype]))
+
+
+def checkpoint_dtype(dtypes: Mapping[str, str]) -> str | None:
+    """Return the one floating-point type of a checkpoint as `config.json` names it, or None where it has several."""
+    kinds = {dtype for dtype in dtypes.values() if dtype in _JSON_DTYPES}
+    return _JSON_DTYPES[kinds.pop()] if len(kinds) == 1 else None
 
 
 def copy_release_files(source: Path, target: Path) -> None:
@@ -201,9 +233,7 @@ def copy_release_files(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def _write_config(
-    base: Path, target: Path, trained: Trained, layout: Mapping[str, tuple[str, tuple[int, ...]]]
-) -> None:
+def _write_config(base: Path, target: Path, trained: Trained, dtype: str | None) -> None:
     config = read_json(base / "config.json") | dict(trained.inference)
     statistics = dict(trained.statistics)
     if not statistics and (base / STATISTICS_FILE).is_file():
@@ -211,10 +241,8 @@ def _write_config(
     if statistics:
         config["norm_stats"] = statistics
         write_json(target / STATISTICS_FILE, statistics)
-    kinds = {dtype for dtype, _ in layout.values() if dtype in _JSON_DTYPES}
-    if len(kinds) == 1:
-        name = _JSON_DTYPES[kinds.pop()]
-        config["torch_dtype"] = name
+    if dtype is not None:
+        config["torch_dtype"] = dtype
         if isinstance(config.get("text_config"), dict) and "torch_dtype" in config["text_config"]:
-            config["text_config"] = config["text_config"] | {"torch_dtype": name}
+            config["text_config"] = config["text_config"] | {"torch_dtype": dtype}
     write_json(target / "config.json", config)

@@ -10,8 +10,8 @@ import torch
 from vlaft.config import AdaptConfig
 from vlaft.errors import MissingExtra
 
-# Kept in full precision: the head (its logits decide the action), and what the forward pass never runs.
-SKIPPED = ("lm_head", "attn_pool")
+# Kept in full precision: the head, whose logits decide the action.
+SKIPPED = ("lm_head",)
 
 
 def quantization_config(adapt: AdaptConfig, compute_dtype: torch.dtype) -> Any:

@@ -92,6 +92,21 @@ def progress(description: str, total: int | None = None, unit: str = "") -> Iter
         yield from _lines(description, total, unit)
 
 
+@contextmanager
+def bytes_progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show how many of `total` bytes are done, in MiB; yields a function that takes the bytes of each piece."""
+    done = 0
+    with progress(description, total=total // 2**20, unit="MiB") as advance:
+
+        def count(written: int) -> None:
+            nonlocal done
+            before = done // 2**20
+            done += written
+            advance(done // 2**20 - before)
+
+        yield count
+
+
 def _bar(console: Console, description: str, total: int | None, unit: str) -> Iterator[Advance]:
     from rich.progress import (
         BarColumn,

@@ -142,7 +142,33 @@ def _layout_settings(words: Sequence[str]) -> dict[str, Any]:
         place[last] = value
     if problems:
         raise ConfigError(problems)
-    return settings
+    return _with_reader_options(settings)
+
+
+def _with_reader_options(settings: dict[str, Any]) -> dict[str, Any]:
+    """Move what only a reader understands under `options`; the reader refuses what it does not know.
+
+    Those are keys that no layout has (but not a layout's key mistyped), rules instead of texts, and the whole mapping
+    of an HDF5 file of unknown layout, which is told by its key `episodes`.
+    """
+    from dataclasses import fields
+    from difflib import get_close_matches
+
+    from vlaft.data.layout import Layout
+
+    known = [field.name for field in fields(Layout)]
+    mapped = ("action", "state", "cameras", "instruction", "fps") if "episodes" in settings else ()
+    options: dict[str, Any] = {}
+    for key, value in settings.items():
+        nested = value.values() if key == "cameras" and isinstance(value, dict) else [value]
+        rule = key in ("cameras", "instruction", "fps") and any(isinstance(inner, dict) for inner in nested)
+        foreign = key not in known and not get_close_matches(key, known, n=1, cutoff=0.8)
+        if foreign or rule or key in mapped:
+            options[key] = value
+    rest = {key: value for key, value in settings.items() if key not in options}
+    if options:
+        rest["options"] = {**options, **rest.get("options", {})}
+    return rest
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from vlaft import __version__
-from vlaft.cli import doctor, merge, predict, recipes, report, train
+from vlaft.cli import convert, doctor, export, merge, predict, recipes, report, train
 from vlaft.errors import ConfigError, VlaftError
 
 app = typer.Typer(
@@ -25,10 +25,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(recipes.app, name="recipes")
+app.command("convert")(convert.convert)
 app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
 app.command("train")(train.train)
 app.command("merge")(merge.merge)
+app.command("export")(export.export)
 app.command("predict")(predict.predict)
 
 

@@ -24,7 +24,7 @@ def merge(
 ) -> None:
     """Write one plain checkpoint: the base with the trained weights folded in."""
     from vlaft.cli.arguments import check_output_folder
-    from vlaft.cli.console import progress, say
+    from vlaft.cli.console import bytes_progress, say
     from vlaft.errors import CheckpointError, UsageError
     from vlaft.merge import merge as run_merge
     from vlaft.model.checkpoint import resolve_checkpoint, tensor_table
@@ -39,15 +39,7 @@ def merge(
         raise CheckpointError(f"{source} does not say on which base it was trained; give it with --base")
     folder = resolve_checkpoint(name)
     total = sum(entry.end - entry.begin for entry in tensor_table(folder).values())
-    with progress("merging", total=total // 2**20, unit="MiB") as advance:
-        done = 0
-
-        def count(written: int) -> None:
-            nonlocal done
-            before = done // 2**20
-            done += written
-            advance(done // 2**20 - before)
-
-        result = run_merge(trained, folder, out, base_name=name, dtype=dtype, advance=count)
+    with bytes_progress("merging", total) as advance:
+        result = run_merge(trained, folder, out, base_name=name, dtype=dtype, advance=advance)
     say(f"{result.changed} of {result.tensors} tensors changed; {result.bytes / 1e9:.2f} GB written to {out}")
     say(f"next: vlaft predict {out} --image frame.png --instruction 'pick up the cup'")

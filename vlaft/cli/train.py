@@ -104,7 +104,8 @@ class _Printer:
 
         memory = f" | {line.memory_bytes / 1e9:.2f} GB" if line.memory_bytes is not None else ""
         say(
-            f"step {line.step:>6} | loss {line.loss:.4f} | accuracy {line.action_accuracy:.3f} | L1 {line.action_l1:.4f}"
+            f"step {line.step:>6} | loss {line.loss:.4f} | accuracy {line.action_accuracy:.3f}"
+            f" | L1 {line.action_l1:.4f}"
             f" | lr {line.learning_rate:.2e} | grad {line.grad_norm:.3f} | {line.samples_per_second:.1f} samples/s"
             f" | data {line.data_seconds:.3f} s{memory} | {_duration(line.seconds_left)} left"
         )

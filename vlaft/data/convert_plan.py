@@ -283,8 +283,13 @@ def plan_shards(episodes: Sequence[PlannedEpisode], shard_rows: int) -> list[Sha
 
 
 def camera_column(name: str) -> str:
-    """Return the column of a further camera: `image_<name>`, without what column names cannot hold."""
-    return f"{MAIN_CAMERA}_{re.sub(r'[^A-Za-z0-9_]+', '_', name)}"
+    """Return the column of a further camera: `image_<name>`, without what column names cannot hold.
+
+    >>> camera_column("wrist"), camera_column("observation.images.left"), camera_column("image_1")
+    ('image_wrist', 'image_observation_images_left', 'image_1')
+    """
+    plain = re.sub(r"[^A-Za-z0-9_]+", "_", name)
+    return plain if plain.startswith(f"{MAIN_CAMERA}_") else f"{MAIN_CAMERA}_{plain}"
 
 
 def _limited(refs: Sequence[EpisodeRef], limit: int | None) -> list[EpisodeRef]:

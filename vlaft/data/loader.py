@@ -79,6 +79,7 @@ class ExampleLoader:
         world_size: int = 1,
         workers: int = 0,
         split: str = "train",
+        limit: int | None = None,
     ) -> None:
         """Prepare to read; nothing is decoded yet.
 
@@ -90,6 +91,7 @@ class ExampleLoader:
             world_size: number of processes.
             workers: threads that decode ahead; 0 decodes in the caller's.
             split: `"train"` or `"val"`.
+            limit: only the first so many rows, over and over; None takes all.
 
         Raises:
             DataError: the datasets do not fit together, or the split is empty.
@@ -100,6 +102,9 @@ class ExampleLoader:
         self._seed, self._batch_size = seed, batch_size
         self._rank, self._world_size = rank, world_size
         self._groups = self._reader.groups_by_weight()
+        if limit is not None:
+            kept = [(weight, rows[rows < limit]) for weight, rows in self._groups]
+            self._groups = [(weight, rows) for weight, rows in kept if len(rows)]
         self.epoch_length = max(1, sum(round(weight * len(rows)) for weight, rows in self._groups))
         self._consumed = 0  # examples that all ranks together have been given
         self._orders: dict[int, NDArray[np.int64]] = {}

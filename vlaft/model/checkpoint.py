@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _MAX_HEADER = 100 * 2**20  # safetensors' own bound on a header
 _SAMPLE = 4096  # bytes of each tensor that the fingerprint reads
+_ITEM_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2} | {
+    f"{kind}{8 * size}": size for kind in "UIF" for size in (4, 8)
+}  # bytes per element; types that are not here are not read
 
 
 @dataclass(frozen=True)
@@ -119,8 +123,13 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             }
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
             raise CheckpointError(f"{path}: its safetensors header is damaged") from None
-    if any(not 0 <= entry.begin <= entry.end <= size for entry in entries.values()):
+    if any(entry.end > size for entry in entries.values()):
         raise CheckpointError(f"{path}: truncated: tensors end beyond the file's {size:,} bytes")
+    for name, entry in entries.items():
+        stored, item = entry.end - entry.begin, _ITEM_SIZES.get(entry.dtype)
+        fits = item is None or stored == item * math.prod(entry.shape)
+        if entry.begin < 8 + length or stored < 0 or min(entry.shape, default=0) < 0 or not fits:
+            raise CheckpointError(f"{path}: its safetensors header is damaged at '{name}'")
     return entries
 
 
@@ -163,7 +172,7 @@ def fingerprint(folder: Path) -> str:
         entry = table[name]
         digest.update(f"{name} {entry.dtype} {entry.shape}\n".encode())
         with (folder / entry.file).open("rb") as file:
-            for begin in {entry.begin, max(entry.begin, entry.end - _SAMPLE)}:
+            for begin in sorted({entry.begin, max(entry.begin, entry.end - _SAMPLE)}):
                 file.seek(begin)
                 digest.update(file.read(min(_SAMPLE, entry.end - begin)))
     return digest.hexdigest()[:32]
@@ -204,17 +213,20 @@ def load_model(folder: Path, *, dtype: Any = None, device: Any = "cpu", quantiza
         CheckpointError: tensors missing, left over, or of another shape than the configuration says.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers.utils import logging
 
     from vlaft.model.openvla import OpenVLAForActionPrediction
 
     config = load_config(folder)
     table = tensor_table(folder)
-    with torch.device("meta"):
-        expected = {
-            name: tuple(tensor.shape) for name, tensor in OpenVLAForActionPrediction(config).state_dict().items()
-        }
-    if not any(name.endswith(".absmax") or name.endswith(".SCB") for name in table):  # not saved quantised
+    try:
+        with torch.device("meta"):
+            state = OpenVLAForActionPrediction(config).state_dict()
+    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: no model can be built from it ({error})") from None
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if not any(name.endswith((".absmax", ".SCB")) for name in table):  # not saved quantised
         check_tensors({name: entry.shape for name, entry in table.items()}, expected, str(folder))
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # the caller has its own
@@ -228,6 +240,8 @@ def load_model(folder: Path, *, dtype: Any = None, device: Any = "cpu", quantiza
             use_safetensors=True,
             local_files_only=True,
         )
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder}: the weights are damaged ({error})") from None
     finally:
         if bar:
             logging.enable_progress_bar()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from transformers import AutoConfig, CONFIG_MAPPING, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from vlaft.errors import CheckpointError
 
@@ -81,6 +81,11 @@ class OpenVLAConfig(PretrainedConfig):
             self.use_fused_vision_backbone = len(timm_ids) == 2
         self.image_sizes = self.image_sizes or sizes
         self.timm_model_ids = self.timm_model_ids or timm_ids
+        backbones = 2 if self.use_fused_vision_backbone else 1
+        for key in ("image_sizes", "timm_model_ids", "vision_overrides"):
+            value = getattr(self, key)
+            if value is not None and not (isinstance(value, list | tuple) and len(value) == backbones):
+                raise CheckpointError(f"config.json: {key} must have one entry per vision backbone ({backbones})")
         text = self.text_config or {"vocab_size": 32064, "pad_token_id": self.pad_token_id}
         if isinstance(text, dict):
             model_type = text.get("model_type", "llama")

@@ -54,9 +54,10 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
     def __init__(self, config: OpenVLAConfig) -> None:
         super().__init__(config)
-        overrides = config.vision_overrides or [None] * len(config.timm_model_ids)
-        vits = [vit_config(name, override) for name, override in zip(config.timm_model_ids, overrides, strict=True)]
-        self.vision_backbone = VisionBackbone(vits, config.image_sizes)
+        names, sizes = config.timm_model_ids or [], config.image_sizes or []  # never empty: see the configuration
+        overrides = config.vision_overrides or [None] * len(names)
+        vits = [vit_config(name, override) for name, override in zip(names, overrides, strict=True)]
+        self.vision_backbone = VisionBackbone(vits, sizes)
         self.projector = Projector(
             self.vision_backbone.embed_dim, config.text_config.hidden_size, fused=bool(config.use_fused_vision_backbone)
         )

@@ -96,7 +96,7 @@ class ShardWriter:
         if _NAMES.get(tensor.dtype) != dtype or tuple(tensor.shape) != shape:
             raise ValueError(f"'{name}' is {tensor.dtype} {tuple(tensor.shape)}, announced as {dtype} {shape}")
         data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        self._file.write(memoryview(data.numpy()))
+        self._file.write(data.numpy().data)
 
     def copy(self, name: str, chunks: Iterator[bytes]) -> None:
         """Write the next tensor from its bytes."""

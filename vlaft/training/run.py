@@ -169,11 +169,11 @@ class Run:
                 (output.loss / train.accumulation).backward()
             sums.add(output)
         norm = None
-        trained = [p for p in self.model.parameters() if p.grad is not None]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
         if train.max_grad_norm is not None:
             norm = torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm)
         elif want_norm:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+            norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1

@@ -7,7 +7,6 @@ says where it ran; `log.jsonl` has one line per logged step; `report.json` puts 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
 from collections.abc import Mapping
@@ -41,7 +40,7 @@ _FREE_KEYS = {
 
 def environment(command: list[str], device: str) -> dict[str, Any]:
     """Return versions, machine and command for `environment.json`."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
             versions[package] = version(package)
@@ -130,7 +129,7 @@ class RunFolder:
                 continue  # a line that a kill cut short
         partial = self.path / f".{LOG_FILE}.partial"
         partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(partial, path)
+        partial.replace(path)
 
 
 def check_same_recipe(old: RecipeConfig, new: RecipeConfig, folder: Path) -> None:

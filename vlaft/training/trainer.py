@@ -145,9 +145,7 @@ def _loop(run: Run, signals: StopSignals) -> bool:
     return False
 
 
-def _log_step(
-    run: Run, metrics: Metrics, norm: torch.Tensor | None, elapsed: float, steps: int, waited: float
-) -> None:
+def _log_step(run: Run, metrics: Metrics, norm: torch.Tensor | None, elapsed: float, steps: int, waited: float) -> None:
     device = run.accelerator.device
     line = StepLine(
         step=run.progress.step,
@@ -220,5 +218,3 @@ def _report(run: Run, peak: int, seconds: float) -> dict:
             "measured_as": "torch.cuda.max_memory_allocated" if on_gpu else "resident memory of the process",
         },
     }
-
-
