@@ -29,6 +29,11 @@ def test_words_become_layout_fields() -> None:
         "steps": ["drop_first", {"resample": {"fps": 5}}],
         "instruction": "open it",
     }
+    assert _layout_settings(["shift_action=1", "fps={attribute: hz}", "state=s"]) == {
+        "state": ["s"],
+        "options": {"shift_action": 1, "fps": {"attribute": "hz"}},
+    }
+    assert _layout_settings(["instuction=x"]) == {"instuction": "x"}  # mistyped, refused later
     with pytest.raises(ConfigError, match="already set"):
         _layout_settings(["cameras=x", "cameras.primary=y"])
 
@@ -60,6 +65,17 @@ def test_bridge(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert json.loads(captured.out)["episodes"] == {"train": 2, "val": 2}
     assert "writing examples: 32/32 examples" in captured.err
     assert ConvertedDataset(tmp_path / "out").row("val", 3)["instruction"] == "lift the pot"
+
+
+def test_an_hdf5_file_of_its_own_layout_is_mapped_by_words(shared: Path, tmp_path: Path) -> None:
+    words = [str(shared / "data/hdf5/generic_mixed.hdf5"), "episodes=episodes/traj_*", "fps={attribute: control_hz}"]
+    words += ["action=[cmd/ee_delta,cmd/gripper]", "cameras.front=camera/front_jpeg"]
+    words += ["cameras.wrist.path=camera/wrist_chw", "instruction={attribute: instruction}"]
+    words += ["--base", str(shared / "golden/openvla-tiny/checkpoint"), "--out", str(tmp_path / "out")]
+    run([*words, "--workers", "1"])
+    dataset = ConvertedDataset(tmp_path / "out")
+    assert dataset.rows("train") + dataset.rows("val") == 24 + 25 + 26
+    assert dataset.info["sources"][0]["fps"] == 5 and dataset.cameras == ("image", "image_wrist")
 
 
 def test_a_wrong_setting_is_told_with_the_nearest_known_one(shared: Path, tmp_path: Path) -> None:
