@@ -184,7 +184,7 @@ def action_tokenizer_of(config: Mapping[str, Any]) -> ActionTokenizer:
         ) from error
     if padding < 0 or n_bins < 2 or rows - padding <= n_bins:
         raise CheckpointError(
-            f"config.json: {rows} rows of vocabulary, {padding} of them padding, have no room for {n_bins} action tokens"
+            f"config.json: {rows} rows of vocabulary, {padding} of them padding, have no room for {n_bins} actions"
         )
     return ActionTokenizer(vocab_size=rows - padding, n_bins=n_bins)
 
