@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +119,12 @@ def load_adapter(model: Any, folder: Path) -> PeftModel:
 
     config = read_adapter_config(folder)
     config.init_lora_weights = True  # the values are loaded next; special initialisations would alter the base
+    config.base_model_name_or_path = None  # peft would warn that the base lies elsewhere now
     try:
-        wrapped = get_peft_model(model, config)
-    except ValueError as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|tie_word_embeddings).*")
+            wrapped = get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"{folder}: the adapter does not fit this base: {error}") from None
     load_adapter_weights(wrapped, folder)
     return wrapped.requires_grad_(False).eval()

@@ -48,6 +48,6 @@ def attach_lora(model: OpenVLAForActionPrediction, lora: LoraConfig, *, upcast: 
     if unknown:
         raise ConfigError(f"adapt.lora.targets: no module of this model is called {', '.join(unknown)}")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+        warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|tie_word_embeddings).*")
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft's own call, not the user's
         return peft.get_peft_model(model, peft_config(lora), autocast_adapter_dtype=upcast)

@@ -12,10 +12,14 @@ from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from vlaft.adapt.adapter_files import PREFIX
 from vlaft.errors import CheckpointError
+
+_PARTS = ("A", "B", "embedding_A", "embedding_B", "magnitude_vector")
+_ALTERS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # peft's initialisations that subtract from the base
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,9 @@ class ModuleAdapter:
         total = weight.float() + self.update()
         if self.magnitude is not None:
             # DoRA: the trained magnitude over the norm of each output's direction
-            norm = torch.linalg.vector_norm(total.flatten(1), dim=1)
-            factor = self.magnitude.float().flatten() / norm
-            total = total * factor.view(-1, *[1] * (total.ndim - 1))
+            outputs = total.T if self.embedding else total.flatten(1)
+            factor = self.magnitude.float().flatten() / torch.linalg.vector_norm(outputs, dim=1)
+            total = total * (factor if self.embedding else factor.view(-1, *[1] * (total.ndim - 1)))
         return total.to(weight.dtype)
 
 
@@ -66,14 +70,24 @@ def module_adapters(config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict[s
         Name of the base's weight to its adapter.
 
     Raises:
-        CheckpointError: a tensor without its partner, or one that is no part of a LoRA adapter.
+        CheckpointError: a tensor without its partner, one that is no part of a LoRA adapter, or an adapter whose
+            initialisation changed the base.
     """
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.lower().startswith(_ALTERS_BASE):
+        raise CheckpointError(
+            f"the adapter was initialised with '{init}', which changes the base's weights, so it cannot be merged"
+            " into the base as released; save it converted to plain LoRA first"
+        )
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         module, separator, part = name.removeprefix(PREFIX).rpartition(".lora_")
         if not separator or not name.startswith(PREFIX):
             raise CheckpointError(f"adapter tensor '{name}' is not one that can be merged")
-        parts.setdefault(module, {})[part.removesuffix(".weight")] = tensor
+        part = part.removesuffix(".weight")
+        if part not in _PARTS:
+            raise CheckpointError(f"adapter tensor '{name}' is not one that can be merged")
+        parts.setdefault(module, {})[part] = tensor
     adapters = {}
     for module, found in parts.items():
         embedding = "embedding_A" in found
@@ -81,7 +95,7 @@ def module_adapters(config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict[s
         if a is None or b is None:
             raise CheckpointError(f"adapter of '{module}': one of its two matrices is missing")
         rank = a.shape[0]
-        alpha = config.alpha_pattern.get(module, config.lora_alpha)
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
         scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
         adapters[f"{module}.weight"] = ModuleAdapter(a, b, scaling, embedding, found.get("magnitude_vector"))
     return adapters

@@ -245,6 +245,11 @@ def load_model(folder: Path, *, dtype: Any = None, device: Any = "cpu", quantiza
     finally:
         if bar:
             logging.enable_progress_bar()
+    for module in model.modules():
+        # On some CPUs bitsandbytes repacks 4-bit weights for a kernel that fails on widths that 64 does not divide,
+        # SigLIP's 4304 among them.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if quantization is None:
         model = model.to(device)
     return model.eval()
