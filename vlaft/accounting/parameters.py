@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-    from vlaft.config import RecipeConfig
+    from vlaft.config import AdaptConfig, RecipeConfig
     from vlaft.model.configuration import OpenVLAConfig
+    from vlaft.model.openvla import OpenVLAForActionPrediction
 
 PARTS = ("vision", "projector", "language model", "head")
 _PREFIX = "base_model.model."  # peft's
@@ -81,24 +82,46 @@ def folded(name: str) -> str:
     return _NUMBERED.sub(".N", module)
 
 
-def count(model: nn.Module) -> ParameterCount:
-    """Count the parameters of an adapted model after a backward pass has been run on it."""
-    named = [(name, parameter, parameter.requires_grad) for name, parameter in model.named_parameters()]
+def trained_by(adapt: AdaptConfig, model: nn.Module, base: OpenVLAForActionPrediction) -> set[str]:
+    """Return the names of the parameters of `model` that a recipe trains, those that no loss reaches included.
+
+    Args:
+        adapt: the recipe's section.
+        model: adapted, possibly with what no loss reaches frozen again.
+        base: what is inside `model`.
+    """
+    from vlaft.adapt.freeze import trained_modules
+
+    if adapt.method == "lora":
+        return {name for name, _ in model.named_parameters() if ".lora_" in name}
+    chosen = {id(parameter) for module in trained_modules(base, adapt.method) for parameter in module.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in chosen}
+
+
+def count(model: nn.Module, trained: set[str]) -> ParameterCount:
+    """Count the parameters of a model that `make_trainable` prepared, of which those named in `trained` are trained.
+
+    `make_trainable` freezes what no loss reaches, so what still asks for a gradient is reached; `count_parameters`
+    and the tests hold this against a backward pass.
+    """
+    named = list(model.named_parameters())
     return ParameterCount(
-        trainable=sum(parameter.numel() for _, parameter, trained in named if trained),
-        total=sum(parameter.numel() for _, parameter, _ in named),
-        reached_by_gradient=sum(parameter.numel() for _, parameter, _ in named if parameter.grad is not None),
-        parts=_group(model, part_of, PARTS),
-        modules=_group(model, folded),
+        trainable=sum(parameter.numel() for name, parameter in named if name in trained),
+        total=sum(parameter.numel() for _, parameter in named),
+        reached_by_gradient=sum(parameter.numel() for _, parameter in named if parameter.requires_grad),
+        parts=_group(model, trained, part_of, PARTS),
+        modules=_group(model, trained, folded),
     )
 
 
-def _group(model: nn.Module, key: Callable[[str], str], keys: tuple[str, ...] = ()) -> dict[str, PartCount]:
+def _group(
+    model: nn.Module, trained: set[str], key: Callable[[str], str], keys: tuple[str, ...] = ()
+) -> dict[str, PartCount]:
     groups = dict.fromkeys(keys, PartCount())
     for name, parameter in model.named_parameters():
         old = groups.get(key(name), PartCount())
         size = parameter.numel()
-        groups[key(name)] = PartCount(old.total + size, old.trainable + (size if parameter.requires_grad else 0))
+        groups[key(name)] = PartCount(old.total + size, old.trainable + (size if name in trained else 0))
     return groups
 
 
@@ -114,13 +137,17 @@ def count_parameters(recipe: RecipeConfig, config: OpenVLAConfig) -> ParameterCo
     """
     import torch
 
-    from vlaft.accounting.meta import example_inputs, example_normalization, meta_model
+    from vlaft.accounting.meta import META, example_inputs, example_normalization, meta_model
     from vlaft.adapt import adapt
     from vlaft.training.step import forward
 
-    model = adapt(meta_model(config), recipe.adapt)
+    base = meta_model(config)
+    with META:  # peft would make adapters in memory first
+        model = adapt(base, recipe.adapt)
     inputs = example_inputs(config, batch_size=1, tokens=16, labels=8)
     loss = forward(model, inputs, example_normalization(config), torch.float32).loss
     assert loss is not None
     loss.backward()
-    return count(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+    return count(model, trained_by(recipe.adapt, model, base))

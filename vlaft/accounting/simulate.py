@@ -1,0 +1,127 @@
+"""A training step, followed by a tracker: on the meta device to predict, on a real one to check the prediction."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlaft.accounting.autocast import CudaAutocast, in_recomputed_blocks
+from vlaft.accounting.meta import META, example_inputs, example_normalization, meta_model
+from vlaft.accounting.optimizer_state import GpuOptimizer
+from vlaft.accounting.parameters import ParameterCount, count, trained_by
+from vlaft.accounting.quantized import pack_linears
+from vlaft.accounting.tracker import ADAPTERS, GRADIENTS, OPTIMIZER, WEIGHTS, StorageTracker, Trace
+from vlaft.config import PrecisionConfig, RecipeConfig, resolve_precision
+from vlaft.model.configuration import OpenVLAConfig
+from vlaft.training.optimizer import build_optimizer
+from vlaft.training.session import DTYPES, make_trainable
+from vlaft.training.step import Inputs, Normalization, forward
+
+
+def trace_step(
+    recipe: RecipeConfig,
+    config: OpenVLAConfig,
+    *,
+    batch_size: int,
+    tokens: int,
+    labels: int,
+    on_gpu: bool = True,
+) -> tuple[Trace, ParameterCount]:
+    """Follow a training step of `recipe` on the meta device.
+
+    On a GPU, the step is one of many: the optimizer has its state already and, where gradients are accumulated, the
+    gradients are there. On a CPU, two steps are run from the start with PyTorch's own optimizer.
+
+    Args:
+        recipe: resolved settings.
+        config: of the base.
+        batch_size: examples per forward pass.
+        tokens: text tokens per example, actions and end of sequence included.
+        labels: of those, the ones with a label.
+        on_gpu: whose number formats and kernels.
+    """
+    precision = resolve_precision(recipe.precision, on_gpu)
+    base = meta_model(config, DTYPES[precision.frozen])
+    with META:  # peft would make adapters in memory first
+        model = make_trainable(base, recipe, precision)
+    trained = trained_by(recipe.adapt, model, base)
+    counted = count(model, trained)
+    if on_gpu:
+        pack_linears(model, recipe.adapt, DTYPES[precision.compute])
+    in_recomputed_blocks(model)
+    inputs = example_inputs(config, batch_size=batch_size, tokens=tokens, labels=labels)
+    normalization = example_normalization(config)
+    if not on_gpu:
+        optimizer = build_optimizer(model, recipe.train, recipe.adapt.lora.plus_ratio)
+        return follow_steps(model, optimizer, inputs, normalization, recipe, precision), counted
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    shadow = GpuOptimizer(learning, recipe.train.optimizer)
+    trace = follow_steps(model, shadow, inputs, normalization, recipe, precision, steady=True)
+    return trace, counted
+
+
+def follow_steps(
+    model: nn.Module,
+    optimizer: Any,
+    inputs: Inputs,
+    normalization: Normalization,
+    recipe: RecipeConfig,
+    precision: PrecisionConfig,
+    *,
+    steady: bool = False,
+) -> Trace:
+    """Run training steps as the trainer does and follow every storage.
+
+    Args:
+        model: ready to train, on the inputs' device.
+        optimizer: over its trained parameters.
+        inputs: the batch; every forward pass gets the same one.
+        normalization: of the base's pixels.
+        recipe: resolved settings.
+        precision: number formats without `auto`.
+        steady: follow a single forward and backward pass with the optimizer's state in place, and with gradients
+            where the recipe accumulates them; otherwise two steps of up to two passes each from a fresh start.
+    """
+    train = recipe.train
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    tracker = StorageTracker()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        tracker.add(tensor, ADAPTERS if ".lora_" in name else WEIGHTS)
+    tracker.begin("forward")
+    for tensor in (inputs.input_ids, inputs.labels, inputs.label_positions, inputs.images):
+        tracker.add(tensor)
+    passes = min(train.accumulation, 2)
+    generator = torch.Generator().manual_seed(0) if recipe.data.augment else None
+    emulated = CudaAutocast() if inputs.images.device == META else nullcontext()
+    with tracker, tracker.watching(model):
+        if steady:
+            tracker.kind = OPTIMIZER
+            optimizer.step()
+            tracker.kind = GRADIENTS
+            if passes > 1:
+                for parameter in learning:
+                    parameter.grad = torch.empty_like(parameter, requires_grad=False)
+        model.train()
+        for _ in range(1 if steady else 2):
+            for _ in range(1 if steady else passes):
+                tracker.begin("forward")
+                with emulated:
+                    output = forward(model, inputs, normalization, DTYPES[precision.compute], generator)
+                assert output.loss is not None
+                tracker.begin("backward")
+                (output.loss / train.accumulation).backward()
+            tracker.begin("optimizer")
+            if train.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(learning, train.max_grad_norm)
+            optimizer.step()
+            for state in optimizer.state.values():
+                for value in state.values():
+                    if isinstance(value, torch.Tensor) and value.device == inputs.images.device:
+                        tracker.relabel(value, OPTIMIZER)
+            optimizer.zero_grad(set_to_none=True)
+    trace = tracker.trace()
+    tracker.close()
+    return trace
