@@ -10,6 +10,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ RELEASE_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+Change = ModuleAdapter | Callable[[], Tensor]  # added to a tensor, or read in its place
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _JSON_DTYPES = {short: name for name, short in DTYPE_NAMES.items()}
 
@@ -96,10 +98,10 @@ def merge(
         for name, entry in table.items()
     }
     total = tensor_bytes(table, dtypes)
-    with output_folder(out, total) as partial:
-        copy_tensors(base, partial, dtypes, changes, advance)
-        copy_release_files(base, partial)
-        _write_config(base, partial, trained, checkpoint_dtype(dtypes))
+    with output_folder(out, total) as folder:
+        copy_tensors(base, folder, dtypes, changes, advance)
+        copy_release_files(base, folder)
+        _write_config(base, folder, trained, checkpoint_dtype(dtypes))
         record = {
             "base": base_name or str(base),
             "base_fingerprint": base_print,
@@ -108,7 +110,7 @@ def merge(
             "recipe": trained.recipe,
             "earlier": read_json(base / MERGE_FILE) if (base / MERGE_FILE).is_file() else None,
         }
-        write_json(partial / MERGE_FILE, record)
+        write_json(folder / MERGE_FILE, record)
     return MergeResult(out, len(table), len(changes), total)
 
 
@@ -127,7 +129,7 @@ def weights_fingerprint(trained: Trained) -> str:
 
 def _check_provenance(trained: Trained, base: Path, base_print: str, trained_print: str) -> None:
     record: dict[str, Any] | None = read_json(base / MERGE_FILE) if (base / MERGE_FILE).is_file() else None
-    while record:
+    while isinstance(record, dict):
         if record.get("trained_fingerprint") == trained_print:
             raise CheckpointError(f"{base}: '{trained.weights.name}' is merged into this checkpoint already")
         record = record.get("earlier")
@@ -138,9 +140,9 @@ def _check_provenance(trained: Trained, base: Path, base_print: str, trained_pri
         )
 
 
-def _changes(trained: Trained, table: Mapping[str, TensorEntry], base: Path) -> dict[str, ModuleAdapter | Tensor]:
+def _changes(trained: Trained, table: Mapping[str, TensorEntry], base: Path) -> dict[str, Change]:
     """Return what replaces or changes each tensor, checked against the base's shapes."""
-    changes: dict[str, ModuleAdapter | Tensor] = {}
+    changes: dict[str, Change] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     if trained.is_adapter:
         config = read_adapter_config(trained.weights)
@@ -150,7 +152,7 @@ def _changes(trained: Trained, table: Mapping[str, TensorEntry], base: Path) -> 
     else:
         header = read_header(trained.weights / TRAINED_FILE)
         for name, entry in header.items():
-            changes[name] = read_tensor(trained.weights, entry)
+            changes[name] = partial(read_tensor, trained.weights, entry)
             shapes[name] = entry.shape
     for name, shape in shapes.items():
         if name not in table:
@@ -179,7 +181,7 @@ def copy_tensors(
     source: Path,
     target: Path,
     dtypes: Mapping[str, str],
-    changes: Mapping[str, ModuleAdapter | Tensor] | None = None,
+    changes: Mapping[str, Change] | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Stream a checkpoint's tensors into shards of the same names in `target`, with the index.
@@ -207,7 +209,7 @@ def copy_tensors(
 
 
 def _write_tensor(
-    writer: ShardWriter, name: str, source: Path, entry: TensorEntry, dtype: str, change: ModuleAdapter | Tensor | None
+    writer: ShardWriter, name: str, source: Path, entry: TensorEntry, dtype: str, change: Change | None
 ) -> None:
     if change is None and dtype == entry.dtype:
         writer.copy(name, read_chunks(source, entry))
@@ -216,7 +218,7 @@ def _write_tensor(
         # Summed in float32 and rounded once, also where the output is wider than the base.
         tensor = change.merged(read_tensor(source, entry).to(torch.float32))
     else:
-        tensor = change if change is not None else read_tensor(source, entry)
+        tensor = change() if change is not None else read_tensor(source, entry)
     writer.write(name, tensor.to(DTYPES[dtype]))
 
 

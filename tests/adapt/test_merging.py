@@ -100,6 +100,24 @@ def test_what_cannot_be_merged_is_refused(tensors: dict[str, Tensor], word: str)
     assert word in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("a", "b", "magnitude"),
+    [
+        (torch.zeros(3, 8), torch.zeros(6, 4), None),
+        (torch.zeros(8), torch.zeros(6), None),
+        (torch.zeros(3, 8, 4, 4), torch.zeros(6, 3), None),
+        (torch.zeros(3, 8, 4, 4), torch.zeros(6, 3, 2, 2), None),
+        (torch.zeros(3, 8), torch.zeros(6, 3), torch.ones(8)),
+    ],
+)
+def test_tensors_that_do_not_fit_together(a: Tensor, b: Tensor, magnitude: Tensor | None) -> None:
+    tensors = {NAME.format("A"): a, NAME.format("B"): b}
+    if magnitude is not None:
+        tensors["base_model.model.inner.linear.lora_magnitude_vector"] = magnitude
+    with pytest.raises(CheckpointError, match=r"inner\.linear"):
+        module_adapters(peft.LoraConfig(r=3), tensors)
+
+
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
 def test_adapters_whose_initialisation_changed_the_base_are_refused(init: str) -> None:
     tensors = {NAME.format("A"): torch.zeros(3, 8), NAME.format("B"): torch.zeros(6, 3)}

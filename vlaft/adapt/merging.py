@@ -94,8 +94,12 @@ def module_adapters(config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict[s
         a, b = (found.get(f"{'embedding_' if embedding else ''}{side}") for side in "AB")
         if a is None or b is None:
             raise CheckpointError(f"adapter of '{module}': one of its two matrices is missing")
+        magnitude = found.get("magnitude_vector")
+        fits = a.ndim in (2, 4) and a.ndim == b.ndim and b.numel() == len(b) * len(a)
+        if not fits or (magnitude is not None and magnitude.numel() != len(b)):
+            raise CheckpointError(f"adapter of '{module}': the shapes of its tensors do not fit together")
         rank = a.shape[0]
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
         scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-        adapters[f"{module}.weight"] = ModuleAdapter(a, b, scaling, embedding, found.get("magnitude_vector"))
+        adapters[f"{module}.weight"] = ModuleAdapter(a, b, scaling, embedding, magnitude)
     return adapters
