@@ -1,0 +1,211 @@
+"""`vlaft inspect`: what is in demonstrations, and what is wrong with them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vlaft.cli.arguments import AsJson
+
+if TYPE_CHECKING:
+    from vlaft.data.inspection import Inspection
+
+_BARS = "▁▂▃▄▅▆▇█"
+_BAR_COLUMNS = 20
+_INSTRUCTIONS_SHOWN = 12
+
+
+def inspect(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE [KEY=VALUE]...",
+            help="A file, folder, Hub id or converted dataset, then settings of the layout as for `vlaft convert`.",
+            show_default=False,
+        ),
+    ],
+    preset: Annotated[str | None, typer.Option("--preset", help="Dataset preset.", show_default=False)] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Only the first episodes of each split.", show_default=False)
+    ] = None,
+    frames: Annotated[
+        bool, typer.Option("--frames/--no-frames", help="Decode some frames of each episode; off is faster for videos.")
+    ] = True,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", help="Write a page with frames, plots and warnings to this file.", show_default=False),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --html.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what is in demonstrations, and what is wrong with them: each warning says what to type about it.
+
+    Example: vlaft inspect demos.hdf5 --html demos.html
+    """
+    from vlaft.cli.console import print_json, say
+    from vlaft.data.inspection_summary import summarize
+    from vlaft.data.inspection_warnings import find
+
+    if html is not None:
+        _check_page(html, overwrite)
+    inspection = _inspect(words, preset, limit, frames, thumbnails=html is not None)
+    findings = find(inspection)
+    summary = summarize(inspection, findings)
+    if html is not None:
+        from vlaft.inspect_page import render
+
+        _write(html, render(inspection, summary))
+    if as_json:
+        print_json(summary)
+    else:
+        _show(summary)
+    if html is not None:
+        say(f"wrote {html}")
+
+
+def _inspect(
+    words: Sequence[str], preset: str | None, limit: int | None, frames: bool, *, thumbnails: bool
+) -> Inspection:
+    from vlaft.cli.convert import _phases, _sources
+    from vlaft.data.inspection import inspect_source
+    from vlaft.data.inspection_converted import inspect_converted, is_converted
+    from vlaft.errors import UsageError
+
+    requests = _sources(words, [preset] if preset else [], [], [])
+    if len(requests) != 1:
+        raise UsageError(f"{len(requests)} sources are given; inspect them one by one")
+    request = requests[0]
+    with _phases() as report:
+        if is_converted(request.path):
+            if preset or request.layout:
+                raise UsageError(f"{request.path} is converted already, so --preset and settings change nothing there")
+            return inspect_converted(request.path, limit=limit, frames=frames, thumbnails=thumbnails, progress=report)
+        return inspect_source(request, limit=limit, frames=frames, thumbnails=thumbnails, progress=report)
+
+
+def _check_page(page: Path, overwrite: bool) -> None:
+    """Refuse a page that cannot be written before the long work, not after it."""
+    from vlaft.errors import VlaftError
+
+    if page.is_dir():
+        raise VlaftError(f"{page} is a folder; --html needs a file")
+    if page.exists() and not overwrite:
+        raise VlaftError(f"{page} exists already; name another file with --html, or give --overwrite")
+    if not page.parent.is_dir():
+        raise VlaftError(f"there is no folder {page.parent} to write {page.name} to")
+
+
+def _write(page: Path, content: str) -> None:
+    from vlaft.errors import VlaftError
+
+    aside = page.with_name(f".{page.name}.{os.getpid()}.tmp")
+    try:
+        aside.write_text(content, encoding="utf-8")
+        aside.replace(page)
+    except OSError as error:
+        raise VlaftError(f"{page} cannot be written ({error.strerror})") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _show(summary: Mapping[str, Any]) -> None:
+    from rich.table import Table
+
+    from vlaft.cli.console import show
+    from vlaft.data.inspection_advice import flow
+
+    overview = Table(box=None, show_header=False, pad_edge=False)
+    overview.add_column(style="bold", no_wrap=True)
+    overview.add_column(overflow="fold")
+    for name, value in overview_rows(summary):
+        overview.add_row(name, value)
+    show(overview)
+    show("")
+    standardized = summary["standardized"]
+    source = " + ".join(summary["action"]["source"]) or "the column action"
+    if standardized is None or standardized["steps"]:
+        show(f"action as stored: {source}")
+        show(_action_table(summary["action"]))
+    if standardized is not None:
+        steps = ", ".join(flow(step) for step in standardized["steps"]) or "no standardizing steps"
+        if standardized["steps"]:
+            show("")
+        show(f"action as converted: {source}; {steps}; {standardized['rows']:,} steps")
+        show(_action_table(standardized))
+    show("")
+    if not summary["warnings"]:
+        show("no warnings")
+        return
+    show(f"{len(summary['warnings'])} warnings")
+    for number, warning in enumerate(summary["warnings"], start=1):
+        show(f"{number:3d}. {warning}")
+
+
+def overview_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the lines of the overview: what, and how it is."""
+    steps = sorted(summary["steps_per_episode"])
+    cameras = []
+    for name, (height, width, channels) in summary["cameras"].items():
+        ours = summary["camera_names"].get(name)
+        called = "" if ours == name else f" as {ours}" if ours else " (not kept)"
+        cameras.append(f"{name} {height}x{width}x{channels}{called}")
+    splits = ", ".join(f"{split} {counts['episodes']}" for split, counts in summary["splits"].items())
+    instructions = [text or "(empty)" for text in summary["instructions"]]
+    more = [f"and {len(instructions) - _INSTRUCTIONS_SHOWN} more"] if len(instructions) > _INSTRUCTIONS_SHOWN else []
+    kinds = {True: "absolute targets, by the state", False: "deltas, by the state", None: "the data do not tell"}
+    rows = [
+        ("dataset", f"{summary['name']} ({summary['path']})"),
+        ("format", summary["format"] + (f", preset {summary['preset']}" if summary["preset"] else "")),
+        ("episodes", f"{summary['episodes']:,}" + (f" ({splits})" if splits else "")),
+        ("steps", f"{summary['steps']:,} ({steps[0]} to {steps[-1]} per episode, median {steps[len(steps) // 2]})"),
+        ("rate", "unknown" if summary["fps"] is None else f"{summary['fps']:g} Hz"),
+        ("cameras", "\n".join(cameras) or "none"),
+        ("instructions", "\n".join([*instructions[:_INSTRUCTIONS_SHOWN], *more]) or "none"),
+        ("action", f"{summary['action']['dim']} dimensions; absolute or delta: {kinds[summary['absolute']]}"),
+        ("idle steps", f"{summary['idle_share']:.1%}"),
+    ]
+    for guess in summary["grippers"]:
+        opened = "unknown" if guess["open_at"] is None else f"{guess['open_at']:.3g}"
+        rows.append(
+            (
+                "gripper",
+                f"{guess['label']}: {guess['low']:.3g} to {guess['high']:.3g}, {guess['kind']},"
+                f" open at {opened} ({guess['why']})",
+            )
+        )
+    return rows
+
+
+def _action_table(action: Mapping[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", justify="right")
+    if action["names"]:
+        table.add_column("name", no_wrap=True)
+    for name in ("mean", "std", "min", "q01", "q99", "max"):
+        table.add_column(name, justify="right", no_wrap=True)
+    clipped = action.get("clipped")
+    if clipped:
+        table.add_column("clipped", justify="right")
+    table.add_column("min to max", no_wrap=True)
+    for dim in range(action["dim"]):
+        cells = [str(dim)]
+        if action["names"]:
+            cells.append(action["names"][dim])
+        cells += [f"{action['stats'][name][dim]:.4g}" for name in ("mean", "std", "min", "q01", "q99", "max")]
+        if clipped:
+            cells.append(f"{clipped[dim]:.1%}" if action["mask"][dim] else "-")
+        table.add_row(*cells, _bars(action["histograms"][dim]["counts"]))
+    return table
+
+
+def _bars(counts: Sequence[int]) -> str:
+    """Draw a histogram in one line of text; the height is the square root, so that rare values stay visible."""
+    joined = [sum(counts[start : start + 2]) for start in range(0, len(counts), len(counts) // _BAR_COLUMNS)]
+    most = max(joined)
+    return "".join(" " if not count else _BARS[round((count / most) ** 0.5 * (len(_BARS) - 1))] for count in joined)

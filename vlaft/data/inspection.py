@@ -1,0 +1,316 @@
+"""What is in a set of demonstrations: the facts that `vlaft inspect` shows, and warns about.
+
+Actions are read whole, in the precision in which they are stored; of the frames, a few per episode are decoded.
+A damaged episode is a fact too: it is listed, and the others are measured.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlaft.data.convert_plan import OpenedSource, SourceRequest, open_request
+from vlaft.data.episode import Episode, Image
+from vlaft.data.inspection_frames import CameraFacts, evenly, look_at
+from vlaft.data.layout import Layout, apply_layout, read_columns
+from vlaft.data.readers import EpisodeRef
+from vlaft.data.standardize import parse_steps, standardize
+from vlaft.errors import ConfigError, DataError
+
+Progress = Callable[[str, int, int], None]  # phase, done, total
+
+FRAME_STEPS = ("rotate", "flip_rows", "swap_red_blue")  # standardizing steps that change frames alone
+EPISODES_LOOKED_AT = 48  # of which frames are decoded: a video has to be decoded from its start to each frame
+
+# What readers put before a camera's own name, by format: RLDS, robomimic and LIBERO, ALOHA.
+_CAMERA_PREFIX = re.compile(r"^(observations/images/|observation/|obs/)")
+_ACTION_PARTS = (  # what to propose where no action is named, in OpenVLA's order, the most telling names first
+    (r"action.*(world_vector|delta_(eef|ee|tcp)_pos)", r"action.*(pos|xyz|translation)"),
+    (r"action.*(rotation_delta|delta_(eef|ee|tcp)_rot)", r"action.*(rot|euler|axis_angle)"),
+    (r"action.*grip.*(clos|open)", r"action.*grip"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeFacts:
+    """One episode.
+
+    Attributes:
+        name: as the source calls it.
+        split: the source's own split, or None.
+        steps: T, as stored.
+        instruction: empty when there is none.
+        fps: control rate in Hz, or None.
+        action: the raw action `[T, A]` float64: the arrays that the layout names, unchanged.
+        standardized: the action after the layout's steps `[T', A']`, or None where these refuse the episode.
+        state: `[T', S]` after the steps, or None.
+        names: of the standardized action's dimensions, or empty.
+        refused: why a conversion would refuse the episode, or an empty text.
+        cameras: what some of its frames show, by the camera's stored name; empty where none was looked at.
+    """
+
+    name: str
+    split: str | None
+    steps: int
+    instruction: str
+    fps: float | None
+    action: NDArray[np.float64]
+    standardized: NDArray[np.float32] | None = None
+    state: NDArray[np.float32] | None = None
+    names: tuple[str, ...] = ()
+    refused: str = ""
+    cameras: Mapping[str, CameraFacts] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What was found.
+
+    Attributes:
+        path: what was inspected.
+        name: the dataset's name.
+        kind: a source of demonstrations, or a dataset that `vlaft convert` wrote.
+        format: the source's format, or "vlaft".
+        preset: the preset that was given, or None.
+        layout: how arrays become action, state and cameras; of a converted dataset, its first source's.
+        source_steps: the standardizing steps that the reader itself proposes.
+        episodes: all that could be read.
+        unreadable: names of the others, with why.
+        shapes: per camera, by its stored name, the frames' height, width and channels as stored.
+        labels: stored name of a camera to the layout's name for it; cameras that the layout leaves out are absent.
+        references: stored name of a camera to its full path in the source.
+        pictures: per camera the first frame as stored and as converted, where thumbnails were asked for.
+        told: what reader and conversion have warned about.
+    """
+
+    path: Path
+    name: str
+    kind: Literal["source", "converted"]
+    format: str
+    preset: str | None
+    layout: Layout
+    source_steps: tuple[Any, ...] = ()
+    episodes: tuple[EpisodeFacts, ...]
+    unreadable: tuple[tuple[str, str], ...] = ()
+    shapes: Mapping[str, tuple[int, int, int]]
+    labels: Mapping[str, str]
+    references: Mapping[str, str]
+    pictures: Mapping[str, tuple[Image, Image]] = field(default_factory=dict)
+    told: tuple[str, ...] = ()
+
+    @property
+    def action(self) -> NDArray[np.float64]:
+        """The raw action over all steps `[N, A]`."""
+        return np.concatenate([episode.action for episode in self.episodes])
+
+    @property
+    def action_names(self) -> tuple[str, ...]:
+        """Names of the raw action's dimensions, or empty."""
+        names = self.layout.action_names
+        return tuple(names) if len(names) == self.episodes[0].action.shape[1] else ()
+
+    @property
+    def fps(self) -> float | None:
+        """The rate of most episodes, or None."""
+        rates = Counter(episode.fps for episode in self.episodes)
+        return rates.most_common(1)[0][0]
+
+    @property
+    def instructions(self) -> list[str]:
+        """The instructions in order of appearance; an empty one only beside others."""
+        found = list(dict.fromkeys(episode.instruction for episode in self.episodes))
+        return found if any(text.strip() for text in found) else []
+
+    @property
+    def standardized(self) -> list[EpisodeFacts]:
+        """The episodes that the layout's steps accept, of the width that most of them have."""
+        usable = [episode for episode in self.episodes if episode.standardized is not None]
+        widths = Counter(episode.standardized.shape[1] for episode in usable if episode.standardized is not None)
+        width = widths.most_common(1)[0][0] if widths else 0
+        return [entry for entry in usable if entry.standardized is not None and entry.standardized.shape[1] == width]
+
+
+def _silent(phase: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
+def inspect_source(
+    request: SourceRequest,
+    *,
+    limit: int | None = None,
+    frames: bool = True,
+    thumbnails: bool = False,
+    progress: Progress = _silent,
+) -> Inspection:
+    """Read a source of demonstrations and measure it.
+
+    Args:
+        request: the source, with preset and settings as `vlaft convert` takes them.
+        limit: only the first episodes of each split.
+        frames: whether to decode frames, beyond the first one of each camera.
+        thumbnails: whether to keep small copies of them.
+        progress: called with the phase, how much of it is done, and its total.
+
+    Raises:
+        ConfigError: the preset or a setting is wrong.
+        DataError: the source cannot be opened, no episode of it can be read, or it is not known which arrays are
+            the action (the sentence lists them).
+    """
+    opened = open_request(request)
+    refs = _limited(opened.source.episodes(), limit)
+    if not refs:
+        raise DataError(f"{request.path} has no episodes")
+    looked_at = {refs[position].index for position in evenly(len(refs), EPISODES_LOOKED_AT)} if frames else set()
+    frame_steps = [spec for spec in opened.layout.steps if parse_steps([spec])[0].name in FRAME_STEPS]
+    episodes: list[EpisodeFacts] = []
+    unreadable: list[tuple[str, str]] = []
+    cameras: _Cameras | None = None
+    for done, ref in enumerate(refs):
+        progress("reading episodes", done, len(refs))
+        try:
+            episode = opened.source.read(ref)
+            facts = _measure(episode, opened)
+            if episodes and facts.action.shape[1] != episodes[0].action.shape[1]:
+                raise DataError(
+                    f"episode '{ref.name}': the action has {facts.action.shape[1]} dimensions where the episodes before"
+                    f" have {episodes[0].action.shape[1]}"
+                )
+            view = _with_frame_steps(episode, opened.layout, frame_steps)
+            if cameras is None:
+                cameras = _cameras(episode, view, opened.layout, thumbnails)
+        except (DataError, ConfigError) as error:
+            unreadable.append((ref.name, str(error)))
+            continue
+        if ref.index in looked_at:
+            shown = {
+                stored: look_at(_frames_of(stored, cameras, episode, view), thumbnails=thumbnails)
+                for stored, path in cameras.references.items()
+                if path in episode.cameras
+            }
+            facts = replace(facts, cameras=shown)
+        episodes.append(facts)
+    progress("reading episodes", len(refs), len(refs))
+    if cameras is None:
+        raise DataError(unreadable[0][1])
+    return Inspection(
+        path=request.path,
+        name=opened.name,
+        kind="source",
+        format=opened.source.format,
+        preset=request.preset,
+        layout=opened.layout,
+        source_steps=tuple(opened.source.layout.steps),
+        episodes=tuple(episodes),
+        unreadable=tuple(unreadable),
+        shapes=cameras.shapes,
+        labels=cameras.labels,
+        references=cameras.references,
+        pictures=cameras.pictures,
+        # the action is known by now, so a reader's remark that it found no column for it is settled
+        told=tuple(text for text in opened.warnings if not re.match("there is no (single )?action column", text)),
+    )
+
+
+@dataclass(frozen=True)
+class _Cameras:
+    shapes: Mapping[str, tuple[int, int, int]]
+    labels: Mapping[str, str]
+    references: Mapping[str, str]
+    pictures: Mapping[str, tuple[Image, Image]]
+
+
+def _limited(refs: Sequence[EpisodeRef], limit: int | None) -> list[EpisodeRef]:
+    counts: Counter[str | None] = Counter()
+    kept = []
+    for ref in refs:
+        counts[ref.split] += 1
+        if limit is None or counts[ref.split] <= limit:
+            kept.append(ref)
+    return kept
+
+
+def _measure(episode: Episode, opened: OpenedSource) -> EpisodeFacts:
+    """Return all facts but those about frames; what standardizing refuses becomes `refused`."""
+    layout = opened.layout
+    paths = [reference.partition("[")[0] for reference in layout.action]
+    if not paths or any(path not in episode.arrays for path in paths):
+        raise DataError(_which_action(episode, opened, [path for path in paths if path not in episode.arrays]))
+    columns = [read_columns(episode, reference).astype(np.float64) for reference in layout.action]
+    facts = EpisodeFacts(
+        name=episode.name,
+        split=episode.split,
+        steps=episode.length,
+        instruction=episode.instruction if layout.instruction is None else layout.instruction,
+        fps=episode.fps if layout.fps is None else layout.fps,
+        action=np.concatenate(columns, axis=1),
+    )
+    try:
+        changed = standardize(apply_layout(episode, layout), layout.steps)
+    except (DataError, ConfigError) as error:
+        return replace(facts, refused=str(error))
+    return replace(facts, standardized=changed.action, state=changed.state, names=changed.action_names, fps=changed.fps)
+
+
+def _with_frame_steps(episode: Episode, layout: Layout, steps: Sequence[Any]) -> Episode | None:
+    """Return the episode with the layout's cameras and only the steps on frames, so that frame t stays frame t."""
+    try:
+        chosen = apply_layout(replace(episode, action=None), layout)
+        return standardize(chosen, steps)
+    except (DataError, ConfigError):
+        return None
+
+
+def _cameras(episode: Episode, view: Episode | None, layout: Layout, thumbnails: bool) -> _Cameras:
+    """Decode the first frame of every camera: its size is not believed from metadata."""
+    stored = [_CAMERA_PREFIX.sub("", path) for path in episode.cameras]
+    references = {
+        name if stored.count(name) == 1 else path: path for name, path in zip(stored, episode.cameras, strict=True)
+    }
+    ours = {path: label for label, path in layout.cameras.items()}
+    # in the layout's order, which puts the main camera first; what it leaves out follows
+    order = list(layout.cameras.values())
+    ordered = sorted(references, key=lambda name: order.index(references[name]) if references[name] in order else 999)
+    references = {name: references[name] for name in ordered}
+    labels = {name: ours[path] for name, path in references.items() if path in ours}
+    cameras = _Cameras({}, labels, references, {})
+    shapes: dict[str, tuple[int, int, int]] = {}
+    pictures: dict[str, tuple[Image, Image]] = {}
+    for name, path in references.items():
+        image = next(iter(episode.cameras[path].read([0])))
+        shapes[name] = (image.shape[0], image.shape[1], image.shape[2])
+        if thumbnails:
+            pictures[name] = (image, next(iter(_frames_of(name, cameras, episode, view).read([0]))))
+    return replace(cameras, shapes=shapes, pictures=pictures)
+
+
+def _frames_of(stored: str, cameras: _Cameras, episode: Episode, view: Episode | None) -> Any:
+    """Return a camera's frames, as converted where the layout keeps the camera."""
+    label = cameras.labels.get(stored)
+    if view is not None and label in view.cameras:
+        return view.cameras[str(label)]
+    return episode.cameras[cameras.references[stored]]
+
+
+def _which_action(episode: Episode, opened: OpenedSource, missing: Sequence[str]) -> str:
+    """Say which arrays there are, and what to type."""
+    arrays = [name for name in episode.arrays if np.asarray(episode.arrays[name]).dtype.kind in "biuf"]
+    parts = [
+        next((name for pattern in patterns for name in arrays if re.search(pattern, name)), None)
+        for patterns in _ACTION_PARTS
+    ]
+    example = [name for name in parts if name is not None]
+    if len(example) < 2:
+        example = [name for name in arrays if name.startswith("action") and "terminate" not in name] or arrays[:1]
+    known = ", ".join(f"{name} {list(np.shape(episode.arrays[name])[1:])}" for name in sorted(arrays))
+    lacking = f"there is no array {', '.join(missing)}" if missing else "no array is called so"
+    return (
+        f"{opened.request.path}: it is not known which arrays are the action ({lacking}); type for example"
+        f" action='[{', '.join(example)}]' (there are, with their widths: {known or 'none'})"
+    )

@@ -1,0 +1,172 @@
+"""Numbers about actions: statistics, histograms, clipping, idle steps, copies, odd lengths, absolute or delta."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+HISTOGRAM_BINS = 40
+_ABSOLUTE = 0.9  # correlation of an action dimension with the state above which it repeats the state
+_IDLE = 0.01  # share of a usual large motion (99 % quantile) below which a step does not move
+_ZERO = 1e-5  # likewise, below which it is a zero with rounding errors: BridgeData has 5e-7 where 0 is meant
+
+Actions = NDArray[np.floating]  # [T, A] or [N, A]
+
+
+def statistics(values: Actions) -> dict[str, list[float]]:
+    """Return mean, std (ddof 0), min, max, q01 and q99 (linear interpolation) per column, in float64.
+
+    Rows that are not finite are left out; without any row left every number is NaN.
+    """
+    rows = np.asarray(values, dtype=np.float64)
+    rows = rows[np.isfinite(rows).all(axis=1)]
+    if len(rows) == 0:
+        return dict.fromkeys(("mean", "std", "min", "max", "q01", "q99"), [float("nan")] * values.shape[1])
+    return {
+        "mean": rows.mean(axis=0).tolist(),
+        "std": rows.std(axis=0).tolist(),
+        "min": rows.min(axis=0).tolist(),
+        "max": rows.max(axis=0).tolist(),
+        "q01": np.quantile(rows, 0.01, axis=0).tolist(),
+        "q99": np.quantile(rows, 0.99, axis=0).tolist(),
+    }
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts `[HISTOGRAM_BINS]` between `edges` `[HISTOGRAM_BINS + 1]`."""
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+def histograms(values: Actions) -> list[Histogram]:
+    """Return one histogram per column, from its least to its greatest finite value."""
+    found = []
+    for column in np.asarray(values, dtype=np.float64).T:
+        finite = column[np.isfinite(column)]
+        low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
+        if high - low < 1e-12 * max(1.0, abs(high)):  # one value: give it a bin of its own
+            low, high = low - 0.5, high + 0.5
+        counts, edges = np.histogram(finite, bins=HISTOGRAM_BINS, range=(low, high))
+        found.append(Histogram(tuple(edges.tolist()), tuple(counts.tolist())))
+    return found
+
+
+def clipped_shares(values: Actions, mask: Sequence[bool] = ()) -> list[float]:
+    """Return per column the share of values outside of [q01, q99], which training clips; 0 where `mask` is False."""
+    rows = np.asarray(values, dtype=np.float64)
+    if len(rows) == 0:
+        return [0.0] * values.shape[1]
+    low, high = np.quantile(rows, [0.01, 0.99], axis=0)
+    shares = ((rows < low) | (rows > high)).mean(axis=0)
+    return [float(share) if not mask or mask[column] else 0.0 for column, share in enumerate(shares)]
+
+
+@dataclass(frozen=True)
+class Motion:
+    """How much the arm moves in each step, per episode.
+
+    Attributes:
+        norms: per episode `[T]`: the Euclidean norm over all dimensions but the gripper's, in the action's own units;
+            of the change since the step before where the action is absolute.
+        idle_below: the norm below which a step counts as idle, to one digit.
+        idle: per episode `[T]`: True where neither the arm moves nor the gripper's command changes.
+        zero_below: the norm below which a motion is zero but for rounding.
+    """
+
+    norms: tuple[NDArray[np.float64], ...]
+    idle_below: float
+    idle: tuple[NDArray[np.bool_], ...]
+    zero_below: float
+
+    @property
+    def idle_share(self) -> float:
+        """Share of idle steps over all episodes."""
+        total = sum(len(flags) for flags in self.idle)
+        return float(sum(int(flags.sum()) for flags in self.idle)) / total if total else 0.0
+
+
+def motion(actions: Sequence[Actions], grippers: Collection[int], absolute: bool) -> Motion:
+    """Measure the motion of every step; `grippers` are the columns that do not count."""
+    norms = []
+    for action in actions:
+        arm = np.delete(np.asarray(action, dtype=np.float64), sorted(grippers), axis=1)
+        if absolute and len(arm):
+            arm = np.diff(arm, axis=0, prepend=arm[:1])
+        norms.append(np.linalg.norm(arm, axis=1))
+    joined = np.concatenate(norms) if norms else np.zeros(0)
+    large = float(np.quantile(joined, 0.99)) if len(joined) else 0.0
+    below = float(f"{_IDLE * large:.0e}")
+    idle = []
+    for action, norm in zip(actions, norms, strict=True):
+        held = np.asarray(action)[:, sorted(grippers)]
+        changes = np.zeros(len(norm), dtype=bool)
+        changes[1:] = (held[1:] != held[:-1]).any(axis=1)
+        idle.append((norm < below) & ~changes)
+    return Motion(tuple(norms), below, tuple(idle), _ZERO * large)
+
+
+def duplicates(actions: Sequence[Actions]) -> list[list[int]]:
+    """Return groups of episodes whose actions are the same to the last bit; numbers in increasing order."""
+    groups: defaultdict[tuple[int, ...] | bytes, list[int]] = defaultdict(list)
+    for number, action in enumerate(actions):
+        content = np.ascontiguousarray(action)
+        groups[hashlib.sha256(repr(content.shape).encode() + content.tobytes()).digest()].append(number)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def odd_lengths(lengths: Sequence[int]) -> list[int]:
+    """Return the episodes that are much longer or shorter than the median (of five or more).
+
+    Beyond six standard deviations, as estimated from the median absolute deviation, and by half again at least.
+    """
+    values = np.asarray(lengths, dtype=np.float64)
+    if len(values) < 5:
+        return []
+    median = float(np.median(values))
+    spread = 1.4826 * float(np.median(np.abs(values - median)))
+    ratio = np.maximum(values, median) / np.maximum(np.minimum(values, median), 1.0)
+    return [int(number) for number in np.flatnonzero((np.abs(values - median) > 6 * spread) & (ratio > 1.5))]
+
+
+def looks_absolute(
+    actions: Sequence[Actions], states: Sequence[NDArray[np.floating] | None], grippers: Collection[int]
+) -> bool | None:
+    """Tell whether the arm's actions are absolute targets rather than deltas; None where the data leave it open.
+
+    A target follows the state itself, a delta the change of the state: at least half of the moving dimensions have
+    to correlate with a column of the state by more than 0.9, and more than with the change of any.
+    """
+    pairs = [
+        (np.asarray(action, dtype=np.float64), np.asarray(state, dtype=np.float64))
+        for action, state in zip(actions, states, strict=True)
+        if state is not None and len(action) == len(state) and len(action) > 1
+    ]
+    if sum(len(action) for action, _ in pairs) < 20:
+        return None
+    action = np.concatenate([action[:-1] for action, _ in pairs])
+    state = np.concatenate([state[:-1] for _, state in pairs])
+    change = np.concatenate([np.diff(state, axis=0) for _, state in pairs])
+    moving = [column for column in range(action.shape[1]) if column not in grippers and np.ptp(action[:, column]) > 0]
+    if not moving or not np.isfinite(action).all() or not np.isfinite(state).all():
+        return None
+    follows = _correlation(action[:, moving], state)
+    differs = _correlation(action[:, moving], change)
+    return bool(((follows > _ABSOLUTE) & (follows > differs)).mean() >= 0.5)
+
+
+def _correlation(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return for every column of `left` its largest absolute correlation with a column of `right`."""
+
+    def scaled(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        centred = values - values.mean(axis=0)
+        size = np.linalg.norm(centred, axis=0)
+        return np.divide(centred, size, out=np.zeros_like(centred), where=size > 1e-9)
+
+    return np.abs(scaled(left).T @ scaled(right)).max(axis=1, initial=0.0)

@@ -1,0 +1,94 @@
+"""An inspection as plain values, for `vlaft inspect --json` and for the tables and pages that people read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from vlaft.data.inspection import EpisodeFacts, Inspection
+from vlaft.data.inspection_measures import histograms, statistics
+from vlaft.data.inspection_warnings import Findings
+
+
+def summarize(inspection: Inspection, findings: Findings) -> dict[str, Any]:
+    """Return what was found as one JSON-like dictionary.
+
+    `action` is the raw action: the arrays that the layout names, joined, unchanged; `standardized` the action that a
+    conversion would store. Cameras have the names and sizes `[height, width, channels]` of the source.
+    """
+    layout = inspection.layout
+    splits = list(dict.fromkeys(episode.split for episode in inspection.episodes))
+    return {
+        "path": str(inspection.path),
+        "name": inspection.name,
+        "kind": inspection.kind,
+        "format": inspection.format,
+        "preset": inspection.preset,
+        **_counts(inspection.episodes),
+        "cameras": {name: list(shape) for name, shape in inspection.shapes.items()},
+        "camera_names": dict(inspection.labels),
+        "fps": inspection.fps,
+        "instructions": inspection.instructions,
+        "instruction_per_episode": [
+            episode.instruction if inspection.instructions else None for episode in inspection.episodes
+        ],
+        "action": {
+            "source": list(layout.action),
+            "dim": inspection.action.shape[1],
+            "names": list(inspection.action_names),
+            "stats": statistics(inspection.action),
+            "histograms": [asdict(histogram) for histogram in histograms(inspection.action)],
+        },
+        "standardized": _standardized(inspection, findings),
+        "absolute": findings.absolute,
+        "idle_share": findings.idle_share,
+        "grippers": [asdict(guess) for guess in findings.grippers],
+        "splits": {
+            split: _of_split([episode for episode in inspection.episodes if episode.split == split])
+            for split in splits
+            if split is not None
+        },
+        "unreadable": [{"episode": name, "why": why} for name, why in inspection.unreadable],
+        "warnings": list(findings.warnings),
+    }
+
+
+def _counts(episodes: Sequence[EpisodeFacts]) -> dict[str, Any]:
+    return {
+        "episodes": len(episodes),
+        "steps": sum(episode.steps for episode in episodes),
+        "steps_per_episode": [episode.steps for episode in episodes],
+        "episode_names": [episode.name for episode in episodes],
+    }
+
+
+def _of_split(episodes: Sequence[EpisodeFacts]) -> dict[str, Any]:
+    action = np.concatenate([episode.action for episode in episodes])
+    instructions = list(dict.fromkeys(episode.instruction for episode in episodes))
+    return {
+        **_counts(episodes),
+        "instructions": instructions if any(instructions) else [],
+        "action": {"dim": action.shape[1], "stats": statistics(action)},
+    }
+
+
+def _standardized(inspection: Inspection, findings: Findings) -> dict[str, Any] | None:
+    usable = inspection.standardized
+    if not usable:
+        return None
+    action = np.concatenate([episode.standardized for episode in usable if episode.standardized is not None])
+    size = action.shape[1]
+    mask = inspection.layout.action_mask
+    return {
+        "steps": list(inspection.layout.steps),
+        "rows": len(action),
+        "dim": size,
+        "names": list(usable[0].names),
+        "mask": list(mask) if len(mask) == size else [True] * size,
+        "stats": statistics(action),
+        "clipped": list(findings.clipped),
+        "histograms": [asdict(histogram) for histogram in histograms(action)],
+    }

@@ -1,0 +1,284 @@
+"""One HTML page about demonstrations: frames, plots, statistics, warnings.
+
+It is self-contained: pictures are inside, and nothing is loaded from elsewhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlaft.data.episode import Image
+from vlaft.data.inspection import Inspection
+from vlaft.data.inspection_frames import FRAMES_PER_EPISODE, THUMBNAIL_HEIGHT, thumbnail
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_EPISODES_DRAWN = 40  # lines per plot; more are a smear
+_COLUMNS = 4  # of small plots side by side
+_GAP = 4  # pixels between the frames of a strip
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c2733; background: #fff; margin: 0 auto; max-width: 1080px;
+       padding: 24px 20px 80px; }
+h1 { font-size: 26px; margin: 0 0 2px; } h2 { font-size: 19px; margin: 40px 0 10px; }
+h3 { font-size: 15px; margin: 24px 0 6px; } p { margin: 6px 0; } .quiet { color: #5d6b7a; }
+table { border-collapse: collapse; font-size: 14px; } td, th { padding: 3px 14px 3px 0; text-align: left;
+       vertical-align: top; } th { color: #5d6b7a; font-weight: 600; }
+.wide { overflow-x: auto; } .numbers td, .numbers th { text-align: right; font-variant-numeric: tabular-nums;
+       border-bottom: 1px solid #e6eaee; white-space: nowrap; } .numbers .name { text-align: left; }
+ol.warnings { background: #fff7e6; border: 1px solid #f0d79a; border-radius: 6px; padding: 12px 16px 12px 40px;
+       margin: 0; } ol.warnings li { margin: 5px 0; overflow-wrap: anywhere; }
+code { font: 13px/1.45 ui-monospace, monospace; background: #f1e6c8; border-radius: 3px; padding: 0 4px; }
+img { display: block; max-width: 100%; } .plot { margin: 6px 0; }
+.strip { display: grid; grid-template-columns: 150px 1fr; gap: 12px; align-items: center; padding: 4px 0;
+       border-top: 1px solid #e6eaee; font-size: 13px; } .strip div { overflow-wrap: anywhere; }
+.pair { display: flex; gap: 24px; flex-wrap: wrap; } figure { margin: 0 0 10px; } figcaption { font-size: 13px; }
+"""
+
+
+def render(inspection: Inspection, summary: Mapping[str, Any]) -> str:
+    """Return the page.
+
+    Args:
+        inspection: taken with thumbnails.
+        summary: what `vlaft.data.inspection_summary.summarize` made of it.
+    """
+    title = f"{summary['name']}: {summary['episodes']} episodes, {summary['steps']} steps"
+    sections = [
+        f"<h1>{escape(str(summary['name']))}</h1><p class=quiet>{escape(str(summary['path']))}</p>",
+        _overview(summary),
+        _warnings(summary["warnings"]),
+        _sheets(inspection),
+        _lengths(inspection),
+        _actions(inspection),
+        _figures("The action as stored", summary["action"]),
+    ]
+    if summary["standardized"] is not None and inspection.kind == "source" and summary["standardized"]["steps"]:
+        sections.append(_figures("The action as converted", summary["standardized"]))
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<link rel="icon" href="data:,"><style>{_STYLE}</style></head><body>{"".join(sections)}</body></html>\n'
+    )
+
+
+def _overview(summary: Mapping[str, Any]) -> str:
+    splits = ", ".join(f"{split} {counts['episodes']}" for split, counts in summary["splits"].items())
+    lengths = sorted(summary["steps_per_episode"])
+    rate = "unknown" if summary["fps"] is None else f"{summary['fps']:g} Hz"
+    absolute = {True: "absolute targets, by the state", False: "deltas, by the state", None: "not told by the data"}
+    cameras = []
+    for name, shape in summary["cameras"].items():
+        ours = summary["camera_names"].get(name)
+        called = "" if ours == name else f" as {ours}" if ours else ", not kept"
+        cameras.append(escape(f"{name} ({'×'.join(str(size) for size in shape)}{called})"))
+    grippers = [
+        escape(
+            f"{guess['label']}: {guess['low']:.3g} to {guess['high']:.3g}, {guess['kind']}, open at "
+            + ("unknown" if guess["open_at"] is None else f"{guess['open_at']:.3g}")
+            + f" ({guess['why']})"
+        )
+        for guess in summary["grippers"]
+    ]
+    counts: dict[str, int] = {}
+    for text in summary["instruction_per_episode"]:
+        counts[text or "(none)"] = counts.get(text or "(none)", 0) + 1
+    instructions = [escape(text) + (f" ({count} episodes)" if count > 1 else "") for text, count in counts.items()]
+    rows = [
+        ("format", escape(summary["format"] + (f", preset {summary['preset']}" if summary["preset"] else ""))),
+        ("episodes", f"{summary['episodes']}" + (f" ({escape(splits)})" if splits else "")),
+        ("steps", f"{summary['steps']} ({lengths[0]} to {lengths[-1]} per episode)"),
+        ("control rate", rate),
+        ("cameras", "<br>".join(cameras) or "none"),
+        ("instructions", "<br>".join(instructions)),
+        ("action", f"{summary['action']['dim']} dimensions of {escape(' + '.join(summary['action']['source']))}"),
+        ("absolute or delta", absolute[summary["absolute"]]),
+        ("idle steps", f"{summary['idle_share']:.1%}"),
+        *([("gripper", "<br>".join(grippers))] if grippers else []),
+    ]
+    return "<table>" + "".join(f"<tr><th>{name}<td>{value}" for name, value in rows) + "</table>"
+
+
+def _warnings(warnings: Sequence[str]) -> str:
+    if not warnings:
+        return "<h2>Warnings</h2><p>None.</p>"
+    items = "".join(f"<li>{_marked(warning)}" for warning in warnings)
+    return f"<h2>Warnings ({len(warnings)})</h2><ol class=warnings>{items}</ol>"
+
+
+def _marked(warning: str) -> str:
+    """Set words that are to be typed, `key='...'` or `--option ...`, in code."""
+    word = re.compile(r"\b[a-z_]+='[^']*'|\b[a-z_]+=\S+?(?=[\s,;:)]|$)|--[a-z][\w-]*(?: (?:skip|page\.html))?")
+    parts, end = [], 0
+    for match in word.finditer(warning):
+        parts += [escape(warning[end : match.start()]), f"<code>{escape(match[0])}</code>"]
+        end = match.end()
+    return "".join([*parts, escape(warning[end:])])
+
+
+def _sheets(inspection: Inspection) -> str:
+    """Return a contact sheet per camera: one strip of frames per episode."""
+    parts = ["<h2>Frames</h2>"]
+    if not any(episode.cameras for episode in inspection.episodes):
+        return parts[0] + "<p>No frames were looked at.</p>"
+    turned = any(not np.array_equal(stored, seen) for stored, seen in inspection.pictures.values())
+    parts.append(
+        f"<p class=quiet>Up to {FRAMES_PER_EPISODE} frames per episode, from the first to the last"
+        + (", as converted: turned or recoloured by the standardizing steps.</p>" if turned else ".</p>")
+    )
+    for camera in inspection.shapes:
+        ours = inspection.labels.get(camera)
+        note = "" if ours == camera else f" (as {ours})" if ours else " (not kept by the layout)"
+        parts.append(f"<h3>{escape(camera + note)}</h3>")
+        stored, seen = inspection.pictures.get(camera, (None, None))
+        if stored is not None and seen is not None and not np.array_equal(stored, seen):
+            pair = (("as stored", stored), ("as converted", seen))
+            figures = [
+                f"<figure>{_jpeg(thumbnail(image), text)}<figcaption>{text}</figcaption></figure>"
+                for text, image in pair
+            ]
+            parts.append(f"<div class=pair>{''.join(figures)}</div>")
+        for episode in inspection.episodes:
+            facts = episode.cameras.get(camera)
+            if facts is None:
+                continue
+            picture = _jpeg(_strip(facts.thumbnails), f"{camera}, {episode.name}") if facts.thumbnails else ""
+            failed = escape(facts.error) if facts.error else ""
+            label = f"<b>{escape(episode.name)}</b><br>{escape(episode.instruction[:90])}"
+            parts.append(f"<div class=strip><div>{label}</div><div>{picture}{failed}</div></div>")
+    return "".join(parts)
+
+
+def _strip(thumbnails: Sequence[Image]) -> Image:
+    """Join frames of one height side by side."""
+    gap = np.full((len(thumbnails[0]), _GAP, 3), 255, dtype=np.uint8)
+    joined = [part for image in thumbnails for part in (image, gap)]
+    return np.concatenate(joined[:-1], axis=1)
+
+
+def _jpeg(image: Image, description: str) -> str:
+    from PIL import Image as PillowImage
+
+    data = io.BytesIO()
+    PillowImage.fromarray(np.ascontiguousarray(image)).save(data, "JPEG", quality=80)
+    height, width = image.shape[:2]
+    shown = round(width * THUMBNAIL_HEIGHT / height)  # small frames are enlarged by the browser
+    return _embedded(data.getvalue(), "jpeg", description, f"width={shown} height={THUMBNAIL_HEIGHT}")
+
+
+def _embedded(data: bytes, kind: str, description: str, more: str = "") -> str:
+    encoded = base64.b64encode(data).decode("ascii")
+    # height:auto lets a picture that is wider than the page keep its shape
+    return f'<img alt="{escape(description)}" {more} style="height:auto" src="data:image/{kind};base64,{encoded}">'
+
+
+def _lengths(inspection: Inspection) -> str:
+    from matplotlib.ticker import MaxNLocator
+
+    lengths = [episode.steps for episode in inspection.episodes]
+    figure, [[axes]] = _figure(1, 1, height=2.0)
+    axes.bar(range(len(lengths)), lengths, color="#3c78b4", width=0.8)
+    axes.axhline(float(np.median(lengths)), color="#b45309", linewidth=1, linestyle="--", label="median")
+    axes.set_xlabel("episode")
+    axes.set_ylabel("steps")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="lower right", frameon=False, fontsize=8)
+    return "<h2>Lengths</h2>" + _plot(figure, "steps of every episode")
+
+
+def _actions(inspection: Inspection) -> str:
+    """Return the raw action over time, one small plot per dimension, a line per episode."""
+    shown = list(inspection.episodes)[:_EPISODES_DRAWN]
+    size = shown[0].action.shape[1]
+    rows = -(-size // _COLUMNS)
+    figure, grid = _figure(rows, min(size, _COLUMNS), height=1.75)
+    cells = [axes for row in grid for axes in row]
+    for dim, axes in enumerate(cells):
+        if dim >= size:
+            axes.set_axis_off()
+            continue
+        for number, episode in enumerate(shown):
+            axes.plot(episode.action[:, dim], linewidth=0.8, alpha=0.7, color=_colour(number, len(shown)))
+        axes.set_title(_title(inspection.action_names, dim), fontsize=9, loc="left")
+    more = f"; the first {len(shown)} of {len(inspection.episodes)}" if len(shown) < len(inspection.episodes) else ""
+    return (
+        "<h2>Actions over time</h2>"
+        f"<p class=quiet>As stored, over the steps of an episode; one line per episode{more}.</p>"
+        + _plot(figure, "actions over time")
+    )
+
+
+def _figures(title: str, action: Mapping[str, Any]) -> str:
+    """Return histograms and the table of statistics of one action vector."""
+    size = action["dim"]
+    figure, grid = _figure(-(-size // _COLUMNS), min(size, _COLUMNS), height=1.6)
+    cells = [axes for row in grid for axes in row]
+    for dim, axes in enumerate(cells):
+        if dim >= size:
+            axes.set_axis_off()
+            continue
+        histogram = action["histograms"][dim]
+        edges = np.asarray(histogram["edges"])
+        axes.bar(edges[:-1], histogram["counts"], width=np.diff(edges), align="edge", color="#3c78b4")
+        for name in ("q01", "q99"):
+            axes.axvline(action["stats"][name][dim], color="#b45309", linewidth=1, linestyle="--")
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set_ylim(bottom=0)
+        axes.set_title(_title(action["names"], dim), fontsize=9, loc="left")
+    columns = ("mean", "std", "min", "q01", "q99", "max")
+    clipped = action.get("clipped")
+    head = "".join(f"<th>{name}" for name in (*columns, *(["clipped"] if clipped else [])))
+    body = []
+    for dim in range(size):
+        cells_of = "".join(f"<td>{_number(action['stats'][name][dim])}" for name in columns)
+        if clipped:
+            cells_of += f"<td>{clipped[dim]:.1%}" if action["mask"][dim] else "<td>–"
+        body.append(f"<tr><td>{dim}<td class=name>{escape(action['names'][dim]) if action['names'] else ''}{cells_of}")
+    return (
+        f"<h2>{escape(title)}</h2><p class=quiet>Counts on a logarithmic scale; dashed: q01 and q99, between which"
+        " training clips.</p>"
+        + _plot(figure, title)
+        + f"<div class=wide><table class=numbers><tr><th>#<th class=name>name{head}{''.join(body)}</table></div>"
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}".replace("-", "\u2212")
+
+
+def _title(names: Sequence[str], dim: int) -> str:
+    return f"{dim} {names[dim]}" if names else str(dim)
+
+
+def _colour(number: int, count: int) -> tuple[float, float, float, float]:
+    from matplotlib import colormaps
+
+    red, green, blue, _ = colormaps["viridis"](number / max(count - 1, 1) * 0.9)
+    return float(red), float(green), float(blue), 1.0
+
+
+def _figure(rows: int, columns: int, height: float) -> tuple[Figure, list[list[Axes]]]:
+    """Return a figure without pyplot, whose state is global and whose backend may want a display."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.4, height * rows + 0.3), dpi=110, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for row in grid:
+        for axes in row:
+            axes.tick_params(labelsize=8)
+            axes.spines[["top", "right"]].set_visible(False)
+    return figure, [list(row) for row in grid]
+
+
+def _plot(figure: Figure, description: str) -> str:
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    return f"<div class=plot>{_embedded(data.getvalue(), 'png', description)}</div>"
