@@ -1,0 +1,159 @@
+"""`vlaft evaluate`: how well models predict held-out demonstrations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vlaft.cli.arguments import AsJson, Base, Device, Overwrite
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from vlaft.evaluate import Evaluation
+    from vlaft.evaluation_metrics import DecodingMetrics, DimensionMetrics
+
+_METRICS = {  # attribute to the heading of its column
+    "token_accuracy": "accuracy",
+    "within_one_bin": "±1 bin",
+    "l1_normalized": "L1",
+    "l1_robot": "L1 robot",
+    "saturated": "saturated",
+    "non_action": "non-action",
+}
+
+
+def evaluate(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="Checkpoint (folder or Hub id), run, run checkpoint, or adapter.",
+            show_default=False,
+        ),
+    ],
+    data: Annotated[
+        list[Path],
+        typer.Option("--data", help="Folder that `vlaft convert` wrote; may be given again.", show_default=False),
+    ],
+    split: Annotated[str, typer.Option("--split", help="val or train.")] = "val",
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="At most so many examples, evenly spread.", min=1, show_default=False)
+    ] = None,
+    plots: Annotated[
+        Path | None,
+        typer.Option("--plots", help="Folder for PNGs: trajectories, and errors per dimension.", show_default=False),
+    ] = None,
+    overwrite: Overwrite = False,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Examples per forward pass.", min=1)] = 16,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="float32, bfloat16 or float16; by default by the device.", show_default=False),
+    ] = None,
+    base: Base = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Compare what models predict for held-out demonstrations with what was demonstrated.
+
+    Example: vlaft evaluate openvla/openvla-7b run/ model/ --data data/ --plots plots/
+    """
+    from vlaft.cli.console import print_json, progress, say, show, warn
+    from vlaft.errors import VlaftError
+
+    if plots is not None and plots.exists() and not plots.is_dir():
+        raise VlaftError(f"{plots} is a file; --plots needs a folder")
+    if plots is not None and not overwrite and plots.is_dir() and any(plots.iterdir()):
+        raise VlaftError(f"{plots} is not empty; name another folder with --plots, or give --overwrite")
+    from vlaft.evaluate import check_models
+    from vlaft.evaluate import evaluate as run_evaluation
+    from vlaft.evaluation_examples import HeldOut
+
+    held_out = HeldOut.open(data, split, limit)
+    check_models(models)
+    evaluations = []
+    with progress("evaluating", total=len(held_out) * len(models), unit="examples") as advance:
+        for model in models:
+            evaluations.append(
+                run_evaluation(
+                    model,
+                    held_out,
+                    batch_size=batch_size,
+                    dtype=dtype,
+                    device=device,
+                    base=base,
+                    advance=partial(advance, note=model),
+                )
+            )
+    if plots is not None:
+        from vlaft.evaluation_plots import draw_evaluations
+
+        files = draw_evaluations(plots, evaluations, held_out)
+        say(f"{len(files)} plots written to {plots}")
+    for evaluation in evaluations:
+        if evaluation.statistics_from == "dataset":
+            warn(
+                f"{evaluation.model} has no statistics for every dataset here, so its actions are read in the data's"
+                " own range"
+            )
+    examples = {"split": split, "examples": len(held_out), "episodes": len(held_out.episodes)}
+    if as_json:
+        print_json({"data": data, **examples, "models": [_as_dict(each) for each in evaluations]})
+        return
+    say(f"{len(held_out):,} examples of the {len(held_out.episodes)} episodes in split '{split}'")
+    show(comparison(evaluations))
+
+
+def comparison(evaluations: Sequence[Evaluation]) -> Table:
+    """Return one table: over all dimensions, then each dimension, every model teacher-forced and free-running."""
+    from rich.table import Table
+
+    table = Table("dimension", "model", "decoding", box=None, pad_edge=False)
+    for heading in (*_METRICS.values(), "gripper F1"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    names = _short_names([each.model for each in evaluations])
+    first = evaluations[0].free_running
+    for index in range(-1, len(first.dimensions)):
+        table.add_section()
+        last = index == len(first.dimensions) - 1
+        for model, decoding, metrics in _rows(evaluations):
+            of = metrics.overall if index < 0 else metrics.dimensions[index]
+            f1 = metrics.gripper_f1 if index < 0 or last else None
+            table.add_row(of.name, names[model], decoding, *_cells(of), _number(f1, 3))
+        if not last:
+            table.add_row()
+    return table
+
+
+def _short_names(models: Sequence[str]) -> dict[str, str]:
+    """Name models by their folder, or as they were given where two folders are called the same."""
+    folders = [Path(model).name or model for model in models]
+    unique = len(set(folders)) == len(folders)
+    return {model: folder if unique else model for model, folder in zip(models, folders, strict=True)}
+
+
+def _rows(evaluations: Sequence[Evaluation]) -> Iterator[tuple[str, str, DecodingMetrics]]:
+    for evaluation in evaluations:
+        yield evaluation.model, "forced", evaluation.teacher_forced
+        yield evaluation.model, "free", evaluation.free_running
+
+
+def _cells(metrics: DimensionMetrics) -> Iterator[str]:
+    for name in _METRICS:
+        value = getattr(metrics, name)
+        yield _number(value, 4) if name.startswith("l1") else f"{value:.1%}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:#.{digits}g}" if digits == 4 else f"{value:.{digits}f}"
+
+
+def _as_dict(evaluation: Evaluation) -> dict[str, Any]:
+    return {
+        name: getattr(evaluation, name)
+        for name in ("model", "statistics_from", "seconds", "teacher_forced", "free_running")
+    }

@@ -1,0 +1,159 @@
+"""The held-out examples that models are compared on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlaft.data.codec import decode_image
+from vlaft.data.store import MAIN_CAMERA, SPLITS, ConvertedDataset
+from vlaft.errors import ConfigError, DataError
+
+_COLUMNS = ("dataset", "source", "instruction", "episode_index", "frame_index", "action", "prompt_token_ids")
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One demonstration of the split.
+
+    Attributes:
+        dataset: name of its dataset, the key of its statistics.
+        source: where it came from.
+        instruction: what the robot was told.
+        rows: rows of the split, in the order of its frames.
+    """
+
+    dataset: str
+    source: str
+    instruction: str
+    rows: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One split of one or more converted datasets. Actions and prompts are in memory, images on disk.
+
+    Attributes:
+        datasets: where the examples lie.
+        split: `"val"` or `"train"`.
+        names: of the action dimensions.
+        gripper: whether the last dimension is a gripper.
+        action: float32 `[R, A]`, of every row of the split, in the robot's units.
+        dataset: name of each row's dataset, `[R]`.
+        prompts: token ids of each row's prompt.
+        frame: int64 `[R]`, the step within the episode.
+        episodes: the split's episodes.
+        chosen: int64 `[N]`, the rows to evaluate.
+    """
+
+    datasets: tuple[ConvertedDataset, ...]
+    split: str
+    names: tuple[str, ...]
+    gripper: bool
+    action: NDArray[np.float32]
+    dataset: NDArray[np.str_]
+    prompts: list[list[int]]
+    frame: NDArray[np.int64]
+    episodes: tuple[Episode, ...]
+    chosen: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @classmethod
+    def open(cls, paths: Sequence[Path], split: str = "val", limit: int | None = None) -> HeldOut:
+        """Read everything but the images.
+
+        Args:
+            paths: converted datasets.
+            split: `"val"` or `"train"`.
+            limit: evaluate at most so many examples, evenly spread over the split; None takes all.
+
+        Raises:
+            ConfigError: the split is unknown or the limit is not positive.
+            DataError: a dataset is missing or damaged, the split is empty, or action dimensions differ.
+        """
+        if split not in SPLITS:
+            raise ConfigError(f"split '{split}' is not known: give {' or '.join(SPLITS)}")
+        if limit is not None and limit < 1:
+            raise ConfigError(f"a limit of {limit} examples leaves none; give at least 1")
+        datasets = tuple(ConvertedDataset(Path(path)) for path in paths)
+        rows: dict[str, list] = {name: [] for name in _COLUMNS}
+        owner: list[int] = []
+        for number, dataset in enumerate(datasets):
+            table = dataset.table(split, _COLUMNS)
+            owner += [number] * len(table)
+            for name in _COLUMNS:
+                rows[name] += table[name].to_pylist()
+        if not owner:
+            listed = ", ".join(str(path) for path in paths)
+            raise DataError(f"split '{split}' of {listed} is empty; convert with a validation fraction, or --split")
+        widths = sorted({len(action) for action in rows["action"]})
+        if len(widths) != 1 or widths[0] == 0:
+            raise DataError(f"{', '.join(str(p) for p in paths)}: actions of {widths} dimensions cannot be compared")
+        action = np.asarray(rows["action"], dtype=np.float32)
+        names = _dimension_names(datasets, action.shape[1])
+        count = len(owner) if limit is None else min(limit, len(owner))
+        return cls(
+            datasets=datasets,
+            split=split,
+            names=names or tuple(str(index) for index in range(action.shape[1])),
+            gripper=_has_gripper(names, action),
+            action=action,
+            dataset=np.asarray(rows["dataset"]),
+            prompts=rows["prompt_token_ids"],
+            frame=np.asarray(rows["frame_index"], dtype=np.int64),
+            episodes=_episodes(owner, rows),
+            chosen=np.linspace(0, len(owner) - 1, count).round().astype(np.int64),
+        )
+
+    def images(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Return the main camera's frames of some rows, uint8 `[B, H, W, 3]`.
+
+        Raises:
+            DataError: a row has no image, or it is damaged.
+        """
+        starts = np.cumsum([0, *(dataset.rows(self.split) for dataset in self.datasets)])
+        frames = []
+        for row in rows:
+            number = int(np.searchsorted(starts, row, side="right")) - 1
+            dataset = self.datasets[number]
+            values = dataset.row(self.split, int(row - starts[number]))
+            where = f"{dataset.path}, {values['source']}, step {values['frame_index']}"
+            if values[MAIN_CAMERA] is None:
+                raise DataError(f"{where}: the row has no image; convert the source again")
+            frames.append(decode_image(values[MAIN_CAMERA]["bytes"], where, accurate_dct=True))
+        return np.stack(frames)
+
+
+def _dimension_names(datasets: Sequence[ConvertedDataset], width: int) -> tuple[str, ...]:
+    """Return the names that the first source gives the dimensions, if any."""
+    try:
+        names = datasets[0].info["sources"][0]["action"]["names"]
+    except (KeyError, IndexError, TypeError):
+        return ()
+    return tuple(str(name) for name in names) if isinstance(names, list) and len(names) == width else ()
+
+
+def _has_gripper(names: Sequence[str], action: NDArray[np.float32]) -> bool:
+    """Take the last dimension as a gripper by its name, or, unnamed, by a range of 0 to 1."""
+    if names:
+        return "grip" in names[-1].lower()
+    return bool(((action[:, -1] >= 0) & (action[:, -1] <= 1)).all())
+
+
+def _episodes(owner: Sequence[int], rows: dict[str, list]) -> tuple[Episode, ...]:
+    found: dict[tuple[int, int], list[int]] = {}
+    for row, key in enumerate(zip(owner, rows["episode_index"], strict=True)):
+        found.setdefault(key, []).append(row)
+    episodes = []
+    for members in found.values():
+        first = members[0]
+        ordered = sorted(members, key=lambda row: rows["frame_index"][row])
+        dataset, source, instruction = (str(rows[name][first] or "") for name in ("dataset", "source", "instruction"))
+        episodes.append(Episode(dataset, source, instruction, np.asarray(ordered, dtype=np.int64)))
+    return tuple(episodes)
