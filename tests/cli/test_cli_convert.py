@@ -29,9 +29,10 @@ def test_words_become_layout_fields() -> None:
         "steps": ["drop_first", {"resample": {"fps": 5}}],
         "instruction": "open it",
     }
-    assert _layout_settings(["shift_action=1", "fps={attribute: hz}", "state=s"]) == {
+    assert _layout_settings(["shift_action=1", "steps+=drop_last", "state=s"]) == {
         "state": ["s"],
-        "options": {"shift_action": 1, "fps": {"attribute": "hz"}},
+        "shift_action": 1,
+        "steps+": ["drop_last"],
     }
     assert _layout_settings(["instuction=x"]) == {"instuction": "x"}  # mistyped, refused later
     with pytest.raises(ConfigError, match="already set"):

@@ -15,6 +15,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image as PillowImage
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -245,7 +246,15 @@ def test_a_damaged_frame(demos: Path, base: str, tmp_path: Path, workers: int) -
     assert [entry.episode for entry in done.skipped] == ["episode_7.hdf5"]
     assert sum(done.rows.values()) == 54 and sum(done.episodes.values()) == 9
     assert 7 not in ConvertedDataset(tmp_path / "out").table("train")["episode_index"].to_pylist()
-    assert any("damaged frames" in warning for warning in done.warnings)
+    assert done.statistics["toy"]["num_trajectories"] == 9
+    assert any("computed anew without them" in warning for warning in done.warnings)
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.parquet")}
+    # as if the episode had never been there (but for the held-out draw, which knows it by its number either way)
+    assert sum(pq.read_metadata(tmp_path / "out" / name).num_rows for name in written) == 54
+    with h5py.File(demos / "episode_7.hdf5", "r+") as file:
+        file["action"][2, 3] = np.nan  # now the first pass finds it
+    convert(request(demos, base, tmp_path / "early", on_error="skip"))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "early").glob("*.parquet")} == written
 
 
 def test_dry_run_writes_nothing(demos: Path, base: str, tmp_path: Path) -> None:
@@ -270,7 +279,7 @@ def test_two_sources_keep_their_statistics_and_weights(demos: Path, base: str, t
 
 def test_what_is_missing_is_told(demos: Path, base: str, tmp_path: Path) -> None:
     plain = request(demos, base, tmp_path / "out")
-    with pytest.raises(DataError, match="has no instruction"):
+    with pytest.raises(DataError, match=r"none of the 10 episodes says .* such as instruction='open the drawer'"):
         convert(replace(plain, sources=[SourceRequest(path=demos)]))
     with pytest.raises(ConfigError, match="did you mean 'instruction'"):
         convert(replace(plain, sources=[SourceRequest(path=demos, layout={"instuction": "x"})]))
@@ -305,9 +314,17 @@ def test_golden_bridge(shared: Path, tmp_path: Path) -> None:
     dataset = ConvertedDataset(tmp_path / "out")
     golden = json.loads((shared / "golden/bridge/dataset_statistics.json").read_text())
     statistics = dataset.statistics["bridge_dataset"]
-    for name, values in golden["action"].items():
-        np.testing.assert_allclose(statistics["action"][name], values, atol=1e-6, rtol=0)
+    assert set(dataset.statistics) == {"bridge_dataset"} and list(statistics) == list(golden)
+    for part in ("action", "proprio"):
+        assert list(statistics[part]) == list(golden[part])
+        for name, values in golden[part].items():
+            np.testing.assert_allclose(statistics[part][name], values, atol=1e-6, rtol=0)
+            assert len(statistics[part][name]) == len(values) == 7
+    assert statistics["action"]["mask"] == golden["action"]["mask"]
     assert (statistics["num_transitions"], statistics["num_trajectories"]) == (400, 50)
+    assert (golden["num_transitions"], golden["num_trajectories"]) == (400, 50)
+    state = dataset.info["sources"][0]["state_statistics"]
+    assert len(state["mean"]) == 7 and min(state["std"]) >= 0 and max(state["std"]) > 0.01
     examples = [json.loads(line) for line in (shared / "golden/bridge/examples.jsonl").read_text().splitlines()]
     rows = dataset.table("train").to_pylist()
     assert Counter(

@@ -9,7 +9,8 @@ import pytest
 
 from vlaft.data.episode import ArrayFrames, Episode
 from vlaft.data.layout import Layout, apply_layout
-from vlaft.data.presets import load_mix, load_preset, mix_names, preset_names, preset_of_dataset
+from vlaft.data.mixes import load_mix
+from vlaft.data.presets import load_preset, preset_names, preset_of_dataset
 from vlaft.data.readers import open_source
 from vlaft.data.standardize import standardize
 from vlaft.errors import ConfigError
@@ -38,7 +39,7 @@ def source_episode(preset: str, layout: Layout, steps: int = 6) -> Episode:
             )
         arrays[path] = random.uniform(-1, 1, (steps, width)).astype(np.float32)
     frames = ArrayFrames(np.zeros((steps, 2, 2, 3), np.uint8))
-    cameras = dict.fromkeys(layout.cameras.values(), frames)
+    cameras = dict.fromkeys(layout.cameras.values() or ["observations/images/cam_high"], frames)
     return Episode(index=0, name="demo", length=steps, arrays=arrays, cameras=cameras)
 
 
@@ -50,8 +51,8 @@ def test_every_preset_gives_an_action_that_its_mask_and_names_describe(name: str
     assert (episode.state is not None) == bool(layout.state)
     assert episode.action.shape == (episode.length, len(layout.action_mask))
     assert len(episode.action_names) == episode.action.shape[1]
-    assert next(iter(layout.cameras)) == "primary"
-    if name != "aloha":
+    if name != "aloha":  # whose cameras have no agreed names: the reader's stay
+        assert next(iter(layout.cameras)) == "primary"
         assert layout.action_mask == (True,) * 6 + (False,)
         assert episode.action_names[-1] == "gripper"
         assert len(episode.action_names) == 7
@@ -185,36 +186,6 @@ def test_published_names_lead_to_their_preset() -> None:
     assert preset_of_dataset("tdroid_carrot_in_bowl") == "tdroid"
 
 
-def test_mixes_have_upstreams_sizes_and_weights() -> None:
-    sizes = {name: len(load_mix(name)) for name in mix_names()}
-    assert {name: sizes[name] for name in sizes if name.startswith("oxe")} == {
-        "oxe_magic_soup": 23,
-        "oxe_magic_soup_plus": 27,
-        "oxe_magic_soup_plus_minus": 25,
-    }
-    assert (sizes["bridge_rt_1"], sizes["libero_mix"], sizes["libero_spatial_no_noops"]) == (2, 4, 1)
-    plus, minus = dict(load_mix("oxe_magic_soup_plus")), dict(load_mix("oxe_magic_soup_plus_minus"))
-    assert plus["fractal20220817_data"] == 0.54087122203 and minus["fractal20220817_data"] == 1.0
-    assert set(plus) - set(minus) == {"language_table", "droid"}
-    assert all(load_preset(name).action for name in plus)
-
-
-def test_a_mix_with_unknown_datasets_and_wrong_weights_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "mine.yaml"
-    file.write_text("datasets: {bridg: 1, viola: 0, toto: .nan, kuka: 2}\nweight: 3\n")
-    with pytest.raises(ConfigError) as caught:
-        load_mix(file)
-    assert [problem.removeprefix(f"{file}: ") for problem in caught.value.problems] == [
-        "unknown key 'weight'",
-        "no preset for dataset 'bridg'; did you mean 'bridge'?",
-        "the weight of 'viola' is 0; it has to be a positive number",
-        "the weight of 'toto' is nan; it has to be a positive number",
-    ]
-    file.write_text("datasets: []\n")
-    with pytest.raises(ConfigError, match="has to map names of datasets to weights"):
-        load_mix(file)
-
-
 @pytest.mark.parametrize(
     ("folder", "preset", "episodes"),
     [
@@ -223,6 +194,7 @@ def test_a_mix_with_unknown_datasets_and_wrong_weights_is_refused(tmp_path: Path
         ("hdf5/libero_regenerated", "libero_hdf5", 3),
         ("hdf5/robomimic_image.hdf5", "robomimic", 8),
         ("hdf5/aloha_compressed", "aloha", 3),
+        ("hdf5/aloha_raw", "aloha", 2),
     ],
 )
 def test_presets_fit_real_files(shared: Path, folder: str, preset: str, episodes: int) -> None:
@@ -236,7 +208,7 @@ def test_presets_fit_real_files(shared: Path, folder: str, preset: str, episodes
         assert all(len(frames) == episode.length for frames in episode.cameras.values())
         if preset != "aloha":
             assert set(np.unique(episode.action[:, -1])) <= {0.0, 1.0}
-        (first,) = episode.cameras["primary"].read([0])
+        (first,) = next(iter(episode.cameras.values())).read([0])
         assert first.std() > 1
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,20 +19,21 @@ _SHOWN = 10  # skipped episodes told one by one
 
 
 def convert(
+    out: Out,
     words: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="SOURCE... [KEY=VALUE]...",
             help="Files, folders or Hub ids, then settings of the layout, such as instruction='open the drawer'.",
             show_default=False,
         ),
-    ],
-    out: Out,
+    ] = None,
     base: Annotated[
         str, typer.Option("--base", help="Checkpoint folder or Hub id that the examples are tokenized for.")
     ] = "openvla/openvla-7b",
     preset: Annotated[
-        list[str] | None, typer.Option("--preset", help="Dataset preset; once, or once per source.", show_default=False)
+        list[str] | None,
+        typer.Option("--preset", help="Dataset preset, a name or a YAML file; once, or once per source."),
     ] = None,
     name: Annotated[
         list[str] | None,
@@ -42,10 +43,18 @@ def convert(
         list[float] | None,
         typer.Option("--weight", help="How often training samples a source; once per source.", show_default=False),
     ] = None,
+    mix: Annotated[
+        str | None,
+        typer.Option(
+            "--mix",
+            help="Mix of datasets, a name or a YAML file; SOURCE is then the folder that holds those without a path.",
+            show_default=False,
+        ),
+    ] = None,
     image_size: Annotated[
         int | None, typer.Option("--image-size", help="Edge of the stored frames; by default the base's.")
     ] = None,
-    codec: Annotated[str, typer.Option("--codec", help="jpeg, png or webp-lossless.")] = "jpeg",
+    codec: Annotated[str, typer.Option("--image-codec", "--codec", help="jpeg, png or webp-lossless.")] = "jpeg",
     val_fraction: Annotated[
         float, typer.Option("--val-fraction", help="Share of episodes held out where the source has no such split.")
     ] = 0.1,
@@ -70,9 +79,10 @@ def convert(
     from vlaft.cli.console import print_json
     from vlaft.data.convert import ConvertRequest
     from vlaft.data.convert import convert as run_conversion
+    from vlaft.errors import Interrupted
 
     request = ConvertRequest(
-        sources=_sources(words, preset or [], name or [], weight or []),
+        sources=_sources(words or [], preset or [], name or [], weight or [], mix),
         base=base,
         out=out,
         image_size=image_size,
@@ -84,21 +94,35 @@ def convert(
         workers=workers,
         overwrite=overwrite,
     )
-    with _phases() as report:
-        done = run_conversion(request, dry_run=dry_run, progress=report)
+    try:
+        with _terminated_as_interrupted(), _phases() as report:
+            done = run_conversion(request, dry_run=dry_run, progress=report)
+    except KeyboardInterrupt as error:
+        raise Interrupted("interrupted; give the same command again to go on, what is finished is kept") from error
     if as_json:
         print_json(done)
     _tell(done, dry_run)
 
 
 def _sources(
-    words: Sequence[str], presets: Sequence[str], names: Sequence[str], weights: Sequence[float]
+    words: Sequence[str],
+    presets: Sequence[str],
+    names: Sequence[str],
+    weights: Sequence[float],
+    mix: str | None = None,
 ) -> list[SourceRequest]:
     from vlaft.data.convert import SourceRequest
+    from vlaft.data.mixes import mix_requests
     from vlaft.errors import UsageError
 
     paths = [word for word in words if "=" not in word or Path(word).exists()]
     settings = _layout_settings([word for word in words if word not in paths])
+    if mix is not None:
+        if presets or names or weights:
+            raise UsageError("--mix says presets, names and weights itself; leave --preset, --name and --weight out")
+        if len(paths) > 1:
+            raise UsageError(f"--mix takes one folder that holds its datasets, not {len(paths)} sources")
+        return mix_requests(mix, Path(paths[0]) if paths else None, settings)
     if not paths:
         raise UsageError("there is no source: name a file, a folder or a dataset on the Hub")
     for option, given in (("--preset", presets), ("--name", names), ("--weight", weights)):
@@ -129,7 +153,7 @@ def _layout_settings(words: Sequence[str]) -> dict[str, Any]:
         except ConfigError as error:
             problems += error.problems
             continue
-        if key in ("action", "state", "steps", "action_names") and isinstance(value, str | dict):
+        if key in ("action", "state", "steps", "steps+", "action_names") and isinstance(value, str | dict):
             value = [value]
         *parents, last = key.split(".")
         place = settings
@@ -142,33 +166,23 @@ def _layout_settings(words: Sequence[str]) -> dict[str, Any]:
         place[last] = value
     if problems:
         raise ConfigError(problems)
-    return _with_reader_options(settings)
+    return settings
 
 
-def _with_reader_options(settings: dict[str, Any]) -> dict[str, Any]:
-    """Move what only a reader understands under `options`; the reader refuses what it does not know.
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM, which batch systems and containers send, end the work as Ctrl-C does."""
+    import signal
+    import threading
 
-    Those are keys that no layout has (but not a layout's key mistyped), rules instead of texts, and the whole mapping
-    of an HDF5 file of unknown layout, which is told by its key `episodes`.
-    """
-    from dataclasses import fields
-    from difflib import get_close_matches
-
-    from vlaft.data.layout import Layout
-
-    known = [field.name for field in fields(Layout)]
-    mapped = ("action", "state", "cameras", "instruction", "fps") if "episodes" in settings else ()
-    options: dict[str, Any] = {}
-    for key, value in settings.items():
-        nested = value.values() if key == "cameras" and isinstance(value, dict) else [value]
-        rule = key in ("cameras", "instruction", "fps") and any(isinstance(inner, dict) for inner in nested)
-        foreign = key not in known and not get_close_matches(key, known, n=1, cutoff=0.8)
-        if foreign or rule or key in mapped:
-            options[key] = value
-    rest = {key: value for key, value in settings.items() if key not in options}
-    if options:
-        rest["options"] = {**options, **rest.get("options", {})}
-    return rest
+    if threading.current_thread() is not threading.main_thread():  # elsewhere Python refuses handlers
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 @contextmanager
@@ -205,8 +219,25 @@ def _tell(done: Conversion, dry_run: bool) -> None:
         f"{done.rows[split]:,} examples of {done.episodes[split]} episodes in {split}" for split in done.rows
     )
     if dry_run:
+        for source in done.sources:
+            _describe(source)
         say(f"would write {counts}; nothing was written")
         return
     again = f" ({done.reused} of {done.shards} files were there already)" if done.reused else ""
     say(f"{counts}; {done.bytes / 1e6:.1f} MB written to {done.out}{again}")
     say(f"next: vlaft train --recipe lora32 --data {done.out} --out run/")
+
+
+def _describe(source: Mapping[str, Any]) -> None:
+    """Say in a few lines what was found in a source."""
+    from vlaft.cli.console import say
+
+    action, rate = source["action"], f"{source['fps']:g} Hz" if source["fps"] else "rate unknown"
+    names = f" ({', '.join(action['names'])})" if action["names"] else ""
+    cameras = [f"{camera} as {column}" for column, camera in source["cameras"].items()]
+    texts = source["instructions"]
+    more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+    say(f"{source['name']} ({source['format']}, {source['path']}, preset {source['preset'] or 'none'})")
+    say(f"  {source['episodes']} episodes, {source['steps']:,} steps, {rate}, weight {source['weight']:g}")
+    say(f"  action: {action['dimensions']} dimensions{names}; cameras: {', '.join(cameras)}")
+    say(f"  instructions: {'; '.join(texts[:_SHOWN])}{more}")

@@ -16,6 +16,7 @@ from typing import Any
 
 from vlaft import __version__
 from vlaft.data.codec import CODECS, ImageCodec
+from vlaft.data.convert_description import describe_source
 from vlaft.data.convert_plan import (
     OnError,
     OpenedSource,
@@ -24,25 +25,30 @@ from vlaft.data.convert_plan import (
     Skipped,
     SourceRequest,
     Survey,
-    camera_column,
+    SurveyRules,
     open_request,
     plan_shards,
     survey,
 )
 from vlaft.data.convert_shards import ShardJob, ShardResult, convert_shards
-from vlaft.data.convert_staging import STATE, check_output, disk_errors, move_into_place, open_staging
+from vlaft.data.convert_staging import (
+    check_output,
+    disk_errors,
+    finished_shards,
+    known_damage,
+    move_into_place,
+    open_staging,
+    remember_damage,
+    remember_shard,
+)
 from vlaft.data.images import ImagePipeline
 from vlaft.data.prompts import BaseFiles, load_base_files
 from vlaft.data.statistics import write_statistics
 from vlaft.data.store import (
     DATASET_FILE,
     FORMAT_VERSION,
-    MAIN_CAMERA,
     SPLITS,
     STATISTICS_FILE,
-    Shard,
-    checksum,
-    read_json,
     shard_entry,
     write_json,
 )
@@ -67,7 +73,7 @@ class ConvertRequest:
         limit: only the first episodes of each split of each source.
         workers: processes; None takes one per CPU.
         overwrite: replace a converted dataset at `out`, once the new one is complete.
-        shard_rows: examples after which a shard ends, at the next whole episode.
+        shard_rows: examples after which a shard ends, at the next whole episode; None goes by their number.
     """
 
     sources: Sequence[SourceRequest]
@@ -81,7 +87,7 @@ class ConvertRequest:
     limit: int | None = None
     workers: int | None = None
     overwrite: bool = False
-    shard_rows: int = 1000
+    shard_rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,7 @@ class Conversion:
         shards: number of files.
         reused: how many of them an earlier, interrupted run had finished.
         bytes: size of the shards; 0 for a dry run.
+        sources: what was found in each source, and how it was read.
         statistics: dataset name to statistics.
         skipped: episodes that were left out.
         warnings: what was not believed or looks odd, a sentence each.
@@ -106,6 +113,7 @@ class Conversion:
     shards: int
     reused: int
     bytes: int
+    sources: tuple[Mapping[str, Any], ...]
     statistics: Mapping[str, Any]
     skipped: tuple[Skipped, ...]
     warnings: tuple[str, ...]
@@ -135,40 +143,101 @@ def convert(request: ConvertRequest, *, dry_run: bool = False, progress: Progres
     if request.image_size is not None:
         pipeline = replace(pipeline, size=request.image_size)
     opened = [open_request(source) for source in request.sources]
-    found = survey(
-        opened,
-        base,
-        on_error=request.on_error,
-        limit=request.limit,
-        val_fraction=request.val_fraction,
-        seed=request.seed,
-        progress=progress,
-    )
-    plans = plan_shards([episode for source in found.sources for episode in source.episodes], request.shard_rows)
+    plan = _plan(request, opened, base, {}, progress)
     if dry_run:
-        return _conversion(request, opened, found, plans, [], reused=0)
+        return _conversion(request, opened, plan, [], reused=0)
+    # what was fetched from the Hub lies on this disk now, and the workers shall not ask the Hub again
+    requests = tuple(
+        source.request if source.request.path.exists() else replace(source.request, path=source.source.path)
+        for source in opened
+    )
     with disk_errors(request.out), open_staging(request.out, _fingerprint(request, opened, base, pipeline)) as staging:
-        results = _finished(staging, plans, request.on_error)
-        reused = len(results)
-        missing = [plan for plan in plans if plan.file not in results]
-        job = ShardJob(staging, tuple(request.sources), found, base.actions, pipeline, request.codec, request.on_error)
-        total, done = sum(plan.rows for plan in plans), sum(result.shard.rows for result in results.values())
-        progress("writing examples", done, total)
-        for result in convert_shards(job, missing, request.workers or os.cpu_count() or 1):
-            write_json(staging / STATE / f"{result.shard.file}.json", asdict(result))
-            results[result.shard.file] = result
-            done += result.shard.rows
-            progress("writing examples", done, total)
-        ordered = [results[plan.file] for plan in plans]
-        conversion = _conversion(request, opened, found, plans, ordered, reused)
-        if not conversion.rows["train"]:
-            raise DataError("every training episode turned out damaged; nothing was converted")
+        known = known_damage(staging) if request.on_error == "skip" else {}
+        if known:  # an earlier run of the same request found damaged frames
+            plan = _plan(request, opened, base, known, progress)
+        while True:
+            results, reused = _write_shards(request, requests, plan, staging, base, pipeline, progress)
+            damage = {(entry.source, entry.index): entry.why for result in results for entry in result.damaged}
+            if not damage:
+                break
+            # The statistics counted these episodes, and every row is normalised by them: all is done again without.
+            known = {**known, **damage}
+            remember_damage(staging, known)
+            plan = _plan(request, opened, base, known, progress)
+        conversion = _conversion(request, opened, plan, results, reused)
         write_statistics(staging / STATISTICS_FILE, conversion.statistics)
-        write_json(staging / DATASET_FILE, _describe(request, opened, found, base, pipeline, conversion, ordered))
+        write_json(staging / DATASET_FILE, _describe(request, plan, base, pipeline, conversion, results))
         # something may have come to lie there in the meantime
         check_output(request.out, [source.path for source in request.sources], request.overwrite)
         move_into_place(staging, request.out)
     return conversion
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the first pass found, and the shards that the second is to write; `damaged` episodes are not in it."""
+
+    found: Survey
+    shards: list[ShardPlan]
+    damaged: int
+
+    @property
+    def key(self) -> str:
+        """A hash of all that decides the content of the shards beyond the request."""
+        parts = [[shard.file, [[e.source, e.ref.index] for e in shard.episodes]] for shard in self.shards]
+        value = [parts, [source.statistics for source in self.found.sources]]
+        return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _plan(
+    request: ConvertRequest,
+    opened: Sequence[OpenedSource],
+    base: BaseFiles,
+    damage: Mapping[tuple[int, int], str],
+    progress: Progress,
+) -> _Plan:
+    rules = SurveyRules(
+        on_error=request.on_error,
+        limit=request.limit,
+        val_fraction=request.val_fraction,
+        seed=request.seed,
+        without=damage,
+    )
+    found = survey(opened, base, rules, progress)
+    if not any(episode.split == "train" for episode in found.episodes):
+        raise DataError("all episodes belong to the validation split of their source, none is left to train on")
+    return _Plan(found, plan_shards(found.episodes, request.shard_rows), len(damage))
+
+
+def _write_shards(
+    request: ConvertRequest,
+    requests: tuple[SourceRequest, ...],
+    plan: _Plan,
+    staging: Path,
+    base: BaseFiles,
+    pipeline: ImagePipeline,
+    progress: Progress,
+) -> tuple[list[ShardResult], int]:
+    """Write what is missing of the planned shards; return all of them, and how many were there already."""
+    key = plan.key
+    results = finished_shards(staging, [shard.file for shard in plan.shards], key, request.on_error)
+    reused = len(results)
+    missing = [shard for shard in plan.shards if shard.file not in results]
+    job = ShardJob(staging, requests, plan.found, base.actions, pipeline, request.codec, request.on_error)
+    total = sum(shard.rows for shard in plan.shards)
+    done = sum(shard.rows for shard in plan.shards if shard.file in results)
+    progress("writing examples", done, total)
+    for result in convert_shards(job, missing, request.workers or available_cpus()):
+        remember_shard(staging, key, result)
+        results[result.shard.file] = result
+        done += result.shard.rows
+        progress("writing examples", done, total)
+    return [results[shard.file] for shard in plan.shards], reused
+
+
+def available_cpus() -> int:
+    """Return how many CPUs this process may use, which in a container is fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_settings(request: ConvertRequest) -> None:
@@ -213,101 +282,51 @@ def _files_of(path: Path) -> list[tuple[str, int, int]]:
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
-def _finished(staging: Path, plans: Sequence[ShardPlan], on_error: OnError) -> dict[str, ShardResult]:
-    """Return the shards that an earlier run of the same request finished and that are whole.
-
-    A run may stop at a damaged episode and go on with skipping it; the other way round, what was skipped is redone.
-    """
-    results = {}
-    for plan in plans:
-        record, path = staging / STATE / f"{plan.file}.json", staging / plan.file
-        if record.is_file() and path.is_file():
-            value = read_json(record)
-            shard = Shard(**value["shard"])
-            if checksum(path) == shard.crc32c and not (value["skipped"] and on_error == "stop"):
-                results[plan.file] = ShardResult(shard, tuple(Skipped(**entry) for entry in value["skipped"]))
-    return results
-
-
 def _conversion(
     request: ConvertRequest,
     opened: Sequence[OpenedSource],
-    found: Survey,
-    plans: Sequence[ShardPlan],
+    plan: _Plan,
     results: Sequence[ShardResult],
     reused: int,
 ) -> Conversion:
-    damaged = [entry for result in results for entry in result.skipped]
+    found = plan.found
     warnings = [f"{source.name}: {warning}" for source in opened for warning in source.warnings]
-    if damaged:
+    if plan.damaged:
         warnings.append(
-            f"{len(damaged)} episodes with damaged frames were left out; their actions are counted in the statistics"
+            f"{plan.damaged} episodes with damaged frames were left out; the statistics were computed anew without them"
         )
-    gone = {(entry.dataset, entry.episode) for entry in damaged}
-    episodes = {
-        split: sum(
-            (found.sources[episode.source].name, episode.ref.name) not in gone
-            for plan in plans
-            if plan.split == split
-            for episode in plan.episodes
-        )
-        for split in SPLITS
-    }
+    planned = found.episodes
+    episodes = {split: sum(episode.split == split for episode in planned) for split in SPLITS}
     if not episodes["val"]:
         warnings.append("no episode is held out for validation; training cannot tell its best checkpoint")
-    if results:
-        rows = {split: sum(result.shard.rows for result in results if result.shard.split == split) for split in SPLITS}
-    else:
-        rows = {split: sum(plan.rows for plan in plans if plan.split == split) for split in SPLITS}
     return Conversion(
         out=request.out,
         episodes=episodes,
-        rows=rows,
-        shards=len(plans),
+        rows={split: sum(episode.rows for episode in planned if episode.split == split) for split in SPLITS},
+        shards=len(plan.shards),
         reused=reused,
         bytes=sum(result.shard.bytes for result in results),
+        sources=tuple(describe_source(*pair) for pair in zip(opened, found.sources, strict=True)),
         statistics={source.name: source.statistics for source in found.sources},
-        skipped=(*(entry for source in found.sources for entry in source.skipped), *damaged),
+        skipped=tuple(entry for source in found.sources for entry in source.skipped),
         warnings=tuple(warnings),
     )
 
 
 def _describe(
     request: ConvertRequest,
-    opened: Sequence[OpenedSource],
-    found: Survey,
+    plan: _Plan,
     base: BaseFiles,
     pipeline: ImagePipeline,
     conversion: Conversion,
     results: Sequence[ShardResult],
 ) -> dict[str, Any]:
     """Return `dataset.json`; it says nothing of time or machine, so that the same input gives the same file."""
-    sources = []
-    for source, surveyed in zip(opened, found.sources, strict=True):
-        columns = [MAIN_CAMERA, *(camera_column(name) for name in surveyed.cameras[1:])]
-        action = surveyed.statistics["action"]
-        sources.append(
-            {
-                "name": source.name,
-                "path": str(source.request.path),
-                "format": source.source.format,
-                "preset": source.request.preset,
-                "weight": source.request.weight,
-                "fps": surveyed.fps,
-                "cameras": dict(zip(columns, surveyed.cameras, strict=True)),
-                "action": {
-                    "dimensions": len(action["mean"]),
-                    "names": list(source.layout.action_names),
-                    "mask": action["mask"],
-                },
-                "layout": asdict(source.layout),
-            }
-        )
     tokenizer = base.tokenizer
     return {
         "format_version": FORMAT_VERSION,
-        "sources": sources,
-        "image": {"codec": request.codec, "cameras": list(found.columns), "pipeline": pipeline.to_json()},
+        "sources": list(conversion.sources),
+        "image": {"codec": request.codec, "cameras": list(plan.found.columns), "pipeline": pipeline.to_json()},
         "prompt_style": base.prompt_style,
         "tokenizer": {
             "base": base.base,

@@ -5,114 +5,26 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlaft.data.episode import Episode
-from vlaft.data.layout import Layout, apply_layout
-from vlaft.data.presets import layout_fields, load_preset, preset_of_dataset
+from vlaft.data.opened_source import MissingInstruction, OpenedSource, SourceRequest, open_request
 from vlaft.data.prompts import BaseFiles
-from vlaft.data.readers import EpisodeRef, Source, open_source
-from vlaft.data.standardize import parse_steps, standardize
-from vlaft.data.statistics import DatasetStatistics, compute_statistics
+from vlaft.data.readers import EpisodeRef
+from vlaft.data.statistics import DatasetStatistics, compute_statistics, state_statistics
 from vlaft.data.store import MAIN_CAMERA
-from vlaft.errors import ConfigError, DataError
+from vlaft.errors import DataError
+
+__all__ = ["OpenedSource", "SourceRequest", "open_request"]  # beside this module's own
 
 OnError = Literal["skip", "stop"]
 Progress = Callable[[str, int, int], None]  # phase, done, total
 
 _VALIDATION_NAMES = {"val", "valid", "validation", "test", "eval"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceRequest:
-    """One source to convert.
-
-    Attributes:
-        path: file, folder or Hub id, as `open_source` takes it.
-        preset: name or file of a dataset preset, or None for the reader's own layout.
-        layout: single fields of the layout that win over preset and reader, as a preset's YAML would set them
-            (`{"instruction": "open the drawer"}`).
-        name: the dataset's name and its key in the statistics; None takes the source's own.
-        weight: how often training samples it: times its number of steps, as in OpenVLA's mixtures.
-    """
-
-    path: Path
-    preset: str | None = None
-    layout: Mapping[str, Any] = field(default_factory=dict)
-    name: str | None = None
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class OpenedSource:
-    """A source with the layout that applies to it."""
-
-    request: SourceRequest
-    source: Source
-    layout: Layout
-
-    @property
-    def name(self) -> str:
-        """The dataset's name and its key in the statistics."""
-        return self.request.name or self.source.name
-
-    @property
-    def warnings(self) -> list[str]:
-        """What the reader did not believe, and whether a preset was overlooked; each a sentence."""
-        known = None if self.request.preset else preset_of_dataset(self.source.name)
-        hint = [f"a preset is made for this dataset: give --preset {known} unless its actions are as you want them"]
-        return [*self.source.warnings, *(hint if known else [])]
-
-    def read(self, ref: EpisodeRef) -> Episode:
-        """Return a standardized episode; its frames are not decoded yet.
-
-        Raises:
-            DataError: it is damaged, or lacks what the layout or training needs.
-        """
-        episode = standardize(apply_layout(self.source.read(ref), self.layout), self.layout.steps)
-        if episode.action is None or not len(episode.action):
-            raise DataError(f"episode '{episode.name}' of {self.request.path} has no steps")
-        for what, values in (("action", episode.action), ("state", episode.state)):
-            if values is not None and not np.isfinite(values).all():
-                step = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
-                raise DataError(
-                    f"episode '{episode.name}' of {self.request.path}, step {step}: the {what} is not finite;"
-                    " repair or drop the episode"
-                )
-        if not episode.instruction.strip():
-            raise DataError(
-                f"episode '{episode.name}' of {self.request.path} has no instruction;"
-                " give one with instruction='what the robot does'"
-            )
-        if not episode.cameras:
-            raise DataError(f"episode '{episode.name}' of {self.request.path} has no camera; examples need images")
-        return episode
-
-
-def open_request(request: SourceRequest) -> OpenedSource:
-    """Open a source and settle its layout: the reader's, then the preset's, then the request's own fields.
-
-    Raises:
-        DataError: the source cannot be opened.
-        ConfigError: the preset or a field of the layout is wrong.
-    """
-    settings = layout_fields(request.layout, "settings")
-    if not request.weight > 0 or not np.isfinite(request.weight):
-        raise ConfigError(f"the weight of {request.path} is {request.weight}; it has to be a positive number")
-    preset = Layout() if request.preset is None else load_preset(request.preset)
-    options = {**preset.options, **settings.get("options", {})}
-    source = open_source(request.path, options)
-    layout = source.layout if request.preset is None else load_preset(request.preset, source.layout)
-    if "action" in settings:  # names and mask describe the action that they came with
-        settings = {"action_names": (), "action_mask": (), **settings}
-    layout = replace(layout, **settings)
-    parse_steps(layout.steps)
-    return OpenedSource(request, source, layout)
 
 
 @dataclass(frozen=True)
@@ -145,12 +57,15 @@ class Skipped:
 
 @dataclass(frozen=True)
 class SurveyedSource:
-    """What the first pass found in one source."""
+    """What the first pass found in one source; `state_statistics` is None where it has no state."""
 
     name: str
     episodes: tuple[PlannedEpisode, ...]
     statistics: DatasetStatistics
+    state_statistics: dict[str, list[float]] | None
     cameras: tuple[str, ...]
+    instructions: tuple[str, ...]
+    action_names: tuple[str, ...]
     fps: float | None
     skipped: tuple[Skipped, ...]
 
@@ -168,69 +83,139 @@ class Survey:
         others = sorted({camera_column(name) for source in self.sources for name in source.cameras[1:]})
         return (MAIN_CAMERA, *others)
 
+    @property
+    def episodes(self) -> list[PlannedEpisode]:
+        """The episodes of all sources, in order."""
+        return [episode for source in self.sources for episode in source.episodes]
 
-def survey(
-    opened: Sequence[OpenedSource],
-    base: BaseFiles,
-    *,
-    on_error: OnError,
-    limit: int | None,
-    val_fraction: float,
-    seed: int,
-    progress: Progress,
-) -> Survey:
+
+@dataclass(frozen=True, kw_only=True)
+class SurveyRules:
+    """What decides which episodes are taken, and for which split.
+
+    Attributes:
+        on_error: what to do with an episode that is damaged.
+        limit: only the first episodes of each split of each source.
+        val_fraction: share of whole episodes held out where a source has no validation split of its own.
+        seed: of that draw.
+        without: episodes known to have damaged frames, as (number of the source, `EpisodeRef.index`), and why.
+    """
+
+    on_error: OnError
+    limit: int | None
+    val_fraction: float
+    seed: int
+    without: Mapping[tuple[int, int], str] = field(default_factory=dict)
+
+
+def survey(opened: Sequence[OpenedSource], base: BaseFiles, rules: SurveyRules, progress: Progress) -> Survey:
     """Read all actions, compute the statistics over both splits, and split by whole episodes.
 
     Raises:
         DataError: an episode is damaged (unless it is to be skipped), a source has nothing usable, or the sources
             do not fit together.
     """
-    listed = [_limited(source.source.episodes(), limit) for source in opened]
+    listed = [_limited(source.source.episodes(), rules.limit) for source in opened]
     total = sum(len(refs) for refs in listed)
     found: list[SurveyedSource] = []
     prompts: dict[str, list[int]] = {}
     done, first_index = 0, 0
     for number, (source, refs) in enumerate(zip(opened, listed, strict=True)):
-        actions: list[NDArray[np.float32]] = []
-        states: list[NDArray[np.float32]] = []
-        kept: list[EpisodeRef] = []
-        skipped: list[Skipped] = []
-        cameras: dict[str, None] = {}
-        fps: float | None = None
-        for ref in refs:
-            progress("reading actions", done, total)
-            done += 1
-            try:
-                episode = source.read(ref)
-                assert episode.action is not None
-                _check_fits(episode, actions, states, cameras)
-                if episode.instruction not in prompts:
-                    prompts[episode.instruction] = _prompt(base, episode)
-            except DataError as error:
-                if on_error == "stop":
-                    raise
-                skipped.append(Skipped(source.name, ref.name, str(error)))
-                continue
-            kept.append(ref)
-            actions.append(episode.action)
-            if episode.state is not None:
-                states.append(episode.state)
-            cameras.update(dict.fromkeys(episode.cameras))
-            fps = episode.fps if fps is None else fps
-        if not kept:
-            why = f"; the first: {skipped[0].why}" if skipped else ""
-            raise DataError(f"{source.request.path} has no usable episode{why}")
-        splits = split_episodes(kept, source.name, val_fraction, seed)
-        planned = tuple(
-            PlannedEpisode(number, ref, first_index + ref.index, split, len(action))
-            for ref, split, action in zip(kept, splits, actions, strict=True)
-        )
-        statistics = compute_statistics(actions, states or None, source.layout.action_mask)
-        found.append(SurveyedSource(source.name, planned, statistics, tuple(cameras), fps, tuple(skipped)))
+        if not refs:
+            raise DataError(f"{source.request.path} has no episodes")
+
+        def count(read: int, before: int = done) -> None:
+            progress("reading actions", before + read, total)
+
+        found.append(_survey_source(number, source, refs, first_index, base, prompts, rules, count))
+        done += len(refs)
         first_index += max(ref.index for ref in refs) + 1
     progress("reading actions", total, total)
     _check_together(found)
     return Survey(tuple(found), prompts)
+
+
+def _survey_source(
+    number: int,
+    source: OpenedSource,
+    refs: Sequence[EpisodeRef],
+    first_index: int,
+    base: BaseFiles,
+    prompts: dict[str, list[int]],
+    rules: SurveyRules,
+    count: Callable[[int], None],
+) -> SurveyedSource:
+    """Read the actions of one source; the prompts of new instructions are added to `prompts`."""
+    actions: list[NDArray[np.float32]] = []
+    states: list[NDArray[np.float32]] = []
+    kept: list[EpisodeRef] = []
+    skipped: list[Skipped] = []
+    cameras: dict[str, None] = {}
+    instructions: dict[str, None] = {}
+    names: tuple[str, ...] = ()
+    fps: float | None = None
+    for done, ref in enumerate(refs):
+        count(done)
+        if (number, ref.index) in rules.without:
+            skipped.append(Skipped(source.name, ref.name, rules.without[number, ref.index]))
+            continue
+        try:
+            episode = source.read(ref)
+            assert episode.action is not None
+            _check_fits(episode, actions, states, cameras)
+            if episode.instruction not in prompts:
+                prompts[episode.instruction] = _prompt(base, episode)
+        except DataError as error:
+            if isinstance(error, MissingInstruction) and not kept:
+                _refuse_silent_source(source, refs)
+            if rules.on_error == "stop":
+                raise
+            skipped.append(Skipped(source.name, ref.name, str(error)))
+            continue
+        kept.append(ref)
+        actions.append(episode.action)
+        if episode.state is not None:
+            states.append(episode.state)
+        cameras.update(dict.fromkeys(episode.cameras))
+        instructions[episode.instruction] = None
+        names = names or episode.action_names
+        fps = episode.fps if fps is None else fps
+    if not kept:
+        why = f"; the first: {skipped[0].why}" if skipped else ""
+        raise DataError(f"{source.request.path} has no usable episode{why}")
+    splits = split_episodes(kept, source.name, rules.val_fraction, rules.seed)
+    return SurveyedSource(
+        name=source.name,
+        episodes=tuple(
+            PlannedEpisode(number, ref, first_index + ref.index, split, len(action))
+            for ref, split, action in zip(kept, splits, actions, strict=True)
+        ),
+        statistics=compute_statistics(actions, source.layout.action_mask),
+        state_statistics=state_statistics(states) if states else None,
+        cameras=tuple(cameras),
+        instructions=tuple(instructions),
+        action_names=names,
+        fps=fps,
+        skipped=tuple(skipped),
+    )
+
+
+def _refuse_silent_source(source: OpenedSource, refs: Sequence[EpisodeRef]) -> None:
+    """Say once for the whole source, instead of episode by episode, that an instruction has to be given.
+
+    Raises:
+        DataError: no episode that can be read has one.
+    """
+    for ref in refs:
+        try:
+            if source.source.read(ref).instruction.strip():
+                return
+        except DataError:
+            continue
+    raise DataError(
+        f"{source.request.path}: none of the {len(refs)} episodes says what the robot does; add it to the command as a"
+        " word, such as instruction='open the drawer'"
+    )
 
 
 def split_episodes(refs: Sequence[EpisodeRef], name: str, val_fraction: float, seed: int) -> list[str]:
@@ -265,8 +250,14 @@ class ShardPlan:
         return sum(episode.rows for episode in self.episodes)
 
 
-def plan_shards(episodes: Sequence[PlannedEpisode], shard_rows: int) -> list[ShardPlan]:
-    """Return the shards: whole episodes in order, a new one where the last has `shard_rows` examples or more."""
+def plan_shards(episodes: Sequence[PlannedEpisode], shard_rows: int | None = None) -> list[ShardPlan]:
+    """Return the shards: whole episodes in order, a new one where the last has `shard_rows` examples or more.
+
+    Without `shard_rows` there are about 64 shards of 200 to 4,000 rows: small ones keep all CPUs busy and lose little
+    to a kill. Only the data decide, not the machine, so that the same demonstrations always give the same files.
+    """
+    if shard_rows is None:
+        shard_rows = min(max(sum(episode.rows for episode in episodes) // 64, 200), 4000)
     plans = []
     for split in ("train", "val"):
         groups: list[list[PlannedEpisode]] = []

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from vlaft.data.convert_plan import (
     OpenedSource,
     PlannedEpisode,
     ShardPlan,
-    Skipped,
     SourceRequest,
     Survey,
     camera_column,
@@ -46,11 +46,20 @@ class ShardJob:
 
 
 @dataclass(frozen=True)
+class Damaged:
+    """An episode whose frames turned out damaged: number of its source, `EpisodeRef.index`, and why."""
+
+    source: int
+    index: int
+    why: str
+
+
+@dataclass(frozen=True)
 class ShardResult:
-    """A finished shard and the episodes that were left out of it."""
+    """A finished shard and the episodes that are missing in it."""
 
     shard: Shard
-    skipped: tuple[Skipped, ...]
+    damaged: tuple[Damaged, ...]
 
 
 def convert_shards(job: ShardJob, plans: Sequence[ShardPlan], workers: int) -> Iterator[ShardResult]:
@@ -66,7 +75,12 @@ def convert_shards(job: ShardJob, plans: Sequence[ShardPlan], workers: int) -> I
         return
     context = multiprocessing.get_context("spawn")
     count = min(workers, len(plans))
-    with ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker, initargs=(job,)) as pool:
+    alive, keep_alive = context.Pipe(duplex=False)  # when our end is closed, the workers leave at once
+    with (
+        alive,
+        keep_alive,
+        ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker, initargs=(job, alive)) as pool,
+    ):
         waiting: set[Future[ShardResult | str]] = {pool.submit(_convert_in_worker, plan) for plan in plans}
         try:
             while waiting:
@@ -82,6 +96,8 @@ def convert_shards(job: ShardJob, plans: Sequence[ShardPlan], workers: int) -> I
                 " workers, finished shards are kept"
             ) from error
         finally:
+            if waiting:  # something went wrong: nobody needs what the workers are still at
+                keep_alive.close()
             pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -94,7 +110,7 @@ class _Converter:
         self.opened: dict[int, OpenedSource] = {}
 
     def convert(self, plan: ShardPlan) -> ShardResult:
-        skipped: list[Skipped] = []
+        damaged: list[Damaged] = []
 
         def episodes() -> Iterator[list[dict[str, Any]]]:
             for planned in plan.episodes:
@@ -103,11 +119,10 @@ class _Converter:
                 except DataError as error:
                     if self.job.on_error == "stop":
                         raise
-                    dataset = self.job.survey.sources[planned.source].name
-                    skipped.append(Skipped(dataset, planned.ref.name, str(error)))
+                    damaged.append(Damaged(planned.source, planned.ref.index, str(error)))
 
         shard = write_shard(self.job.folder / plan.file, plan.split, self.schema, episodes())
-        return ShardResult(shard, tuple(skipped))
+        return ShardResult(shard, tuple(damaged))
 
     def _rows(self, planned: PlannedEpisode) -> list[dict[str, Any]]:
         if planned.source not in self.opened:
@@ -153,18 +168,18 @@ class _Converter:
 _converter: _Converter | None = None  # a worker's own, set as it starts
 
 
-def _start_worker(job: ShardJob) -> None:
+def _start_worker(job: ShardJob, alive: Connection) -> None:
     global _converter
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
     _converter = _Converter(job)
 
 
-def _end_with_parent() -> None:
-    """Leave when the parent is gone: a killed conversion must not leave workers that write into its folder."""
+def _end_with_parent(alive: Connection) -> None:
+    """Leave when the parent is gone or gives up: a killed conversion must not leave workers that write on."""
     parent = multiprocessing.parent_process()
     if parent is not None:
-        wait_for_any([parent.sentinel])
+        wait_for_any([parent.sentinel, alive])
         os._exit(1)
 
 

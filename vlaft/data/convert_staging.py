@@ -6,14 +6,17 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
-from vlaft.data.store import DATASET_FILE, read_json, sync_folder, write_json
+from vlaft.data.convert_shards import Damaged, ShardResult
+from vlaft.data.store import DATASET_FILE, Shard, checksum, read_json, sync_folder, write_json
 from vlaft.errors import DataError
 
 STATE = ".conversion"  # folder inside the staging folder: the fingerprint and what is finished
+_DAMAGE = "damaged.json"  # in there: episodes whose frames turned out damaged
 
 
 def check_output(out: Path, sources: Sequence[Path], overwrite: bool) -> None:
@@ -61,6 +64,44 @@ def open_staging(out: Path, fingerprint: str) -> Iterator[Path]:
         yield staging
     finally:
         os.close(descriptor)  # releases the lock
+
+
+def remember_shard(staging: Path, plan: str, result: ShardResult) -> None:
+    """Note that a shard of the plan is finished."""
+    write_json(staging / STATE / f"{result.shard.file}.json", {"plan": plan, **asdict(result)})
+
+
+def finished_shards(staging: Path, files: Sequence[str], plan: str, on_error: str) -> dict[str, ShardResult]:
+    """Return the shards that an earlier run finished by the same plan and that are whole; the others are removed.
+
+    A run may stop at a damaged episode and go on with skipping it; the other way round, what was skipped is redone.
+    """
+    results = {}
+    for file in files:
+        record, path = staging / STATE / f"{file}.json", staging / file
+        if record.is_file() and path.is_file():
+            value = read_json(record)
+            shard = Shard(**value["shard"])
+            usable = value["plan"] == plan and not (value["damaged"] and on_error == "stop")
+            if usable and checksum(path) == shard.crc32c:
+                results[file] = ShardResult(shard, tuple(Damaged(**entry) for entry in value["damaged"]))
+    for path in staging.glob("*.parquet"):
+        if path.name not in results:
+            path.unlink()
+    return results
+
+
+def remember_damage(staging: Path, damage: Mapping[tuple[int, int], str]) -> None:
+    """Note which episodes, by number of the source and `EpisodeRef.index`, have damaged frames, and why."""
+    listed = [{"source": source, "index": index, "why": why} for (source, index), why in sorted(damage.items())]
+    write_json(staging / STATE / _DAMAGE, {"episodes": listed})
+
+
+def known_damage(staging: Path) -> dict[tuple[int, int], str]:
+    """Return what `remember_damage` noted in an earlier run of the same request."""
+    path = staging / STATE / _DAMAGE
+    entries = read_json(path)["episodes"] if path.is_file() else []
+    return {(entry["source"], entry["index"]): entry["why"] for entry in entries}
 
 
 def _fingerprint_in(mark: Path) -> object:

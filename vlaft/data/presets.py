@@ -1,7 +1,8 @@
-"""Dataset presets (`recipes/datasets/*.yaml`) and mixes of datasets (`recipes/mixes/*.yaml`).
+"""Dataset presets: `recipes/datasets/*.yaml`, or a YAML file of one's own.
 
-A preset says how the arrays of one published dataset become OpenVLA's action: the fields of a `Layout`, and under
-`datasets` the further names that the dataset is published by. A mix is a mapping `datasets: {name: weight}`.
+A preset says how the arrays of one dataset become OpenVLA's action: the fields of a `Layout`, what only the reader
+understands (the mapping of an HDF5 file of its own layout, say), and under `datasets` the further names that the
+dataset is published by.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import yaml
 
 from vlaft.data.layout import Layout
+from vlaft.data.reader_options import ADDED_STEPS, separate_options
 from vlaft.data.standardize import parse_steps
 from vlaft.errors import ConfigError, did_you_mean
 from vlaft.recipe_files import recipes_folder
@@ -28,11 +30,6 @@ _LARGEST_FILE = 2**20  # bytes
 def preset_names() -> list[str]:
     """List the presets that come with vlaft."""
     return sorted(path.stem for path in (recipes_folder() / "datasets").glob("*.yaml"))
-
-
-def mix_names() -> list[str]:
-    """List the mixes that come with vlaft."""
-    return sorted(path.stem for path in (recipes_folder() / "mixes").glob("*.yaml"))
 
 
 def preset_of_dataset(dataset: str) -> str | None:
@@ -52,36 +49,26 @@ def load_preset(name_or_path: str | Path, base: Layout | None = None) -> Layout:
         ConfigError: no such preset or file, unknown keys, values of a wrong kind, or wrong standardizing steps;
             all problems of the file together.
     """
-    path = _find(name_or_path, "datasets", "preset", {**{name: name for name in preset_names()}, **_published()})
-    values = layout_fields(_read(path), path)
-    if "action" in values:  # names and mask of the base describe the base's action
-        values = {"action_names": (), "action_mask": (), **values}
-    return replace(base or Layout(), **values)
+    path = find_file(name_or_path, "datasets", "preset", {**{name: name for name in preset_names()}, **_published()})
+    return with_fields(base or Layout(), layout_fields(separate_options(read_yaml(path)), path))
 
 
-def load_mix(name_or_path: str | Path) -> list[tuple[str, float]]:
-    """Return the datasets of a mix with their sampling weights; `load_preset` accepts each name.
+def with_fields(layout: Layout, values: Mapping[str, Any]) -> Layout:
+    """Return the layout with the fields that `layout_fields` returned.
 
-    A weight multiplies the dataset's number of steps, as in OpenVLA's mixtures.
-
-    Raises:
-        ConfigError: no such mix, a dataset without a preset, or a weight that is no positive number.
+    Another action leaves the old one's names and mask behind; `steps+` adds to the steps.
     """
-    path = _find(name_or_path, "mixes", "mix", {name: name for name in mix_names()})
-    content = _read(path)
-    problems = [f"{path}: unknown key '{key}'{did_you_mean(key, ['datasets'])}" for key in content if key != "datasets"]
-    datasets = content.get("datasets")
-    if not isinstance(datasets, Mapping) or not datasets:
-        raise ConfigError([*problems, f"{path}: 'datasets' has to map names of datasets to weights"])
-    known = [*preset_names(), *_published()]
-    for name, weight in datasets.items():
-        if name not in known:
-            problems.append(f"{path}: no preset for dataset '{name}'{did_you_mean(str(name), known)}")
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-            problems.append(f"{path}: the weight of '{name}' is {weight!r}; it has to be a positive number")
-    if problems:
-        raise ConfigError(problems)
-    return [(str(name), float(weight)) for name, weight in datasets.items()]
+    values = dict(values)
+    added = values.pop(ADDED_STEPS, ())
+    if "action" in values:
+        values = {"action_names": (), "action_mask": (), **values}
+    changed = replace(layout, **values)
+    return replace(changed, steps=(*changed.steps, *added))
+
+
+def known_datasets() -> list[str]:
+    """List all names that `load_preset` takes: the presets' own, and those that their datasets are published by."""
+    return [*preset_names(), *_published()]
 
 
 def _published() -> dict[str, str]:
@@ -91,10 +78,17 @@ def _published() -> dict[str, str]:
 
 @cache
 def _published_in(folder: Path) -> dict[str, str]:
-    return {str(dataset): path.stem for path in folder.glob("*.yaml") for dataset in _read(path).get("datasets") or ()}
+    return {
+        str(dataset): path.stem for path in folder.glob("*.yaml") for dataset in read_yaml(path).get("datasets") or ()
+    }
 
 
-def _find(name_or_path: str | Path, folder: str, kind: str, names: Mapping[str, str]) -> Path:
+def find_file(name_or_path: str | Path, folder: str, kind: str, names: Mapping[str, str]) -> Path:
+    """Return the file of one of the known `names` (name to stem), or a YAML file of the user's own.
+
+    Raises:
+        ConfigError: there is none; the sentence has the nearest known name.
+    """
     text = str(name_or_path)
     if text in names:
         return recipes_folder() / folder / f"{names[text]}.yaml"
@@ -107,7 +101,12 @@ def _find(name_or_path: str | Path, folder: str, kind: str, names: Mapping[str, 
     raise ConfigError(f"unknown {kind} '{text}'{hint}")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file.
+
+    Raises:
+        ConfigError: it cannot be read, is too large, has aliases, is no YAML, or holds something else.
+    """
     try:
         if path.stat().st_size > _LARGEST_FILE:
             raise ConfigError(f"{path} is too large for a preset")
@@ -140,7 +139,7 @@ def layout_fields(content: Mapping[str, Any], path: Path | str) -> dict[str, Any
         problem = None
         if key == "datasets":
             problem = None if _is_texts(value) else "has to be a list of names"
-        elif key not in _KEYS:
+        elif key not in _KEYS and key != ADDED_STEPS:
             problems.append(f"{path}: unknown key '{key}'{did_you_mean(str(key), [*_KEYS, 'datasets'])}")
         elif key in _TEXTS:
             problem = None if _is_texts(value) else "has to be a list of texts"
@@ -149,7 +148,7 @@ def layout_fields(content: Mapping[str, Any], path: Path | str) -> dict[str, Any
             is_mask = isinstance(value, list) and all(isinstance(entry, bool) for entry in value)
             problem = None if is_mask else "has to be a list of true or false"
             values[key] = tuple(value) if is_mask else ()
-        elif key == "steps":
+        elif key in ("steps", ADDED_STEPS):
             try:
                 parse_steps(value or [])
                 values[key] = tuple(value or ())

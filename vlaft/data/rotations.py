@@ -8,14 +8,17 @@ extrinsic in scipy's words, R = Rz Ry Rx); an axis-angle is the unit axis times 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial.transform import Rotation
 
 from vlaft.data.dimensions import require_action, require_state, resolve_dims
 from vlaft.data.episode import Episode
 from vlaft.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from scipy.spatial.transform import Rotation
 
 Values = NDArray[np.float64]  # [T, 3] or [T, 4]
 NAMES = {"euler": ("roll", "pitch", "yaw"), "axis_angle": ("axis_x", "axis_y", "axis_z")}
@@ -28,6 +31,8 @@ def to_rotation(values: Values, representation: str) -> Rotation:
         ConfigError: an unknown representation.
         DataError: a quaternion of zeros.
     """
+    from scipy.spatial.transform import Rotation  # loaded late: it takes longer than all else that vlaft.data imports
+
     if representation == "euler":
         return Rotation.from_euler("xyz", values)
     if representation == "axis_angle":

@@ -1,8 +1,8 @@
 """Dataset statistics in OpenVLA's layout: `dataset_statistics.json`, and `norm_stats` of a checkpoint's config.
 
-`{name: {"action": {mean, std, max, min, q01, q99, mask}, "proprio": {the same without mask}, "num_transitions",
-"num_trajectories"}}`. Lists hold one number per dimension, in the units of the standardized action; `mask` is True
-where q01/q99 normalisation applies.
+`{name: {"action": {mean, std, max, min, q01, q99, mask}, "proprio": {the same without mask, all zero},
+"num_transitions", "num_trajectories"}}`. Lists hold one number per dimension, in the units of the standardized
+action; `mask` is True where q01/q99 normalisation applies.
 """
 
 from __future__ import annotations
@@ -29,18 +29,17 @@ _LARGEST_FILE = 64 * 2**20  # bytes; a released file of 25 datasets has 60 kB
 
 def compute_statistics(
     actions: Sequence[NDArray[np.float32]],
-    states: Sequence[NDArray[np.float32]] | None = None,
     mask: Sequence[bool] = (),
 ) -> DatasetStatistics:
     """Return the statistics over all steps of all episodes.
 
     As OpenVLA: standard deviation with ddof 0, 1 % and 99 % quantiles by linear interpolation, and zeros shaped
-    like the action for `proprio` when there are no states. Sums run in float64 (upstream's run in float32, which
-    loses digits over millions of steps and agrees to 1e-6 over thousands); results are rounded to float32.
+    like the action for `proprio`, whether there are states or not, because its fine-tuning loads none. Sums run in
+    float64 (upstream's run in float32, which loses digits over millions of steps and agrees to 1e-6 over thousands);
+    results are rounded to float32.
 
     Args:
         actions: per episode `[T, A]` float32, standardized.
-        states: per episode `[T, S]` float32, or None.
         mask: one per action dimension; empty means that all are normalised.
 
     Raises:
@@ -52,18 +51,21 @@ def compute_statistics(
         raise DataError(f"the action mask has {len(mask)} entries for {size} action dimensions; give one for each")
     action: dict[str, Any] = dict(_moments(joined))
     action["mask"] = [bool(entry) for entry in mask] if mask else [True] * size
-    if states is None:
-        proprio = {name: [0.0] * size for name in FIELDS}
-    else:
-        if [len(state) for state in states] != [len(episode) for episode in actions]:
-            raise DataError("states and actions differ in their number of episodes or steps")
-        proprio = _moments(_join(states, "state"))
     return {
         "action": action,
-        "proprio": proprio,
+        "proprio": {name: [0.0] * size for name in FIELDS},
         "num_transitions": len(joined),
         "num_trajectories": len(actions),
     }
+
+
+def state_statistics(states: Sequence[NDArray[np.float32]]) -> dict[str, list[float]]:
+    """Return mean, std, max, min, q01 and q99 of the states `[T, S]` over all steps of all episodes.
+
+    Raises:
+        DataError: no steps, differing dimensions, or values that are not finite.
+    """
+    return _moments(_join(states, "state"))
 
 
 def _join(episodes: Sequence[NDArray[np.float32]], what: str) -> NDArray[np.float32]:

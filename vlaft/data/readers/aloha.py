@@ -40,6 +40,7 @@ from vlaft.data.readers.hdf5_episode import (
     build_episode,
     dataset_name,
     detect_encoding,
+    folder_split,
     is_camera,
     main_first,
     short_names,
@@ -124,9 +125,7 @@ def open_aloha(root: Path, files: list[Path], options: Mapping[str, object]) -> 
             if _length(file, str(path)) == 0:
                 warnings.append(f"{path} has no steps and is left out")
                 continue
-            folder = relative.split("/")[0] if "/" in relative else None
-            split = {"train": "train", "val": "valid", "valid": "valid"}.get(folder or "")
-            refs.append(EpisodeRef(len(refs), relative or path.name, split, (relative,)))
+            refs.append(EpisodeRef(len(refs), relative or path.name, folder_split(relative), (relative,)))
             if layout is None:
                 layout = _layout(file, path, swap_rb, warnings)
     if layout is None:

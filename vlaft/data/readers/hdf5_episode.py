@@ -141,6 +141,16 @@ def dataset_name(root: Path) -> str:
     return root.resolve().name if root.is_dir() else root.stem
 
 
+def folder_split(relative: str) -> str | None:
+    """Return the split that a file's first folder names, as ACT's and many other recorders lay them out.
+
+    >>> folder_split("train/episode_0.hdf5"), folder_split("val/a/b.h5"), folder_split("demo.hdf5")
+    ('train', 'valid', None)
+    """
+    folder = relative.split("/")[0] if "/" in relative else ""
+    return {"train": "train", "val": "valid", "valid": "valid", "validation": "valid"}.get(folder)
+
+
 def detect_encoding(dataset: h5py.Dataset) -> Literal["raw", "jpeg"]:
     """Return `"jpeg"` for rows of bytes: variable-length uint8, zero-padded uint8 `[T, P]`, or byte strings."""
     return "raw" if dataset.dtype.kind in "biuf" and dataset.ndim != 2 else "jpeg"

@@ -51,6 +51,7 @@ from vlaft.data.readers.hdf5_episode import (
     Hdf5Source,
     build_episode,
     dataset_name,
+    folder_split,
     is_camera,
     main_first,
     short_names,
@@ -147,7 +148,7 @@ def open_mapped(root: Path, files: list[Path], options: Mapping[str, object]) ->
                 if _length(found, action[0], where) == 0:
                     warnings.append(f"{where} has no steps and is left out")
                     continue
-                refs.append(EpisodeRef(len(refs), name, None, (relative, group_path, number)))
+                refs.append(EpisodeRef(len(refs), name, folder_split(relative), (relative, group_path, number)))
     if not refs:
         raise DataError(f"{root}: the mapping's episodes have no steps; nothing is left to read")
     named = {key: value.path for key, value in cameras.items()}

@@ -47,6 +47,7 @@ _MAIN_CAMERAS = (
     "top_image",
     "static_image",
 )
+_EMPTY_EDGE = 224  # of a black frame whose size features.json leaves open
 _INSTRUCTION = re.compile(
     r"^(steps/|steps/observation/|episode_metadata/|)"
     r"(language_instruction(_\d+)?|natural_language_instruction|instruction|language|language_text|task)$"
@@ -76,6 +77,8 @@ class RldsSource:
         self.fields = tuple(fields)
         self.layout = _default_layout(fields)
         self._shards = folder.shards
+        self._absent: set[str] = set()
+        self._empty: set[tuple[str, str]] = set()
 
     def episodes(self) -> Sequence[EpisodeRef]:
         """List the episodes in the order of the records, split by split.
@@ -114,18 +117,17 @@ class RldsSource:
         """
         example, where = self._example(ref)
         length = _count_steps(self.fields, example, where)
-        stored = [field for field in self.fields if field.path.startswith(_STEPS) and is_stored(field, example)]
+        fields = [field for field in self.fields if field.path.startswith(_STEPS)]
+        stored = [field for field in fields if is_stored(field, example)]
+        self._warn_of_absent([field.path for field in fields if field not in stored], ref.name)
+        cameras = {_short(field): self._frames(field, example, where, ref.name) for field in stored if field.is_camera}
         return Episode(
             index=ref.index,
             name=ref.name,
             length=length,
             instruction=_instruction(self.fields, example, where),
             arrays=_StepArrays({_short(field): field for field in stored if field.is_array}, example, where),
-            cameras={
-                _short(field): EncodedFrames(_images(field, example, where), f"{where}, camera '{_short(field)}'")
-                for field in stored
-                if field.is_camera
-            },
+            cameras=cameras,
             split=ref.split,
         )
 
@@ -139,6 +141,28 @@ class RldsSource:
         _count_steps(self.fields, example, where)
         return {field.path: decode_field(field, example, where) for field in self.fields if is_stored(field, example)}
 
+    def _warn_of_absent(self, paths: Sequence[str], episode: str) -> None:
+        """Warn once of every feature that features.json describes and a record lacks."""
+        for path in paths:
+            if path not in self._absent:
+                self._absent.add(path)
+                self.warnings.append(
+                    f"features.json describes '{path}', but episode '{episode}' holds none of it (told for the first"
+                    " such episode only)"
+                )
+
+    def _frames(self, field: Field, example: Mapping[str, Stored], where: str, episode: str) -> EncodedFrames:
+        images = _images(field, example, where)
+        empty = sum(not image for image in images)
+        if empty and (episode, field.path) not in self._empty:
+            self._empty.add((episode, field.path))
+            self.warnings.append(
+                f"episode '{episode}': {empty} of {len(images)} frames of camera '{_short(field)}' are empty; they"
+                " count as black, as OpenVLA's pipeline shows them"
+            )
+        height, width = field.shape[0] or _EMPTY_EDGE, field.shape[1] or _EMPTY_EDGE
+        return EncodedFrames(images, f"{where}, camera '{_short(field)}'", (height, width))
+
     def _example(self, ref: EpisodeRef) -> tuple[dict[str, Stored], str]:
         _, shard, number, offset = ref.location
         where = f"shard '{shard}', record {number} (episode '{ref.name}')"
@@ -148,10 +172,17 @@ class RldsSource:
 
 @dataclass(frozen=True)
 class EncodedFrames:
-    """Frames as encoded images in memory; implements `vlaft.data.episode.Frames`."""
+    """Frames as encoded images in memory; implements `vlaft.data.episode.Frames`.
+
+    Attributes:
+        images: an encoded image per step; an empty one stands for a black frame, as in OpenVLA's pipeline.
+        where: names file, episode and camera in messages.
+        empty_size: height and width of those.
+    """
 
     images: Sequence[bytes]
     where: str
+    empty_size: tuple[int, int]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -159,7 +190,10 @@ class EncodedFrames:
     def read(self, indices: Sequence[int]) -> Iterator[Image]:
         """Decode the frames of `indices` as TensorFlow would, one at a time."""
         for index in indices:
-            yield decode_image(self.images[index], f"{self.where}, step {index}")
+            if self.images[index]:
+                yield decode_image(self.images[index], f"{self.where}, step {index}")
+            else:
+                yield np.zeros((*self.empty_size, 3), np.uint8)
 
 
 @dataclass(frozen=True)

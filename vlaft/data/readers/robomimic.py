@@ -44,6 +44,7 @@ from vlaft.data.readers.hdf5_episode import (
     Hdf5Source,
     build_episode,
     dataset_name,
+    folder_split,
     is_camera,
     main_first,
     short_names,
@@ -136,9 +137,10 @@ def open_robomimic(root: Path, files: list[Path], options: Mapping[str, object])
             data = need_group(file, "data", str(path))
             names = _demonstrations(data, path, warnings)
             splits = _splits(file, names, path, warnings, options.get("filter_key"))
-            prefix = f"{path.stem}/" if relative else ""
+            prefix = f"{relative.removesuffix(path.suffix)}/" if relative else ""
             for name in splits:
-                refs.append(EpisodeRef(len(refs), prefix + name, splits[name], (relative, name)))
+                split = splits[name] or folder_split(relative)
+                refs.append(EpisodeRef(len(refs), prefix + name, split, (relative, name)))
             if splits:
                 layouts.append(_layout(data, next(iter(splits)), path, warnings, shift))
     if not refs:
