@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +76,22 @@ def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
 def save_adapter(model: PeftModel, folder: Path, fingerprint: str | None = None) -> None:
     """Write `model`'s adapter into the existing `folder`; the frozen head is not stored."""
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    write_adapter(folder, tensors, model.peft_config["default"].to_dict(), fingerprint)
+
+
+def write_adapter(
+    folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], fingerprint: str | None
+) -> None:
+    """Write an adapter's tensors and peft's `config` of it into the existing `folder`."""
     metadata = {"format": "pt"} | ({FINGERPRINT_KEY: fingerprint} if fingerprint else {})
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
         folder / WEIGHTS_FILE,
         metadata=metadata,
     )
-    config: dict[str, Any] = model.peft_config["default"].to_dict()
-    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    config |= {"inference_mode": True, "auto_mapping": None}
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+    content = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    content |= {"inference_mode": True, "auto_mapping": None}
+    (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
 
 
 def load_adapter_weights(model: PeftModel, folder: Path) -> None:

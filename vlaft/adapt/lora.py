@@ -11,7 +11,8 @@ from vlaft.config import LoraConfig
 from vlaft.errors import ConfigError
 from vlaft.model.openvla import OpenVLAForActionPrediction
 
-_INIT = {"gaussian": "gaussian", "pissa": "pissa", "default": True}
+# PiSSA's start is computed in `pissa`: peft's own stops at the patch convolutions, which it cannot decompose.
+_INIT = {"gaussian": "gaussian", "pissa": "gaussian", "default": True}
 
 
 def peft_config(lora: LoraConfig) -> peft.LoraConfig:

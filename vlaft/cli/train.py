@@ -11,7 +11,7 @@ from vlaft.cli.arguments import Base, ConfigFiles, Data, Out, Overwrite, Recipe,
 
 if TYPE_CHECKING:
     from vlaft.config import RecipeConfig
-    from vlaft.training.events import Banner, EvaluationLine, StepLine
+    from vlaft.training.events import Banner, EvaluationLine, RunSummary, StepLine
 
 
 def train(
@@ -36,19 +36,9 @@ def train(
     if dry_run:
         _dry_run(resolved)
         return
-    import shutil
-
-    from vlaft.cli.console import say
     from vlaft.training.trainer import train as run_training
 
-    if overwrite and out.is_dir():
-        shutil.rmtree(out)
-    summary = run_training(resolved, out, _Printer(), resume=resume)
-    stopped = ", stopped early" if summary.stopped_early else ""
-    best = f"; best: {summary.best} (held-out action L1 {summary.best_l1:.4f})" if summary.best else ""
-    say(f"{summary.steps} steps in {_duration(summary.seconds)}{stopped}; last: {summary.last}{best}")
-    say(f"peak memory {summary.peak_bytes / 1e9:.2f} GB; written to {out}")
-    say(f"next: vlaft merge {out} --out {out}-merged")
+    run_training(resolved, out, _Printer(), resume=resume, overwrite=overwrite)
 
 
 def resolve_recipe(
@@ -123,6 +113,15 @@ class _Printer:
         from vlaft.cli.console import say
 
         say(f"saved {checkpoint}")
+
+    def finished(self, summary: RunSummary) -> None:
+        from vlaft.cli.console import say
+
+        stopped = ", stopped early" if summary.stopped_early else ""
+        best = f"; best: {summary.best} (held-out action L1 {summary.best_l1:.4f})" if summary.best else ""
+        say(f"{summary.steps} steps in {_duration(summary.seconds)}{stopped}; last: {summary.last}{best}")
+        say(f"peak memory {summary.peak_bytes / 1e9:.2f} GB; written to {summary.folder}")
+        say(f"next: vlaft merge {summary.folder} --out {summary.folder}-merged")
 
     def warned(self, sentence: str) -> None:
         from vlaft.cli.console import warn

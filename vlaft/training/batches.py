@@ -124,6 +124,10 @@ class TrainingData:
             limit=self.val_examples,
         )
 
+    def any_validation_batch(self) -> Batch:
+        """Return some held-out batch, for a process that has none of its own."""
+        return next(batches_in_order(self.datasets, self.batch_size, limit=self.val_examples))
+
 
 def _check_fits(dataset: ConvertedDataset, base: Path, config: Mapping[str, Any], actions: ActionTokenizer) -> None:
     again = f"convert the demonstrations again with --base {base}"

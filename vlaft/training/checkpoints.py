@@ -14,22 +14,24 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlaft.errors import CheckpointError, VlaftError
 from vlaft.output_folder import sync
 from vlaft.trained import TRAINED_FILE
+from vlaft.training.distributed import spread_like, whole
 
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _STATE_FILE = "state.json"
 _NAME = re.compile(r"^step-(\d{6,})$")
+_CONSTANTS = ("qmap1", "qmap2")  # code books of 8-bit optimizers, the same for all
 
 
 def checkpoint_name(step: int) -> str:
@@ -46,31 +48,74 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def trained_tensors(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Return the tensors of `names` from the model's state dict, on the CPU."""
-    state = model.state_dict()
-    return {name: state[name].detach().cpu().contiguous() for name in names}
+    """Return the parameters of `names`, whole, on the CPU; all processes must ask at once."""
+    parameters = dict(model.named_parameters())
+    return {name: _stored(parameters[name]) for name in names}
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return an optimizer's state as tensors `index.key` and a JSON-able rest (scalars, without the groups)."""
+    """Return an optimizer's state as whole tensors `index.key` and a JSON-able rest (scalars, without the groups).
+
+    The index counts parameters in the order of the groups. All processes must ask at once.
+    """
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
-    for index, values in optimizer.state_dict()["state"].items():
-        for key, value in values.items():
+    for index, parameter in enumerate(_parameters(optimizer)):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if key in _CONSTANTS:
+                continue
             if isinstance(value, Tensor):
-                tensors[f"{index}.{key}"] = value.detach().cpu().contiguous()
+                tensors[f"{index}.{key}"] = _stored(value)
             else:
                 scalars[f"{index}.{key}"] = value
     return tensors, scalars
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
-    """Put back what `flatten_optimizer` gave; the optimizer has the same groups."""
+    """Put back what `flatten_optimizer` gave; the optimizer has the same groups.
+
+    Raises:
+        CheckpointError: the state is of an optimizer over other parameters.
+    """
     state: dict[int, dict[str, Any]] = {}
     for name, value in [*tensors.items(), *scalars.items()]:
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
+        number, key = name.split(".", 1)
+        state.setdefault(int(number), {})[key] = value
+    parameters = _parameters(optimizer)
+    if any(index >= len(parameters) for index in state):
+        raise CheckpointError(f"the optimizer's state is of {max(state) + 1} tensors, here are {len(parameters)}")
+    if hasattr(optimizer, "init_state"):
+        _restore_8bit(optimizer, state)
+        return
+    for index, values in state.items():
+        for key, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameters[index].shape:
+                values[key] = spread_like(value, parameters[index])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _restore_8bit(optimizer: Any, state: dict[int, dict[str, Any]]) -> None:
+    """Fill the buffers of a bitsandbytes optimizer, which it makes itself: paged ones stay paged."""
+    index = 0
+    for group_index, group in enumerate(optimizer.param_groups):
+        for position, parameter in enumerate(group["params"]):
+            if index in state:
+                optimizer.init_state(group, parameter, group_index, position)
+                own = optimizer.state[parameter]
+                for key, value in state[index].items():
+                    if isinstance(value, Tensor):
+                        own[key].copy_(value)
+                    else:
+                        own[key] = value
+            index += 1
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    return whole(tensor.detach()).cpu().contiguous()
 
 
 def random_state() -> dict[str, Tensor]:
@@ -92,7 +137,7 @@ def write_checkpoint(
     folder: Path,
     step: int,
     *,
-    write_weights: Any,
+    write_weights: Callable[[Path], None],
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
 ) -> Path:
@@ -110,11 +155,11 @@ def write_checkpoint(
     """
     final = folder / checkpoint_name(step)
     partial = folder / f".{final.name}.partial"
+    tensors, scalars = flatten_optimizer(optimizer)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         write_weights(partial)
-        tensors, scalars = flatten_optimizer(optimizer)
         save_file(tensors | random_state(), partial / _OPTIMIZER_FILE)
         files = {path.name: _checksum(path) for path in sorted(partial.iterdir())}
         content = state | {"step": step, "optimizer_scalars": scalars, "files": files}
@@ -135,8 +180,8 @@ def write_checkpoint(
     return final
 
 
-def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """Read a checkpoint's state, its optimizer tensors and its random state.
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read a checkpoint's `state.json` and hold the other files against it.
 
     Raises:
         CheckpointError: a file is missing or does not match its checksum.
@@ -147,8 +192,23 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], di
         for name, checksum in files.items():
             if Path(name).name != name or _checksum(folder / name) != checksum:
                 raise CheckpointError(f"{folder / name}: the file does not match its checksum")
+        if _OPTIMIZER_FILE not in files:
+            raise CheckpointError(f"{folder / _STATE_FILE}: it does not describe a whole checkpoint")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{folder}: the checkpoint is damaged ({error})") from None
+    return state
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """Read a checkpoint's state, its optimizer tensors and its random state.
+
+    Raises:
+        CheckpointError: a file is missing or does not match its checksum.
+    """
+    state = read_state(folder)
+    try:
         tensors = load_file(folder / _OPTIMIZER_FILE)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: the checkpoint is damaged ({error})") from None
     random = {name: tensor for name, tensor in tensors.items() if name.startswith("random.")}
     return state, {name: tensor for name, tensor in tensors.items() if name not in random}, random
@@ -159,7 +219,7 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
     warnings = []
     for path in reversed(list_checkpoints(folder)):
         try:
-            read_checkpoint(path)
+            read_state(path)
         except CheckpointError as error:
             warnings.append(f"{error}; falling back to the one before")
             continue
@@ -167,8 +227,24 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
     return None, warnings
 
 
+def set_aside(folder: Path, chosen: Path | None) -> None:
+    """Rename the damaged checkpoints behind `chosen`, so that they neither count nor are taken for good ones.
+
+    They are deleted once a new checkpoint is written.
+    """
+    for path in reversed(list_checkpoints(folder)):
+        if path == chosen:
+            break
+        damaged = folder / f".{path.name}.damaged"
+        shutil.rmtree(damaged, ignore_errors=True)
+        path.rename(damaged)
+
+
 def rotate(folder: Path, keep: int, best: str | None) -> None:
-    """Delete all but the newest `keep` checkpoints and the best; the newest always stays."""
+    """Delete all but the newest `keep` checkpoints and the best; the newest always stays.
+
+    What kills and damage left behind goes too.
+    """
     paths = list_checkpoints(folder)
     for path in paths[: -max(keep, 1)]:
         if path.name != best:
@@ -176,7 +252,8 @@ def rotate(folder: Path, keep: int, best: str | None) -> None:
             doomed = folder / f".{path.name}.old"
             shutil.rmtree(doomed, ignore_errors=True)
             path.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+    for path in folder.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _checksum(path: Path) -> int:
@@ -187,24 +264,25 @@ def _checksum(path: Path) -> int:
     return value
 
 
-def write_trained(model: nn.Module, names: Iterable[str], folder: Path) -> None:
-    """Write the trained tensors, under the base's names, into the existing `folder`."""
-    save_file(trained_tensors(model, names), folder / TRAINED_FILE, metadata={"format": "pt"})
+def write_trained(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write trained tensors, under the base's names, into the existing `folder`."""
+    save_file(dict(tensors), folder / TRAINED_FILE, metadata={"format": "pt"})
 
 
+@torch.no_grad()
 def load_trained(model: nn.Module, folder: Path) -> None:
-    """Put the tensors of `trained.safetensors` into `model`.
+    """Put the tensors of `trained.safetensors` into `model`, one at a time.
 
     Raises:
         CheckpointError: the file is damaged or belongs to another model.
     """
+    parameters = dict(model.named_parameters())
     try:
-        tensors = load_file(folder / TRAINED_FILE)
+        with safe_open(folder / TRAINED_FILE, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping, though it looks like one)
+                tensor = file.get_tensor(name)
+                if name not in parameters or parameters[name].shape != tensor.shape:
+                    raise CheckpointError(f"{folder}: trained on another base: '{name}' does not fit the model")
+                parameters[name].copy_(spread_like(tensor, parameters[name]))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / TRAINED_FILE}: cannot be read ({error})") from None
-    parameters = dict(model.named_parameters())
-    for name, tensor in tensors.items():
-        if name not in parameters or parameters[name].shape != tensor.shape:
-            raise CheckpointError(f"{folder}: trained on another base: '{name}' does not fit the model")
-        with torch.no_grad():
-            parameters[name].copy_(tensor)

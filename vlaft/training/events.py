@@ -120,3 +120,28 @@ class Listener(Protocol):
 
     def warned(self, sentence: str) -> None:
         """Something is odd but not in the way."""
+
+    def finished(self, summary: RunSummary) -> None:
+        """All steps are done, or evaluation stopped improving."""
+
+
+class Silence:
+    """The listener of processes that leave the talking to the main one."""
+
+    def started(self, banner: Banner) -> None:
+        """Say nothing."""
+
+    def stepped(self, line: StepLine) -> None:
+        """Say nothing."""
+
+    def evaluated(self, line: EvaluationLine) -> None:
+        """Say nothing."""
+
+    def saved(self, checkpoint: Path) -> None:
+        """Say nothing."""
+
+    def warned(self, sentence: str) -> None:
+        """Say nothing."""
+
+    def finished(self, summary: RunSummary) -> None:
+        """Say nothing."""

@@ -30,6 +30,16 @@ def parameter_groups(model: nn.Module, learning_rate: float, plus_ratio: float |
     ]
 
 
+def check_installed(train: TrainConfig) -> None:
+    """See whether the recipe's optimizer can be had, before a model is loaded for it.
+
+    Raises:
+        MissingExtra: the 8-bit optimizer without bitsandbytes.
+    """
+    if train.optimizer == "paged-adamw-8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtra("train.optimizer=paged-adamw-8bit", "bitsandbytes", "qlora")
+
+
 def build_optimizer(model: nn.Module, train: TrainConfig, plus_ratio: float | None = None) -> torch.optim.Optimizer:
     """Build the recipe's optimizer over the trainable parameters of `model`.
 
@@ -37,15 +47,14 @@ def build_optimizer(model: nn.Module, train: TrainConfig, plus_ratio: float | No
         MissingExtra: the 8-bit optimizer without bitsandbytes.
     """
     groups = parameter_groups(model, train.learning_rate, plus_ratio)
-    if train.optimizer == "paged-adamw-8bit":
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise MissingExtra("train.optimizer=paged-adamw-8bit", "bitsandbytes", "qlora")
-        from bitsandbytes.optim import PagedAdamW8bit
-
-        return PagedAdamW8bit(
-            groups, lr=train.learning_rate, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay
-        )
     on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])
+    if train.optimizer == "paged-adamw-8bit":
+        check_installed(train)
+        from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+
+        # On a CPU there is nothing to page to; the arithmetic is the same.
+        kind = PagedAdamW8bit if on_gpu else AdamW8bit
+        return kind(groups, lr=train.learning_rate, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay)
     return torch.optim.AdamW(
         groups,
         lr=train.learning_rate,

@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
+from torch.nn.parallel import DistributedDataParallel
 
+from vlaft.adapt import pissa
 from vlaft.adapt.adapter_files import load_adapter_weights, save_adapter
 from vlaft.config import RecipeConfig, resolve_precision
-from vlaft.errors import VlaftError
+from vlaft.data.loader import IGNORED, Batch
+from vlaft.errors import CheckpointError, VlaftError
 from vlaft.model.checkpoint import fingerprint
 from vlaft.training.batches import TrainingData, to_inputs
 from vlaft.training.checkpoints import (
     checkpoint_name,
+    flatten_optimizer,
     load_trained,
-    newest_good,
     read_checkpoint,
     restore_optimizer,
     restore_random_state,
     rotate,
+    set_aside,
+    trained_tensors,
     write_checkpoint,
     write_trained,
 )
-from vlaft.training.events import Listener
+from vlaft.training.distributed import bare, distribute, is_sharded, mine, whole
+from vlaft.training.events import Listener, Silence
 from vlaft.training.metrics import Metrics, MetricSums
 from vlaft.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
 from vlaft.training.run_folder import RunFolder
@@ -50,26 +59,44 @@ class Run:
     """A run under way: the model, its optimizer, its data and its folder."""
 
     def __init__(self, recipe: RecipeConfig, out: Path, base: Path, listener: Listener) -> None:
-        self.accelerator = Accelerator()
-        device = self.accelerator.device
+        """Open the data; the model is loaded by `load`."""
+        self.accelerator = Accelerator(mixed_precision="no")  # the recipe says how to compute, not the launcher
         self.recipe = recipe
-        self.listener = listener
+        self.base = base
+        self.listener = listener if self.accelerator.is_main_process else Silence()
         self.folder = RunFolder(out, writes=self.accelerator.is_main_process)
-        self.precision = resolve_precision(recipe.precision, on_gpu=device.type == "cuda")
+        self.precision = resolve_precision(recipe.precision, on_gpu=self.device.type == "cuda")
         self.compute = DTYPES[self.precision.compute]
         self.data = TrainingData.open(
             recipe, base, rank=self.accelerator.process_index, world_size=self.accelerator.num_processes
         )
-        torch.manual_seed(recipe.train.seed)
-        self.model = load_trainable(recipe, self.precision, base, device)
-        self.trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        self.total = sum(p.numel() for p in self.model.parameters())
-        self.names = trained_names(self.model)
-        self.optimizer = build_optimizer(self.model, recipe.train, recipe.adapt.lora.plus_ratio)
         self.normalization = Normalization(self.data.pipeline.means, self.data.pipeline.stds)
-        self.progress = Progress()
         self.base_fingerprint = fingerprint(base)
-        self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        self.progress = Progress()
+        self._told_to_stop: torch.Tensor | None = None
+
+    def load(self, *, start: bool = True) -> None:
+        """Load the model and build its optimizer.
+
+        Args:
+            start: begin as the recipe says; False where `restore` comes next and brings the adapters' state.
+        """
+        torch.manual_seed(self.recipe.train.seed)
+        model, count = load_trainable(self.recipe, self.precision, self.base, self.device)
+        self.trainable, self.total = count.trainable, count.total
+        self.names = trained_names(model)
+        self.pissa_start = pissa.initialise(model) if self._uses_pissa and start else None  # type: ignore[arg-type]
+        self.model = distribute(model, self.recipe.adapt.method, self.device)
+        self.optimizer = build_optimizer(self.model, self.recipe.train, self.recipe.adapt.lora.plus_ratio)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.accelerator.device
+
+    @property
+    def _uses_pissa(self) -> bool:
+        return self.recipe.adapt.method == "lora" and self.recipe.adapt.lora.init == "pissa"
 
     @property
     def effective_batch(self) -> int:
@@ -83,11 +110,16 @@ class Run:
         return train.learning_rate * learning_rate_factor(train.schedule, step, train.steps)
 
     def should_stop(self, signals: StopSignals) -> bool:
-        """Say whether any process of the run was told to stop."""
+        """Say whether any process of the run was told to stop; with several, as of the step before.
+
+        So no process waits for the step under way to end on its GPU.
+        """
         if self.accelerator.num_processes == 1:
             return signals.received
-        flag = torch.tensor(int(signals.received), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, reduction="sum"))
+        before = self._told_to_stop
+        flag = torch.tensor(int(signals.received), device=self.device)
+        self._told_to_stop = self.accelerator.reduce(flag, reduction="sum")
+        return before is not None and bool(before)
 
     def read(self, sums: MetricSums) -> Metrics:
         """Return the means over all processes and begin anew."""
@@ -95,58 +127,106 @@ class Run:
         return sums.read()
 
     def save(self) -> str:
-        """Write a checkpoint of the current step and rotate; return its name."""
-        step = self.progress.step
-        name = checkpoint_name(step)
+        """Write a checkpoint of the current step and rotate; return its name.
+
+        Raises:
+            VlaftError: trained weights are not finite, or the checkpoint cannot be written; in every process alike.
+        """
+        self._check_finite()
+        adapters = self.recipe.adapt.method == "lora"
+        tensors = {} if adapters else trained_tensors(bare(self.model), self.names)
+        error: VlaftError | None = None
         if self.accelerator.is_main_process:
-            model = self.accelerator.unwrap_model(self.model)
-            if not all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad):
-                raise VlaftError(
-                    f"{self.folder.path}: trained weights are no longer finite at step {step}, so they are not saved;"
-                    " continue from the last checkpoint with a lower train.learning_rate or train.max_grad_norm=1"
-                )
+            try:
+                self._write_checkpoint(tensors)
+            except VlaftError as caught:
+                error = caught
+        elif is_sharded(self.model):
+            flatten_optimizer(self.optimizer)  # to give the main process this one's shards
+        if self.accelerator.num_processes > 1:
+            failed = self.accelerator.reduce(torch.tensor(int(error is not None), device=self.device), reduction="sum")
+            if bool(failed) and error is None:
+                error = VlaftError("the main process could not write the checkpoint")
+        if error is not None:
+            raise error
+        return checkpoint_name(self.progress.step)
 
-            def write_weights(target: Path) -> None:
-                if self.recipe.adapt.method == "lora":
-                    save_adapter(model, target, self.base_fingerprint)
-                else:
-                    write_trained(model, self.names, target)
+    def _write_checkpoint(self, tensors: dict[str, torch.Tensor]) -> None:
+        model = bare(self.model)
 
-            path = write_checkpoint(
-                self.folder.checkpoints,
-                step,
-                write_weights=write_weights,
-                optimizer=self.optimizer,
-                state={"progress": asdict(self.progress), "loader": self.data.loader.state_dict()},
+        def write_weights(target: Path) -> None:
+            if not isinstance(model, PeftModel):
+                write_trained(tensors, target)
+            elif self.pissa_start is not None:
+                pissa.save_converted(model, self.pissa_start, target, self.base_fingerprint)
+            else:
+                save_adapter(model, target, self.base_fingerprint)
+
+        progress = self.progress
+        path = write_checkpoint(
+            self.folder.checkpoints,
+            progress.step,
+            write_weights=write_weights,
+            optimizer=self.optimizer,
+            state={"progress": asdict(progress), "loader": self.data.loader.state_dict()},
+        )
+        self._write_progress(path.name)
+        rotate(self.folder.checkpoints, self.recipe.train.keep_checkpoints, progress.best)
+        self.listener.saved(path)
+
+    def _write_progress(self, last: str) -> None:
+        progress = self.progress
+        self.folder.write_status(last=last, best=progress.best, step=progress.step, best_l1=progress.best_l1)
+
+    def _check_finite(self) -> None:
+        trained = [mine(p.detach()) for p in self.model.parameters() if p.requires_grad]
+        odd = (~torch.stack([torch.isfinite(p).all() for p in trained])).sum()
+        if bool(self.accelerator.reduce(odd, reduction="sum")):
+            raise VlaftError(
+                f"{self.folder.path}: trained weights are no longer finite at step {self.progress.step}, so they are"
+                " not saved; continue from the last checkpoint with a lower train.learning_rate or"
+                " train.max_grad_norm=1"
             )
-            self.folder.write_status(last=name, best=self.progress.best, step=step, best_l1=self.progress.best_l1)
-            rotate(self.folder.checkpoints, self.recipe.train.keep_checkpoints, self.progress.best)
-            self.listener.saved(path)
-        self.accelerator.wait_for_everyone()
-        return name
 
-    def restore(self) -> None:
-        """Continue from the newest whole checkpoint; without one, begin anew."""
-        path, warnings = newest_good(self.folder.checkpoints)
-        for sentence in warnings:
-            self.listener.warned(sentence)
-        if path is None:
-            self.listener.warned(f"{self.folder.path}: no checkpoint to continue from; beginning at step 0")
+    def restore(self, checkpoint: Path | None) -> None:
+        """Continue from `checkpoint`, a whole one; without one, begin anew.
+
+        Raises:
+            CheckpointError: the checkpoint is of another model.
+        """
+        self.accelerator.wait_for_everyone()  # all have chosen the same one
+        if self.folder.writes:
+            set_aside(self.folder.checkpoints, checkpoint)
+        if checkpoint is None:
             self.folder.truncate_log(0)
             return
-        state, tensors, random = read_checkpoint(path)
-        if self.recipe.adapt.method == "lora":
-            load_adapter_weights(self.model, path)  # type: ignore[arg-type]
+        state, tensors, random = read_checkpoint(checkpoint)
+        model = bare(self.model)
+        if not isinstance(model, PeftModel):
+            load_trained(model, checkpoint)
+        elif self._uses_pissa:
+            self.pissa_start = pissa.load_converted(model, checkpoint, self.base)
         else:
-            load_trained(self.model, path)
+            load_adapter_weights(model, checkpoint)
         restore_optimizer(self.optimizer, tensors, state["optimizer_scalars"])
-        self.progress = Progress(**state["progress"])
+        try:
+            self.progress = Progress(**state["progress"])
+        except (TypeError, KeyError) as error:
+            raise CheckpointError(f"{checkpoint}: its state.json is of another version of vlaft ({error})") from None
+        best = self.progress.best
+        if best is not None and not (self.folder.checkpoints / best).is_dir():
+            self.listener.warned(f"{self.folder.path}: the best checkpoint, {best}, is gone; the next best counts")
+            self.progress.best, self.progress.best_l1 = None, None
         self.data.loader.load_state_dict(state["loader"])
         restore_random_state(random)
         self.folder.truncate_log(self.progress.step)
+        self._write_progress(checkpoint.name)
 
     def step(self, sums: MetricSums, *, want_norm: bool) -> tuple[torch.Tensor | None, float]:
         """Do one update.
+
+        The loss is the mean over the labels of all forward passes and processes together, however they are spread:
+        each pass counts by its share of the labels.
 
         Returns:
             The gradient's global norm before clipping, on the device, where it was computed, and the seconds spent
@@ -156,46 +236,80 @@ class Run:
         step = self.progress.step
         set_learning_rate(self.optimizer, self.learning_rate(step))
         self.model.train()
-        waited = 0.0
-        for micro in range(train.accumulation):
-            began = time.perf_counter()
-            batch = next(self.data.loader)
-            waited += time.perf_counter() - began
-            inputs = to_inputs(batch, self.accelerator.device)
-            last = micro == train.accumulation - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                output = forward(self.model, inputs, self.normalization, self.compute, self._augmentation(step, micro))
+        began = time.perf_counter()
+        batches = [next(self.data.loader) for _ in range(train.accumulation)]
+        waited = time.perf_counter() - began
+        for micro, (batch, share) in enumerate(zip(batches, self._shares(batches), strict=True)):
+            inputs = to_inputs(batch, self.device)
+            seed = self._seed(step, micro)
+            if self.recipe.adapt.lora.dropout:
+                torch.manual_seed(seed)  # so that dropout depends on the step alone, in every process
+            generator = torch.Generator().manual_seed(seed) if self.recipe.data.augment else None
+            waits = isinstance(self.model, DistributedDataParallel) and micro < train.accumulation - 1
+            with self.model.no_sync() if waits else nullcontext():  # type: ignore[operator]
+                output = forward(self.model, inputs, self.normalization, self.compute, generator)
                 assert output.loss is not None
-                (output.loss / train.accumulation).backward()
+                (share * output.loss).backward()
             sums.add(output)
         norm = None
         trained = [p for p in self.model.parameters() if p.requires_grad]
         if train.max_grad_norm is not None:
-            norm = torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm)
+            norm = whole(torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm))
         elif want_norm:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+            norm = whole(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
         return norm, waited
 
-    def _augmentation(self, step: int, micro: int) -> torch.Generator | None:
-        if not self.recipe.data.augment:
-            return None
+    def _shares(self, batches: list[Batch]) -> Sequence[float | torch.Tensor]:
+        """Return the factor of each batch's mean loss: its share of the labels of all, times the processes.
+
+        The processes' gradients are averaged, hence the second.
+        """
+        labels = [int((batch.labels != IGNORED).sum()) for batch in batches]
+        processes = self.accelerator.num_processes
+        if processes == 1:
+            return [count / sum(labels) for count in labels]
+        total = torch.tensor(float(sum(labels)), device=self.device)
+        total = self.accelerator.reduce(total, reduction="sum")
+        return [count * processes / total for count in labels]
+
+    def _seed(self, step: int, micro: int) -> int:
         key = (self.recipe.train.seed, step, micro, self.accelerator.process_index)
-        seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little")
-        return torch.Generator().manual_seed(seed)
+        return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little")
 
     @torch.no_grad()
     def evaluate(self) -> Metrics | None:
         """Look at held-out examples, teacher-forced; None when there are none."""
         if not self.data.val_examples:
             return None
-        # The bare model: wrapped for several GPUs, processes with fewer batches would be waited for.
-        model = self.accelerator.unwrap_model(self.model)
+        # Without the copies' wrapper, which would wait for processes that have fewer batches.
+        model = bare(self.model)
         model.eval()
-        sums = MetricSums(self.data.actions, self.accelerator.device)
-        for batch in self.data.validation():
-            inputs = to_inputs(batch, self.accelerator.device)
-            sums.add(forward(model, inputs, self.normalization, self.compute))
+        sums = MetricSums(self.data.actions, self.device)
+        for batch, counts in self._validation():
+            output = forward(model, to_inputs(batch, self.device), self.normalization, self.compute)
+            if counts:
+                sums.add(output)
         return self.read(sums)
+
+    def _validation(self) -> Iterator[tuple[Batch, bool]]:
+        """Yield held-out batches, and whether each counts.
+
+        A sharded model runs in all processes or in none: those that run out of batches repeat one.
+        """
+        if not is_sharded(self.model):
+            yield from ((batch, True) for batch in self.data.validation())
+            return
+        per_process = math.ceil(self.data.val_examples / self.accelerator.num_processes)
+        rounds = math.ceil(per_process / int(self.recipe.train.batch_size))
+        last = None
+        own = self.data.validation()
+        for _ in range(rounds):
+            batch = next(own, None)
+            counts = batch is not None
+            if batch is None:
+                batch = last if last is not None else self.data.any_validation_batch()
+            last = batch
+            yield batch, counts

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 from vlaft.config import RecipeConfig
 from vlaft.errors import ConfigError, VlaftError
 from vlaft.output_folder import sync
-from vlaft.trained import RUN_FILE, write_json
+from vlaft.trained import RUN_FILE
 
 RECIPE_FILE = "recipe.yaml"
 LOG_FILE = "log.jsonl"
@@ -75,13 +77,36 @@ class RunFolder:
         """
         if not self.writes:
             return
-        try:
+        with self._writing(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            (self.path / RECIPE_FILE).write_text(recipe, encoding="utf-8")
-            write_json(self.path / "dataset_statistics.json", statistics)
-            write_json(self.path / "environment.json", environment)
-        except OSError as error:
-            raise VlaftError(f"{self.path}: cannot be written ({error.strerror})") from error
+        self._replace(RECIPE_FILE, recipe)
+        self.replace_json("dataset_statistics.json", statistics)
+        self.replace_json("environment.json", environment)
+
+    @contextmanager
+    def replaced(self) -> Iterator[None]:
+        """Move what is in the folder aside while a new run is created in its place, then delete it."""
+        old = self.path.with_name(f".{self.path.name}.old")
+        if self.writes and self.path.is_dir():
+            with self._writing(self.path):
+                shutil.rmtree(old, ignore_errors=True)
+                self.path.rename(old)
+        yield
+        if self.writes:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def check_resumable(self) -> None:
+        """Refuse to continue a folder that holds something, but no run.
+
+        Raises:
+            ConfigError: as said.
+        """
+        there = self.path.is_dir() and any(not path.name.startswith(".") for path in self.path.iterdir())
+        if there and not (self.path / RECIPE_FILE).is_file():
+            raise ConfigError(
+                f"{self.path}: there is no {RECIPE_FILE}, so this is no run that --resume could continue;"
+                " name the run's folder with --out"
+            )
 
     def read_status(self) -> dict[str, Any]:
         """Return `run.json`, or an empty dict before it was written."""
@@ -99,20 +124,31 @@ class RunFolder:
 
     def replace_json(self, name: str, content: Any) -> None:
         """Write a JSON file aside and rename it into place."""
+        self._replace(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def _replace(self, name: str, text: str) -> None:
         if not self.writes:
             return
         partial = self.path / f".{name}.partial"
-        try:
-            write_json(partial, content)
+        with self._writing(self.path / name):
+            partial.write_text(text, encoding="utf-8")
             sync(partial)
             partial.replace(self.path / name)
+
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            raise VlaftError(f"{self.path / name}: cannot be written ({error.strerror})") from error
+            raise VlaftError(
+                f"{path}: cannot be written ({error.strerror or error}); make room and continue with --resume"
+            ) from error
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append a line to `log.jsonl`."""
         if self.writes:
-            with (self.path / LOG_FILE).open("a", encoding="utf-8") as file:
+            path = self.path / LOG_FILE
+            with self._writing(path), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
     def truncate_log(self, step: int) -> None:
@@ -127,9 +163,7 @@ class RunFolder:
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 continue  # a line that a kill cut short
-        partial = self.path / f".{LOG_FILE}.partial"
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        partial.replace(path)
+        self._replace(LOG_FILE, "".join(f"{line}\n" for line in kept))
 
 
 def check_same_recipe(old: RecipeConfig, new: RecipeConfig, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,9 @@ from vlaft.model.vision import AttentionPool, VisionTransformer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load_trainable(recipe: RecipeConfig, precision: PrecisionConfig, folder: Any, device: torch.device) -> nn.Module:
+def load_trainable(
+    recipe: RecipeConfig, precision: PrecisionConfig, folder: Any, device: torch.device
+) -> tuple[nn.Module, ParameterCount]:
     """Load a base and make it trainable as the recipe says.
 
     Args:
@@ -28,30 +31,45 @@ def load_trainable(recipe: RecipeConfig, precision: PrecisionConfig, folder: Any
         precision: number formats without `auto`.
         folder: the base's local folder.
         device: where to put the model.
+
+    Returns:
+        The model, and its parameters counted, those that no loss reaches included.
     """
     from vlaft.model.checkpoint import load_model
 
     quantization = quantization_config(recipe.adapt, DTYPES[precision.compute])
     model = load_model(folder, dtype=DTYPES[precision.frozen], device=device, quantization=quantization)
-    return make_trainable(model, recipe, precision)
+    trainable = _adapt_and_cast(model, recipe, precision)
+    count = count_parameters(trainable)
+    _prepare_passes(model, recipe)
+    return trainable, count
 
 
 def make_trainable(model: OpenVLAForActionPrediction, recipe: RecipeConfig, precision: PrecisionConfig) -> nn.Module:
     """Add adapters or unfreeze, cast what is trained, and set up recomputation, in place.
 
-    Parameters that no loss reaches (last ViT blocks, final norms, pooling head and adapters on them) are frozen
-    after they were counted: the optimizer would skip them anyway, and with several GPUs they would stall it.
+    Parameters that no loss reaches (last ViT blocks, final norms, pooling head and adapters on them) are frozen:
+    the optimizer would skip them anyway, and with several GPUs they would stall it.
     """
+    trainable = _adapt_and_cast(model, recipe, precision)
+    _prepare_passes(model, recipe)
+    return trainable
+
+
+def _adapt_and_cast(model: OpenVLAForActionPrediction, recipe: RecipeConfig, precision: PrecisionConfig) -> nn.Module:
     trainable = adapt(model, recipe.adapt, upcast=precision.trained == "float32")
     for parameter in trainable.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(DTYPES[precision.trained])
+    return trainable
+
+
+def _prepare_passes(model: OpenVLAForActionPrediction, recipe: RecipeConfig) -> None:
     for module in unreached_modules(model):
         module.requires_grad_(False)
     if recipe.train.gradient_checkpointing != "none":
         every = 1 if recipe.train.gradient_checkpointing == "all" else int(recipe.train.gradient_checkpointing)
         recompute_blocks(model, every)
-    return trainable
 
 
 def unreached_modules(model: OpenVLAForActionPrediction) -> Iterator[nn.Module]:
@@ -73,6 +91,25 @@ def recompute_blocks(model: OpenVLAForActionPrediction, every: int) -> None:
             if index % every == 0:
                 block.gradient_checkpointing = True
                 block._gradient_checkpointing_func = function
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """How many parameters are trained, and how many there are, adapters included."""
+
+    trainable: int
+    total: int
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count a model's parameters; packed 4-bit weights count as what they stand for."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        count = parameter.numel() if state is None else state.shape.numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return ParameterCount(trainable, total)
 
 
 def trained_names(model: nn.Module) -> list[str]:

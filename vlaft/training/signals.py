@@ -8,11 +8,20 @@ from types import FrameType, TracebackType
 
 
 class StopSignals:
-    """While active, the first SIGINT or SIGTERM sets `received`; a second one acts as usual."""
+    """Ctrl-C and SIGTERM while a run is made ready and while it trains.
+
+    As long as there is nothing to save, either raises KeyboardInterrupt; after `defer`, the first one sets `received`
+    and a second one acts as usual.
+    """
 
     def __init__(self) -> None:
         self.received = False
+        self._deferred = False
         self._previous: dict[int, object] = {}
+
+    def defer(self) -> None:
+        """From now on let the step under way finish."""
+        self._deferred = True
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses handlers
@@ -21,6 +30,8 @@ class StopSignals:
         return self
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if not self._deferred:
+            raise KeyboardInterrupt
         self.received = True
         self._restore()
 

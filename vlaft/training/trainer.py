@@ -10,87 +10,132 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
+from vlaft.adapt.quantize import quantization_config
 from vlaft.config import RecipeConfig, resolve, to_yaml
 from vlaft.errors import ConfigError, Interrupted, VlaftError
 from vlaft.model.checkpoint import resolve_checkpoint
-from vlaft.training.checkpoints import checkpoint_name
+from vlaft.training.checkpoints import checkpoint_name, newest_good
 from vlaft.training.events import Banner, EvaluationLine, Listener, RunSummary, StepLine
+from vlaft.training.memory import out_of_memory_told, peak_memory
 from vlaft.training.metrics import Metrics, MetricSums
+from vlaft.training.optimizer import check_installed
 from vlaft.training.run import Run
-from vlaft.training.run_folder import RECIPE_FILE, check_same_recipe, command_line, environment
+from vlaft.training.run_folder import RECIPE_FILE, RunFolder, check_same_recipe, command_line, environment
 from vlaft.training.signals import StopSignals
 
 
-def train(recipe: RecipeConfig, out: Path, listener: Listener, *, resume: bool = False) -> RunSummary:
+def train(
+    recipe: RecipeConfig, out: Path, listener: Listener, *, resume: bool = False, overwrite: bool = False
+) -> RunSummary:
     """Train as `recipe` says and write the run to `out`.
 
     Args:
         recipe: resolved settings, with `base` and `data.path` given.
-        out: the run's folder; what is in it is the caller's question, but for a run that is continued.
-        listener: told what happens.
+        out: the run's folder.
+        listener: told what happens, in the main process.
         resume: continue from the newest whole checkpoint in `out`.
+        overwrite: replace what is in `out`, once the model is loaded and the new run begins.
 
     Raises:
         ConfigError: the settings are not those of the run that is continued.
         DataError, CheckpointError: data or base are missing, damaged, or do not fit together.
+        MissingExtra: the recipe needs a package that is not installed.
         Interrupted: SIGINT or SIGTERM, after the step under way was finished and saved.
-        VlaftError: the loss is not finite, the disk is full, or the GPU's memory is.
+        KeyboardInterrupt: either signal, before the first step.
+        VlaftError: the loss is not finite, the disk is full, or memory is.
     """
+    began = time.monotonic()
+    with StopSignals() as signals:
+        recipe, base = _located(recipe, out, overwrite=overwrite)
+        if resume:
+            RunFolder(out).check_resumable()
+            if (out / RECIPE_FILE).is_file():
+                check_same_recipe(resolve(out / RECIPE_FILE), recipe, out)
+        run = Run(recipe, out, base, listener)
+        with out_of_memory_told(recipe, "loading the base"):
+            _begin(run, resume=resume, overwrite=overwrite)
+        signals.defer()
+        run.listener.started(_banner(run))
+        try:
+            with out_of_memory_told(recipe, f"a step of train.batch_size={recipe.train.batch_size}"):
+                stopped_early = _loop(run, signals)
+        except VlaftError as error:
+            if not isinstance(error, Interrupted):
+                with suppress(VlaftError):  # the disk may be what failed
+                    run.folder.write_status(status="failed")
+            raise
+    summary = _finish(run, time.monotonic() - began, stopped_early)
+    run.listener.finished(summary)
+    run.accelerator.end_training()
+    return summary
+
+
+def _located(recipe: RecipeConfig, out: Path, *, overwrite: bool) -> tuple[RecipeConfig, Path]:
+    """Return the recipe with absolute paths and the base's local folder; nothing is loaded yet."""
     if not recipe.data.paths:
         raise ConfigError("data.path is missing: name the converted dataset with --data")
+    check_installed(recipe.train)
+    quantization_config(recipe.adapt, torch.bfloat16)  # raises where bitsandbytes is missing
     recipe = replace(recipe, data=replace(recipe.data, path=[str(Path(path).resolve()) for path in recipe.data.paths]))
     base = resolve_checkpoint(recipe.base)
     if Path(recipe.base).is_dir():
         recipe = replace(recipe, base=str(base.resolve()))
-    if resume and (out / RECIPE_FILE).is_file():
-        check_same_recipe(resolve(out / RECIPE_FILE), recipe, out)
-    began = time.monotonic()
-    run = Run(recipe, out, base, listener)
+    if overwrite:
+        for path in (base, *map(Path, recipe.data.paths)):
+            if path.resolve().is_relative_to(out.resolve()):
+                raise ConfigError(f"{path} lies in {out}, which --overwrite would delete; give another --out")
+    return recipe, base
+
+
+def _begin(run: Run, *, resume: bool, overwrite: bool) -> None:
+    """Load the model, and continue or create the folder; nothing on the disk changes before the model is there."""
     status = run.folder.read_status() if resume else {}
     for key, now in (("base_fingerprint", run.base_fingerprint), ("data_fingerprint", run.data.fingerprint)):
         if status.get(key) not in (None, now):
-            raise ConfigError(f"{out}: --resume: the {key.split('_')[0]} is no longer the one that the run began with")
-    run.folder.create(
-        to_yaml(recipe),
-        run.data.statistics,
-        environment(command_line(), str(run.accelerator.device))
-        | {"base_fingerprint": run.base_fingerprint, "data_fingerprint": run.data.fingerprint},
-    )
-    run.folder.write_status(
-        status="running",
-        recipe=recipe.name,
-        base=recipe.base,
-        base_fingerprint=run.base_fingerprint,
-        data_fingerprint=run.data.fingerprint,
-        inference=run.data.inference,
-    )
+            raise ConfigError(
+                f"{run.folder.path}: --resume: the {key.split('_')[0]} is no longer the one that the run began with"
+            )
+    checkpoint = None
     if resume:
-        run.restore()
-    listener.started(_banner(run))
-    try:
-        with StopSignals() as signals:
-            stopped_early = _loop(run, signals)
-    except torch.cuda.OutOfMemoryError as error:
-        raise VlaftError(
-            f"the GPU's memory is full at train.batch_size={recipe.train.batch_size}: halve it and double"
-            " train.accumulation, set train.gradient_checkpointing=all, or use --recipe qlora32;"
-            " `vlaft report` says what fits"
-        ) from error
-    seconds = time.monotonic() - began
-    peak = peak_memory(run.accelerator.device)
+        checkpoint, warnings = newest_good(run.folder.checkpoints)
+        for sentence in warnings:
+            run.listener.warned(sentence)
+        if checkpoint is None:
+            run.listener.warned(f"{run.folder.path}: no checkpoint to continue from; beginning at step 0")
+    run.load(start=checkpoint is None)
+    with run.folder.replaced() if overwrite else nullcontext():
+        run.folder.create(
+            to_yaml(run.recipe),
+            run.data.statistics,
+            environment(command_line(), str(run.device))
+            | {"base_fingerprint": run.base_fingerprint, "data_fingerprint": run.data.fingerprint},
+        )
+        run.folder.write_status(
+            status="running",
+            recipe=run.recipe.name,
+            base=run.recipe.base,
+            base_fingerprint=run.base_fingerprint,
+            data_fingerprint=run.data.fingerprint,
+            inference=run.data.inference,
+        )
+    if resume:
+        run.restore(checkpoint)
+
+
+def _finish(run: Run, seconds: float, stopped_early: bool) -> RunSummary:
+    peak = peak_memory(run.device)
     progress = run.progress
     run.folder.write_status(status="stopped early" if stopped_early else "finished")
     run.folder.replace_json("report.json", _report(run, peak, seconds))
     return RunSummary(
-        folder=out,
+        folder=run.folder.path,
         steps=progress.step,
         best=progress.best,
         last=checkpoint_name(progress.step),
@@ -104,10 +149,9 @@ def train(recipe: RecipeConfig, out: Path, listener: Listener, *, resume: bool =
 def _loop(run: Run, signals: StopSignals) -> bool:
     """Do steps until all are done, evaluation stops improving, or a signal comes; say whether it stopped early."""
     train = run.recipe.train
-    sums = MetricSums(run.data.actions, run.accelerator.device)
+    sums = MetricSums(run.data.actions, run.device)
     waited, steps_since, mark = 0.0, 0, time.monotonic()
-    saved_step = run.progress.step if run.progress.step else -1
-    while run.progress.step < train.steps:
+    while run.progress.step < train.steps and not _patience_lost(run):
         upcoming = run.progress.step + 1
         final = upcoming == train.steps
         evaluates = train.evaluate_every > 0 and (final or upcoming % train.evaluate_every == 0)
@@ -119,34 +163,39 @@ def _loop(run: Run, signals: StopSignals) -> bool:
         stop = run.should_stop(signals)
         if logs or stop:
             metrics = run.read(sums)
-            elapsed = time.monotonic() - mark
-            _log_step(run, metrics, norm, elapsed, steps_since, waited)
-            if not math.isfinite(metrics.loss):
-                raise VlaftError(
-                    f"the loss is {metrics.loss} at step {upcoming}; the last good checkpoint is untouched: continue"
-                    " from it with a lower train.learning_rate or with train.max_grad_norm=1"
-                )
-            waited, steps_since, mark = 0.0, 0, time.monotonic()
+            _log_step(run, metrics, norm, time.monotonic() - mark, steps_since, waited)
+            _check_loss(metrics.loss, upcoming)
+            waited, steps_since = 0.0, 0
         if evaluates and not stop:
             _evaluate(run)
-            mark = time.monotonic()
         if saves or stop:
-            run.save()
-            saved_step = run.progress.step
-            mark = time.monotonic()
-        if stop:
+            name = run.save()
+        if stop and not final:
             run.folder.write_status(status="interrupted")
             raise Interrupted(
-                f"stopped after step {saved_step}, which is saved; continue with --resume --out {run.folder.path}"
+                f"stopped after step {run.progress.step}, which is saved as {name};"
+                f" continue with --resume --out {run.folder.path}"
             )
-        patience = train.early_stopping
-        if patience is not None and run.progress.evaluations_since_best >= patience:
-            return True
-    return False
+        if logs or stop:
+            mark = time.monotonic()
+    return run.progress.step < train.steps
+
+
+def _patience_lost(run: Run) -> bool:
+    patience = run.recipe.train.early_stopping
+    return patience is not None and run.progress.evaluations_since_best >= patience
+
+
+def _check_loss(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise VlaftError(
+            f"the loss is {loss} at step {step}; the last good checkpoint is untouched: continue from it with a lower"
+            " train.learning_rate or with train.max_grad_norm=1"
+        )
 
 
 def _log_step(run: Run, metrics: Metrics, norm: torch.Tensor | None, elapsed: float, steps: int, waited: float) -> None:
-    device = run.accelerator.device
+    device = run.device
     line = StepLine(
         step=run.progress.step,
         loss=metrics.loss,
@@ -160,14 +209,14 @@ def _log_step(run: Run, metrics: Metrics, norm: torch.Tensor | None, elapsed: fl
         seconds_left=elapsed / steps * (run.recipe.train.steps - run.progress.step),
     )
     run.folder.log(asdict(line))
-    if run.accelerator.is_main_process:
-        run.listener.stepped(line)
+    run.listener.stepped(line)
 
 
 def _evaluate(run: Run) -> None:
     metrics = run.evaluate()
     if metrics is None:
         return
+    _check_loss(metrics.loss, run.progress.step)
     progress = run.progress
     best = progress.best_l1 is None or metrics.action_l1 < progress.best_l1
     if best:
@@ -177,8 +226,7 @@ def _evaluate(run: Run) -> None:
         progress.evaluations_since_best += 1
     line = EvaluationLine(progress.step, metrics.loss, metrics.action_accuracy, metrics.action_l1, best)
     run.folder.log(asdict(line))
-    if run.accelerator.is_main_process:
-        run.listener.evaluated(line)
+    run.listener.evaluated(line)
 
 
 def _banner(run: Run) -> Banner:
@@ -191,22 +239,14 @@ def _banner(run: Run) -> Banner:
         effective_batch=run.effective_batch,
         trainable=run.trainable,
         total=run.total,
-        device=str(run.accelerator.device),
+        device=str(run.device),
         first_step=run.progress.step,
         steps=run.recipe.train.steps,
     )
 
 
-def peak_memory(device: torch.device) -> int:
-    """Return the peak of what was allocated on a GPU, or of this process's resident memory on a CPU, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def _report(run: Run, peak: int, seconds: float) -> dict:
-    on_gpu = run.accelerator.device.type == "cuda"
+    on_gpu = run.device.type == "cuda"
     return {
         "recipe": run.recipe.name,
         "trainable_parameters": run.trainable,
