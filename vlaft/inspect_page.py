@@ -16,6 +16,7 @@ import numpy as np
 
 from vlaft.data.episode import Image
 from vlaft.data.inspection import Inspection
+from vlaft.data.inspection_advice import flow
 from vlaft.data.inspection_frames import FRAMES_PER_EPISODE, THUMBNAIL_HEIGHT, thumbnail
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _EPISODES_DRAWN = 40  # lines per plot; more are a smear
 _COLUMNS = 4  # of small plots side by side
+_NAME = 40  # letters of an episode's name before it is cut to its last part
 _GAP = 4  # pixels between the frames of a strip
 _STYLE = """
 :root { color-scheme: light; }
@@ -60,10 +62,13 @@ def render(inspection: Inspection, summary: Mapping[str, Any]) -> str:
         _sheets(inspection),
         _lengths(inspection),
         _actions(inspection),
-        _figures("The action as stored", summary["action"]),
     ]
-    if summary["standardized"] is not None and inspection.kind == "source" and summary["standardized"]["steps"]:
-        sections.append(_figures("The action as converted", summary["standardized"]))
+    standardized = summary["standardized"]
+    if standardized is None or standardized["steps"]:
+        sections.append(_figures("The action as stored", summary["action"]))
+    if standardized is not None:
+        steps = ", ".join(flow(step) for step in standardized["steps"]) or "no standardizing steps"
+        sections.append(_figures("The action as converted", standardized, f"{standardized['rows']} steps; {steps}."))
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<link rel="icon" href="data:,"><style>{_STYLE}</style></head><body>{"".join(sections)}</body></html>\n'
@@ -116,7 +121,9 @@ def _warnings(warnings: Sequence[str]) -> str:
 
 def _marked(warning: str) -> str:
     """Set words that are to be typed, `key='...'` or `--option ...`, in code."""
-    word = re.compile(r"\b[a-z_]+='[^']*'|\b[a-z_]+=\S+?(?=[\s,;:)]|$)|--[a-z][\w-]*(?: (?:skip|page\.html))?")
+    word = re.compile(
+        r"\b[a-z_]+='[^']*'|\b[a-z_]+=\S+?(?=[\s,;:)]|$)|--[a-z][\w-]*(?: (?!when|or|and|unless)[\w.-]+)?"
+    )
     parts, end = [], 0
     for match in word.finditer(warning):
         parts += [escape(warning[end : match.start()]), f"<code>{escape(match[0])}</code>"]
@@ -152,7 +159,8 @@ def _sheets(inspection: Inspection) -> str:
                 continue
             picture = _jpeg(_strip(facts.thumbnails), f"{camera}, {episode.name}") if facts.thumbnails else ""
             failed = escape(facts.error) if facts.error else ""
-            label = f"<b>{escape(episode.name)}</b><br>{escape(episode.instruction[:90])}"
+            short = episode.name if len(episode.name) <= _NAME else "…/" + episode.name.rpartition("/")[2][-_NAME:]
+            label = f'<b title="{escape(episode.name)}">{escape(short)}</b><br>{escape(episode.instruction[:90])}'
             parts.append(f"<div class=strip><div>{label}</div><div>{picture}{failed}</div></div>")
     return "".join(parts)
 
@@ -186,11 +194,12 @@ def _lengths(inspection: Inspection) -> str:
     lengths = [episode.steps for episode in inspection.episodes]
     figure, [[axes]] = _figure(1, 1, height=2.0)
     axes.bar(range(len(lengths)), lengths, color="#3c78b4", width=0.8)
-    axes.axhline(float(np.median(lengths)), color="#b45309", linewidth=1, linestyle="--", label="median")
+    median = float(np.median(lengths))
+    axes.axhline(median, color="#b45309", linewidth=1, linestyle="--")
+    axes.set_title(f"dashed: median, {median:g}", fontsize=9, loc="left")
     axes.set_xlabel("episode")
     axes.set_ylabel("steps")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(loc="lower right", frameon=False, fontsize=8)
     return "<h2>Lengths</h2>" + _plot(figure, "steps of every episode")
 
 
@@ -216,8 +225,10 @@ def _actions(inspection: Inspection) -> str:
     )
 
 
-def _figures(title: str, action: Mapping[str, Any]) -> str:
+def _figures(title: str, action: Mapping[str, Any], note: str = "") -> str:
     """Return histograms and the table of statistics of one action vector."""
+    from matplotlib.ticker import MaxNLocator
+
     size = action["dim"]
     figure, grid = _figure(-(-size // _COLUMNS), min(size, _COLUMNS), height=1.6)
     cells = [axes for row in grid for axes in row]
@@ -231,6 +242,7 @@ def _figures(title: str, action: Mapping[str, Any]) -> str:
         for name in ("q01", "q99"):
             axes.axvline(action["stats"][name][dim], color="#b45309", linewidth=1, linestyle="--")
         axes.set_yscale("symlog", linthresh=1)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.set_ylim(bottom=0)
         axes.set_title(_title(action["names"], dim), fontsize=9, loc="left")
     columns = ("mean", "std", "min", "q01", "q99", "max")
@@ -243,8 +255,8 @@ def _figures(title: str, action: Mapping[str, Any]) -> str:
             cells_of += f"<td>{clipped[dim]:.1%}" if action["mask"][dim] else "<td>–"
         body.append(f"<tr><td>{dim}<td class=name>{escape(action['names'][dim]) if action['names'] else ''}{cells_of}")
     return (
-        f"<h2>{escape(title)}</h2><p class=quiet>Counts on a logarithmic scale; dashed: q01 and q99, between which"
-        " training clips.</p>"
+        f"<h2>{escape(title)}</h2><p class=quiet>{escape(note)} Counts on a logarithmic scale; dashed: q01 and q99,"
+        " between which training clips.</p>"
         + _plot(figure, title)
         + f"<div class=wide><table class=numbers><tr><th>#<th class=name>name{head}{''.join(body)}</table></div>"
     )

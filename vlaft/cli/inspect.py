@@ -140,7 +140,8 @@ def _show(summary: Mapping[str, Any]) -> None:
     if not summary["warnings"]:
         show("no warnings")
         return
-    show(f"{len(summary['warnings'])} warnings")
+    count = len(summary["warnings"])
+    show(f"{count} warning{'s' if count > 1 else ''}")
     for number, warning in enumerate(summary["warnings"], start=1):
         show(f"{number:3d}. {warning}")
 

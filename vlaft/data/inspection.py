@@ -25,6 +25,7 @@ from vlaft.data.standardize import parse_steps, standardize
 from vlaft.errors import ConfigError, DataError
 
 Progress = Callable[[str, int, int], None]  # phase, done, total
+Shape = tuple[int, int, int]  # height, width, channels
 
 FRAME_STEPS = ("rotate", "flip_rows", "swap_red_blue")  # standardizing steps that change frames alone
 EPISODES_LOOKED_AT = 48  # of which frames are decoded: a video has to be decoded from its start to each frame
@@ -84,6 +85,7 @@ class Inspection:
         episodes: all that could be read.
         unreadable: names of the others, with why.
         shapes: per camera, by its stored name, the frames' height, width and channels as stored.
+        split_shapes: likewise per split: frames may differ in size between episodes.
         labels: stored name of a camera to the layout's name for it; cameras that the layout leaves out are absent.
         references: stored name of a camera to its full path in the source.
         pictures: per camera the first frame as stored and as converted, where thumbnails were asked for.
@@ -99,7 +101,8 @@ class Inspection:
     source_steps: tuple[Any, ...] = ()
     episodes: tuple[EpisodeFacts, ...]
     unreadable: tuple[tuple[str, str], ...] = ()
-    shapes: Mapping[str, tuple[int, int, int]]
+    shapes: Mapping[str, Shape]
+    split_shapes: Mapping[str | None, Mapping[str, Shape]] = field(default_factory=dict)
     labels: Mapping[str, str]
     references: Mapping[str, str]
     pictures: Mapping[str, tuple[Image, Image]] = field(default_factory=dict)
@@ -172,6 +175,7 @@ def inspect_source(
     episodes: list[EpisodeFacts] = []
     unreadable: list[tuple[str, str]] = []
     cameras: _Cameras | None = None
+    split_shapes: dict[str | None, Mapping[str, Shape]] = {}
     for done, ref in enumerate(refs):
         progress("reading episodes", done, len(refs))
         try:
@@ -185,6 +189,9 @@ def inspect_source(
             view = _with_frame_steps(episode, opened.layout, frame_steps)
             if cameras is None:
                 cameras = _cameras(episode, view, opened.layout, thumbnails)
+                split_shapes[ref.split] = cameras.shapes
+            elif ref.split not in split_shapes:
+                split_shapes[ref.split] = _cameras(episode, view, opened.layout, False).shapes
         except (DataError, ConfigError) as error:
             unreadable.append((ref.name, str(error)))
             continue
@@ -210,6 +217,7 @@ def inspect_source(
         episodes=tuple(episodes),
         unreadable=tuple(unreadable),
         shapes=cameras.shapes,
+        split_shapes=split_shapes,
         labels=cameras.labels,
         references=cameras.references,
         pictures=cameras.pictures,
@@ -220,7 +228,7 @@ def inspect_source(
 
 @dataclass(frozen=True)
 class _Cameras:
-    shapes: Mapping[str, tuple[int, int, int]]
+    shapes: Mapping[str, Shape]
     labels: Mapping[str, str]
     references: Mapping[str, str]
     pictures: Mapping[str, tuple[Image, Image]]
@@ -280,7 +288,7 @@ def _cameras(episode: Episode, view: Episode | None, layout: Layout, thumbnails:
     references = {name: references[name] for name in ordered}
     labels = {name: ours[path] for name, path in references.items() if path in ours}
     cameras = _Cameras({}, labels, references, {})
-    shapes: dict[str, tuple[int, int, int]] = {}
+    shapes: dict[str, Shape] = {}
     pictures: dict[str, tuple[Image, Image]] = {}
     for name, path in references.items():
         image = next(iter(episode.cameras[path].read([0])))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from vlaft.data.inspection import EpisodeFacts, Inspection
+from vlaft.data.inspection import EpisodeFacts, Inspection, Shape
 from vlaft.data.inspection_measures import histograms, statistics
 from vlaft.data.inspection_warnings import Findings
 
@@ -47,7 +47,10 @@ def summarize(inspection: Inspection, findings: Findings) -> dict[str, Any]:
         "idle_share": findings.idle_share,
         "grippers": [asdict(guess) for guess in findings.grippers],
         "splits": {
-            split: _of_split([episode for episode in inspection.episodes if episode.split == split])
+            split: _of_split(
+                [episode for episode in inspection.episodes if episode.split == split],
+                inspection.split_shapes.get(split, inspection.shapes),
+            )
             for split in splits
             if split is not None
         },
@@ -65,11 +68,12 @@ def _counts(episodes: Sequence[EpisodeFacts]) -> dict[str, Any]:
     }
 
 
-def _of_split(episodes: Sequence[EpisodeFacts]) -> dict[str, Any]:
+def _of_split(episodes: Sequence[EpisodeFacts], shapes: Mapping[str, Shape]) -> dict[str, Any]:
     action = np.concatenate([episode.action for episode in episodes])
     instructions = list(dict.fromkeys(episode.instruction for episode in episodes))
     return {
         **_counts(episodes),
+        "cameras": {name: list(shape) for name, shape in shapes.items()},
         "instructions": instructions if any(instructions) else [],
         "action": {"dim": action.shape[1], "stats": statistics(action)},
     }

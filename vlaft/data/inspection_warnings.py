@@ -92,8 +92,8 @@ def _damaged(inspection: Inspection) -> list[str]:
     bad = [episode.name for episode in inspection.episodes if not np.isfinite(episode.action).all()]
     if bad:
         found.append(
-            f"actions of {len(bad)} episodes hold values that are not finite ({some_of(bad)}); they are left out of the"
-            " statistics: repair these episodes, or type --on-error skip when converting"
+            f"actions hold values that are not finite, in {some_of(bad)}; these steps are left out of the statistics:"
+            " repair these episodes, or type --on-error skip when converting"
         )
     broken = [
         (episode.name, camera, facts.error)
@@ -104,8 +104,8 @@ def _damaged(inspection: Inspection) -> list[str]:
     if broken:
         episode, _, why = broken[0]
         found.append(
-            f"frames of {len({name for name, _, _ in broken})} episodes cannot be decoded (the first, {episode}:"
-            f" {why}): repair them, or type --on-error skip when converting"
+            f"frames cannot be decoded in {some_of(list(dict.fromkeys(name for name, _, _ in broken)))} (the first,"
+            f" {episode}: {why}): repair them, or type --on-error skip when converting"
         )
     return found
 
@@ -172,13 +172,13 @@ def _lengths(inspection: Inspection) -> list[str]:
     short = [episode.name for episode in inspection.episodes if episode.steps < 2]
     found = []
     if short:
-        found.append(f"{len(short)} episodes have fewer than two steps ({some_of(short)}): take them out of the source")
+        found.append(f"fewer than two steps: {some_of(short)}; take them out of the source")
     odd = [number for number in odd_lengths(lengths) if lengths[number] >= 2]
     if odd:
         named = [f"{inspection.episodes[number].name} with {lengths[number]}" for number in odd]
         found.append(
-            f"{len(odd)} episodes are far from the usual {np.median(lengths):.0f} steps ({some_of(named)}):"
-            " look at them with --html page.html, and take failures out of the source"
+            f"far from the usual {np.median(lengths):.0f} steps: {some_of(named)}; look at them with --html page.html,"
+            " and take failures out of the source"
         )
     return found
 
@@ -208,8 +208,8 @@ def _frames(inspection: Inspection) -> list[str]:
             found.append(f"camera '{camera}' always shows the same picture: {_without(inspection, camera)}")
         elif frozen:
             found.append(
-                f"camera '{camera}' shows one and the same picture throughout {len(frozen)} episodes"
-                f" ({some_of(frozen)}): take them out of the source if the camera had stopped"
+                f"camera '{camera}' shows one and the same picture throughout {some_of(frozen)}: take them out of the"
+                " source if the camera had stopped"
             )
     steps = step_names(inspection)
     proposed = [step if isinstance(step, str) else next(iter(step), "") for step in inspection.source_steps]
