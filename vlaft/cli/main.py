@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from vlaft import __version__
-from vlaft.cli import convert, doctor, export, merge, predict, recipes, report, train
+from vlaft.cli import convert, doctor, export, inspect, merge, predict, recipes, report, train
 from vlaft.errors import ConfigError, VlaftError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.add_typer(recipes.app, name="recipes")
 app.command("convert")(convert.convert)
+app.command("inspect")(inspect.inspect)
 app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
 app.command("train")(train.train)
