@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from vlaft.model.configuration import OpenVLAConfig
 from vlaft.model.openvla import OpenVLAForActionPrediction
 from vlaft.training.step import Inputs, Normalization
 
 META = torch.device("meta")
+_INITIALISERS = (
+    *(nn.init.normal_, nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.zeros_, nn.init.constant_),
+    *(torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.zero_, torch.Tensor.fill_),
+)
+
+
+class WithoutValues(TorchFunctionMode):
+    """Makes modules on the meta device and skips their initialisation, which would take seconds and do nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Call `func`, unless it fills a tensor with numbers."""
+        kwargs = kwargs or {}
+        if func in _INITIALISERS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+    def __enter__(self) -> WithoutValues:
+        META.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        META.__exit__(*error)
 
 
 def meta_model(config: OpenVLAConfig, dtype: torch.dtype = torch.float32) -> OpenVLAForActionPrediction:
     """Build a base on the meta device, in eval mode as checkpoints are loaded."""
-    with META:
+    with WithoutValues():
         model = OpenVLAForActionPrediction(config)
     return model.to(dtype).eval()
 

@@ -137,12 +137,12 @@ def count_parameters(recipe: RecipeConfig, config: OpenVLAConfig) -> ParameterCo
     """
     import torch
 
-    from vlaft.accounting.meta import META, example_inputs, example_normalization, meta_model
+    from vlaft.accounting.meta import WithoutValues, example_inputs, example_normalization, meta_model
     from vlaft.adapt import adapt
     from vlaft.training.step import forward
 
     base = meta_model(config)
-    with META:  # peft would make adapters in memory first
+    with WithoutValues():
         model = adapt(base, recipe.adapt)
     inputs = example_inputs(config, batch_size=1, tokens=16, labels=8)
     loss = forward(model, inputs, example_normalization(config), torch.float32).loss

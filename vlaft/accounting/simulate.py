@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from vlaft.accounting.autocast import CudaAutocast, in_recomputed_blocks
-from vlaft.accounting.meta import META, example_inputs, example_normalization, meta_model
+from vlaft.accounting.emulation import DeviceEmulation, in_recomputed_blocks
+from vlaft.accounting.meta import META, WithoutValues, example_inputs, example_normalization, meta_model
 from vlaft.accounting.optimizer_state import GpuOptimizer
 from vlaft.accounting.parameters import ParameterCount, count, trained_by
 from vlaft.accounting.quantized import pack_linears
@@ -25,12 +26,12 @@ def trace_step(
     recipe: RecipeConfig,
     config: OpenVLAConfig,
     *,
-    batch_size: int,
+    batch_sizes: Sequence[int],
     tokens: int,
     labels: int,
     on_gpu: bool = True,
-) -> tuple[Trace, ParameterCount]:
-    """Follow a training step of `recipe` on the meta device.
+) -> tuple[list[Trace], ParameterCount]:
+    """Follow a training step of `recipe` on the meta device, once for each batch size.
 
     On a GPU, the step is one of many: the optimizer has its state already and, where gradients are accumulated, the
     gradients are there. On a CPU, two steps are run from the start with PyTorch's own optimizer.
@@ -38,29 +39,30 @@ def trace_step(
     Args:
         recipe: resolved settings.
         config: of the base.
-        batch_size: examples per forward pass.
+        batch_sizes: examples per forward pass.
         tokens: text tokens per example, actions and end of sequence included.
         labels: of those, the ones with a label.
         on_gpu: whose number formats and kernels.
     """
     precision = resolve_precision(recipe.precision, on_gpu)
     base = meta_model(config, DTYPES[precision.frozen])
-    with META:  # peft would make adapters in memory first
+    with WithoutValues():
         model = make_trainable(base, recipe, precision)
-    trained = trained_by(recipe.adapt, model, base)
-    counted = count(model, trained)
+    counted = count(model, trained_by(recipe.adapt, model, base))
     if on_gpu:
         pack_linears(model, recipe.adapt, DTYPES[precision.compute])
-    in_recomputed_blocks(model)
-    inputs = example_inputs(config, batch_size=batch_size, tokens=tokens, labels=labels)
-    normalization = example_normalization(config)
-    if not on_gpu:
-        optimizer = build_optimizer(model, recipe.train, recipe.adapt.lora.plus_ratio)
-        return follow_steps(model, optimizer, inputs, normalization, recipe, precision), counted
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    shadow = GpuOptimizer(learning, recipe.train.optimizer)
-    trace = follow_steps(model, shadow, inputs, normalization, recipe, precision, steady=True)
-    return trace, counted
+    in_recomputed_blocks(model, on_gpu)
+    traces = []
+    for batch_size in batch_sizes:
+        inputs = example_inputs(config, batch_size=batch_size, tokens=tokens, labels=labels)
+        optimizer: Any
+        if on_gpu:
+            optimizer = GpuOptimizer([p for p in model.parameters() if p.requires_grad], recipe.train.optimizer)
+        else:
+            optimizer = build_optimizer(model, recipe.train, recipe.adapt.lora.plus_ratio)
+        normalization = example_normalization(config)
+        traces.append(follow_steps(model, optimizer, inputs, normalization, recipe, precision, steady=on_gpu))
+    return traces, counted
 
 
 def follow_steps(
@@ -95,7 +97,7 @@ def follow_steps(
         tracker.add(tensor)
     passes = min(train.accumulation, 2)
     generator = torch.Generator().manual_seed(0) if recipe.data.augment else None
-    emulated = CudaAutocast() if inputs.images.device == META else nullcontext()
+    emulated = DeviceEmulation(on_gpu=steady) if inputs.images.device == META else nullcontext()
     with tracker, tracker.watching(model):
         if steady:
             tracker.kind = OPTIMIZER
@@ -125,3 +127,12 @@ def follow_steps(
     trace = tracker.trace()
     tracker.close()
     return trace
+
+
+def largest_unit(recipe: RecipeConfig, config: OpenVLAConfig) -> int:
+    """Return the bytes of the largest part that FSDP gathers whole: a decoder block, or the head, in compute format."""
+    text = config.text_config
+    attention = 2 * text.hidden_size**2 + 2 * text.hidden_size * text.num_key_value_heads * text.head_dim
+    block = attention + 3 * text.hidden_size * text.intermediate_size + 2 * text.hidden_size
+    width = DTYPES[resolve_precision(recipe.precision, on_gpu=True).compute].itemsize
+    return max(block, text.vocab_size * text.hidden_size) * width

@@ -9,6 +9,7 @@ Not seen: what a kernel allocates and frees inside itself.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ from torch.utils._pytree import tree_leaves
 
 KINDS = ("weights", "adapters", "gradients", "optimizer state", "activations", "logits")
 WEIGHTS, ADAPTERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS = range(len(KINDS))
+
+
+_SHAPES: dict[Any, Any] = {}  # what `StorageTracker._run` remembers, over all traces of the process
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,6 @@ class StorageTracker(TorchDispatchMode):
         self._marks: tuple[list[int], list[str]] = ([], [])  # autograd sequence numbers, and the module from there on
         self._head_from: int | None = None
         self._place = ""
-        self._shapes: dict[Any, Any] = {}  # see `_run`
         self._closed = False
 
     def trace(self) -> Trace:
@@ -163,7 +166,7 @@ class StorageTracker(TorchDispatchMode):
         key = _signature(func, args, kwargs)
         if key is None:
             return func(*args, **kwargs)
-        known = self._shapes.get(key)
+        known = _SHAPES.get(key)
         if known is not None:
             packing, outputs = known
             return packing([torch.empty_strided(shape, stride, dtype=t, device="meta") for shape, stride, t in outputs])
@@ -176,7 +179,7 @@ class StorageTracker(TorchDispatchMode):
             fresh = len(addresses) == len(outputs) and not addresses & self._alive.keys()
             fresh = fresh and all(one.untyped_storage().nbytes() == one.numel() * one.itemsize for one in outputs)
         if fresh:
-            self._shapes[key] = tuple if isinstance(result, tuple) else _only, [(tuple(one.shape), one.stride(), one.dtype) for one in outputs]
+            _SHAPES[key] = tuple if isinstance(result, tuple) else _only, [(tuple(one.shape), one.stride(), one.dtype) for one in outputs]
         return result
 
     # -- places ---------------------------------------------------------------------------------------------------
@@ -252,8 +255,7 @@ def _only(outputs: list) -> Any:
 
 def _signature(func: Any, args: tuple, kwargs: dict) -> Any:
     """Return what determines the result's shape on the meta device, or None where it is not a pure function of it."""
-    schema = func._schema
-    if schema.is_mutable or any(one.alias_info is not None for one in schema.returns):
+    if not _makes_new(func):
         return None
     parts: list[Any] = [func]
     for value in (*args, *kwargs.values()):
@@ -265,11 +267,14 @@ def _signature(func: Any, args: tuple, kwargs: dict) -> Any:
     return tuple(parts)
 
 
+@functools.cache
+def _makes_new(func: Any) -> bool:
+    return not func._schema.is_mutable and all(one.alias_info is None for one in func._schema.returns)
+
+
 def _part(value: Any) -> Any:
     if isinstance(value, Tensor):
-        if not value.is_meta:
-            return None
-        return (tuple(value.shape), value.stride(), value.dtype)
+        return (value.shape, value.stride(), value.dtype) if value.is_meta else None
     if isinstance(value, list | tuple):
         inner = tuple(_part(one) for one in value)
         return None if any(one is None for one in inner) else (len(inner), *inner)

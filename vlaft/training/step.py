@@ -40,7 +40,9 @@ class Normalization:
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
     """Return the context in which forward passes run: matrix products in `dtype`, plain float32 without autocast."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+    # the meta device has no autocast; `vlaft.accounting` emulates CUDA's where the CPU's is on
+    device_type = "cpu" if device.type == "meta" else device.type
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device_type, dtype)
 
 
 def forward(

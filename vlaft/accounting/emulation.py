@@ -1,0 +1,120 @@
+"""What a real device does and the meta device does not: autocast, and attention in one kernel.
+
+* Autocast works on a tensor's device, and the meta device has none. So this mode does above autograd what CUDA's does
+  (the operation lists of PyTorch's documentation, and its cache): matrix products in half precision, norms and losses
+  in float32. As there, the half-precision copy of a float32 leaf that needs a gradient is made once and lives until
+  the autocast region ends, while every other copy lives as long as somebody needs it. Whether a region is on is the
+  state of `torch.autocast("cpu", ...)`, which checkpointed blocks save and restore, and which leaves meta tensors
+  alone.
+* `scaled_dot_product_attention` falls back to plain matrix products on the meta device, which keep every score. Real
+  devices run a fused kernel that keeps one number per query: flash attention in half precision, and in float32 the
+  memory-efficient kernel on a GPU.
+
+The mode is entered around a forward pass, and by `in_recomputed_blocks` where a block is run again in the backward
+pass; PyTorch sets modes aside during `backward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_HALF: set[Callable] = {
+    *(F.linear, F.conv1d, F.conv2d, F.conv3d, F.scaled_dot_product_attention),
+    *(torch.matmul, torch.mm, torch.bmm, torch.mv, torch.addmm, torch.baddbmm),
+    *(Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm, Tensor.mv, Tensor.addmm, Tensor.baddbmm),
+}
+_FLOAT32: set[Callable] = {
+    *(F.layer_norm, torch.layer_norm, F.cross_entropy, F.softmax, F.log_softmax, F.nll_loss),
+    *(torch.softmax, torch.log_softmax, torch.exp, torch.log, torch.pow, torch.rsqrt, torch.reciprocal, torch.sum),
+    *(torch.norm, torch.cumsum, torch.prod, torch.linalg.norm, torch.linalg.vector_norm),
+    *(Tensor.softmax, Tensor.log_softmax, Tensor.exp, Tensor.log, Tensor.pow, Tensor.__pow__, Tensor.rsqrt),
+    *(Tensor.reciprocal, Tensor.sum, Tensor.norm, Tensor.cumsum, Tensor.prod),
+}
+
+
+class DeviceEmulation(TorchFunctionMode):
+    """Makes operations on meta tensors take the storage that they take on a GPU or a CPU."""
+
+    def __init__(self, on_gpu: bool) -> None:
+        super().__init__()
+        self.on_gpu = on_gpu
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}  # by id: the leaf, which keeps the id its own, and the copy
+
+    def __exit__(self, *error: Any) -> None:
+        self._copies.clear()
+        super().__exit__(*error)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Cast the tensors among the arguments where autocast would, then call `func` or its fused kernel."""
+        kwargs = kwargs or {}
+        if torch.is_autocast_enabled("cpu") and (func in _HALF or func in _FLOAT32):
+            target = torch.get_autocast_dtype("cpu") if func in _HALF else torch.float32
+            args = tuple(self._cast(value, target) for value in args)
+            kwargs = {name: self._cast(value, target) for name, value in kwargs.items()}
+        if func is F.scaled_dot_product_attention and args[0].is_meta:
+            return self._attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        **others: Any,
+    ) -> Tensor:
+        if attn_mask is not None or others.get("enable_gqa"):  # no training step of vlaft has either
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **others
+            )
+        aten = torch.ops.aten
+        tensors = (query, key, value)
+        if not self.on_gpu:
+            return aten._scaled_dot_product_flash_attention_for_cpu(*tensors, dropout_p, is_causal, scale=scale)[0]
+        if query.dtype == torch.float32:
+            needed = torch.is_grad_enabled()
+            return aten._scaled_dot_product_efficient_attention(
+                *tensors, None, needed, dropout_p, is_causal, scale=scale
+            )[0]
+        return aten._scaled_dot_product_flash_attention(*tensors, dropout_p, is_causal, False, scale=scale)[0]
+
+    def _cast(self, value: Any, target: torch.dtype) -> Any:
+        if not isinstance(value, Tensor) or not value.is_meta or not value.is_floating_point():
+            return value
+        if value.dtype in (target, torch.float64):
+            return value
+        kept = (
+            target != torch.float32
+            and value.dtype == torch.float32
+            and value.requires_grad
+            and value.is_leaf
+            and not value._is_view()
+        )
+        if not kept:
+            return value.to(target)
+        if id(value) not in self._copies:
+            self._copies[id(value)] = (value, value.to(target))
+        return self._copies[id(value)][1]
+
+
+def in_recomputed_blocks(model: nn.Module, on_gpu: bool) -> None:
+    """Make checkpointed blocks of `model` enter the emulation where they are recomputed."""
+
+    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+        return nullcontext(), DeviceEmulation(on_gpu)
+
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            function = module._gradient_checkpointing_func
+            module._gradient_checkpointing_func = partial(function, context_fn=contexts)  # type: ignore[assignment]

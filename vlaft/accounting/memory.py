@@ -1,0 +1,214 @@
+"""How much memory a recipe needs on a GPU, predicted from a trace of its training step on the meta device.
+
+The bytes of a step at any batch size follow from traces at two: the same storages live and die in the same order, and
+each one's size is a constant plus a constant per example. The peak is the maximum over all moments, so it may move
+from one moment to another as the batch grows, which a line through two peaks would miss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vlaft.accounting.allocator import BLOCK, peak_reserved
+
+if TYPE_CHECKING:
+    from vlaft.accounting.parameters import ParameterCount
+    from vlaft.accounting.tracker import Trace
+    from vlaft.config import RecipeConfig
+    from vlaft.model.configuration import OpenVLAConfig
+
+TOKENS = 32  # prompt of a median BridgeData instruction, seven actions and the end of sequence
+LABELS = 8  # seven actions and the end of sequence
+CONTEXT_BYTES = 512 * 2**20  # CUDA context, kernels and libraries of one process
+WORKSPACE_BYTES = 32 * 2**20  # cuBLAS, as PyTorch sizes it on Hopper; 8 MiB before
+CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 141)  # GB (1e9 bytes) of common GPUs
+SHARDED = ("weights", "adapters", "gradients", "optimizer state")
+_LARGEST = 4096  # examples; above this no batch size is looked for
+
+
+@dataclass(frozen=True)
+class MemoryPrediction:
+    """What a training step needs on one GPU.
+
+    Attributes:
+        batch_size: examples per forward pass.
+        tokens: text tokens per example.
+        terms: bytes by term at the moment of the peak, in order; their sum is `peak`. The first six are live storage
+            (`live`); then what the allocator rounds (`block rounding`) and keeps besides (`fragmentation`), cuBLAS's
+            `workspace`, and the `CUDA context`.
+        moment: phase and module of the peak: `forward language_model.model.layers.31.mlp.down_proj`.
+        gpus: over how many GPUs weights, gradients and optimizer state are sharded (FSDP).
+    """
+
+    batch_size: int
+    tokens: int
+    terms: dict[str, int]
+    moment: str
+    gpus: int = 1
+
+    @property
+    def peak(self) -> int:
+        """Bytes that the GPU must have."""
+        return sum(self.terms.values())
+
+    @property
+    def live(self) -> int:
+        """Bytes of live tensors."""
+        return sum(size for term, size in self.terms.items() if term in LIVE_TERMS)
+
+    @property
+    def allocated(self) -> int:
+        """Bytes that `torch.cuda.max_memory_allocated` reports."""
+        return self.live + self.terms["block rounding"] + self.terms["workspace"]
+
+
+LIVE_TERMS = (*SHARDED, "activations", "logits")
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """A training step whose memory is known at every batch size.
+
+    Attributes:
+        traces: at `batch_sizes`, events in the same order.
+        batch_sizes: one or two; with one, that batch size is all there is.
+        tokens: text tokens per example.
+        largest_unit: bytes of the largest block's weights, which FSDP gathers whole.
+        counted: the recipe's parameters.
+    """
+
+    traces: tuple[Trace, ...]
+    batch_sizes: tuple[int, ...]
+    tokens: int
+    largest_unit: int
+    counted: ParameterCount
+
+    def sizes(self, batch_size: int) -> np.ndarray:
+        """Return the bytes of each event at a batch size, int64 `[E]`."""
+        first = self.traces[0].sizes
+        if len(self.traces) == 1:
+            if batch_size != self.batch_sizes[0]:
+                raise ValueError(f"traced at batch size {self.batch_sizes[0]} only")
+            return first
+        span = self.batch_sizes[1] - self.batch_sizes[0]
+        return first + (batch_size - self.batch_sizes[0]) * (self.traces[1].sizes - first) // span
+
+    def live_peak(self, batch_size: int) -> int:
+        """Return the most bytes alive at once, in whole blocks."""
+        return int(np.cumsum(_in_blocks(self.sizes(batch_size))).max())
+
+    def predict(self, batch_size: int, gpus: int = 1) -> MemoryPrediction:
+        """Return the prediction for a batch size, sharded over `gpus`."""
+        trace, sizes = self.traces[0], self.sizes(batch_size)
+        blocks = _in_blocks(sizes)
+        event = int(np.cumsum(blocks).argmax())
+        totals = {
+            kind: int(sizes[: event + 1][trace.kinds[: event + 1] == number].sum())
+            for number, kind in enumerate(LIVE_TERMS)
+        }
+        in_blocks = int(blocks[: event + 1].sum())
+        rounding = in_blocks - sum(totals.values())
+        moves = trace.keys >= 0
+        reserved = peak_reserved(zip(trace.keys[moves].tolist(), sizes[moves].tolist(), strict=True))
+        terms = {
+            **totals,
+            "block rounding": rounding,
+            "fragmentation": max(0, reserved - in_blocks),
+            "workspace": WORKSPACE_BYTES,
+            "CUDA context": CONTEXT_BYTES,
+        }
+        if gpus > 1:
+            terms = _sharded(terms, gpus, self.largest_unit)
+        return MemoryPrediction(batch_size, self.tokens, terms, trace.names[trace.places[event]], gpus)
+
+    def largest_batch(self, memory: int, gpus: int = 1) -> int:
+        """Return the largest batch size that fits `memory` bytes; 0 where not even one example does."""
+        low, high = 0, 1
+        while high <= _LARGEST and self._bound(high, gpus) <= memory:
+            low, high = high, 2 * high
+        while high - low > 1:  # the bound leaves fragmentation out: at most too large
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._bound(middle, gpus) <= memory else (low, middle)
+        while low and self.predict(low, gpus).peak > memory:
+            low -= max(1, low // 32)
+        return low
+
+    def _bound(self, batch_size: int, gpus: int) -> int:
+        if gpus > 1:
+            return self.predict(batch_size, gpus).peak
+        return self.live_peak(batch_size) + WORKSPACE_BYTES + CONTEXT_BYTES
+
+
+def _in_blocks(sizes: np.ndarray) -> np.ndarray:
+    return np.sign(sizes) * -(-np.abs(sizes) // BLOCK) * BLOCK
+
+
+def _sharded(terms: dict[str, int], gpus: int, largest_unit: int) -> dict[str, int]:
+    """Spread what FSDP shards over `gpus`; two units are whole at any time, one computing and one on its way."""
+    spread = {term: -(-size // gpus) if term in SHARDED else size for term, size in terms.items()}
+    spread["weights"] += 2 * largest_unit
+    return spread
+
+
+def smallest_card(peak: int) -> int | None:
+    """Return the smallest common GPU, in GB, that holds `peak` bytes; None where none does.
+
+    >>> smallest_card(23_900_000_000), smallest_card(200_000_000_000)
+    (24, None)
+    """
+    return next((card for card in CARDS if card * 10**9 >= peak), None)
+
+
+def memory_model(
+    recipe: RecipeConfig,
+    config: OpenVLAConfig,
+    *,
+    batch_sizes: Sequence[int] = (2, 4),
+    tokens: int = TOKENS,
+    labels: int = LABELS,
+) -> MemoryModel:
+    """Trace a recipe's training step on a base as it runs on a GPU.
+
+    Args:
+        recipe: resolved settings.
+        config: of the base.
+        batch_sizes: one batch size, or two from which all others follow.
+        tokens: text tokens per example, actions and end of sequence included.
+        labels: of those, the ones with a label: actions and end of sequence.
+
+    Raises:
+        ConfigError: LoRA targets that the base does not have.
+    """
+    from vlaft.accounting.simulate import largest_unit, trace_step
+
+    traces, counted = trace_step(recipe, config, batch_sizes=batch_sizes, tokens=tokens, labels=labels)
+    if len({tuple(trace.keys) for trace in traces}) > 1:
+        raise AssertionError("two batch sizes took different steps")
+    return MemoryModel(tuple(traces), tuple(batch_sizes), tokens, largest_unit(recipe, config), counted)
+
+
+def predict(
+    recipe: RecipeConfig,
+    config: OpenVLAConfig,
+    *,
+    batch_size: int | None = None,
+    tokens: int = TOKENS,
+    labels: int = LABELS,
+    gpus: int = 1,
+) -> MemoryPrediction:
+    """Predict the memory of a recipe's training step on a GPU, at one batch size.
+
+    Args:
+        recipe: resolved settings.
+        config: of the base.
+        batch_size: examples per forward pass; None takes `train.batch_size`, which must be a number then.
+        tokens: text tokens per example, actions and end of sequence included.
+        labels: of those, the ones with a label: actions and end of sequence.
+        gpus: over how many GPUs FSDP shards weights, gradients and optimizer state.
+    """
+    size = int(recipe.train.batch_size) if batch_size is None else batch_size
+    return memory_model(recipe, config, batch_sizes=[size], tokens=tokens, labels=labels).predict(size, gpus)
