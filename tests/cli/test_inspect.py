@@ -19,7 +19,7 @@ GENERIC = [
     "episodes=episodes/traj_*",
     "action=[cmd/ee_delta,cmd/gripper]",
     "cameras={front: camera/front_jpeg, wrist: camera/wrist_chw, small: camera/small_float}",
-    "instruction={attribute: INSTRUCTION}",
+    "instruction={attribute: instruction}",
     "fps={attribute: control_hz}",
 ]
 SETS = {
@@ -50,16 +50,6 @@ def facts(shared: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def instruction_words(shared: Path) -> list[str]:
-    """The attribute's name in the free layout is the recorder's own choice: read it from the file."""
-    import h5py
-
-    with h5py.File(shared / "data/hdf5/generic_mixed.hdf5") as file:
-        attributes = list(file["episodes/traj_000"].attrs)
-    name = next(key for key in attributes if re.search("lang|instr|task|goal", key))
-    return [word.replace("INSTRUCTION", name) for word in GENERIC]
-
-
 def check_numbers(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found["dim"] == expected["dim"]
     for name in ("mean", "std", "min", "max", "q01", "q99"):
@@ -71,8 +61,7 @@ def test_json_agrees_with_what_other_libraries_read(
     name: str, shared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = facts(shared, name)
-    words = instruction_words(shared) if SETS[name] is GENERIC else SETS[name]
-    found = inspected([str(shared / "data" / expected["path"]), *words, "--no-frames"], capsys)
+    found = inspected([str(shared / "data" / expected["path"]), *SETS[name], "--no-frames"], capsys)
     for key in ("episodes", "steps", "steps_per_episode", "cameras", "instructions", "instruction_per_episode"):
         assert found[key] == expected[key], key
     assert next(iter(found["cameras"])) == expected["main_camera"]
@@ -267,3 +256,35 @@ def test_a_converted_dataset(shared: Path, tmp_path: Path, capsys: pytest.Captur
     capsys.readouterr()
     assert main(["inspect", str(out)]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+DOCS = Path(__file__).resolve().parents[2] / "docs/datasets.md"
+
+
+def documented() -> list[str]:
+    """The documented commands on sets that are among the samples."""
+    blocks = re.findall(r"```bash\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.partition(" #")[0] for line in lines if line.startswith("vlaft inspect") and "demos" not in line]
+
+
+def test_the_documented_commands_run(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shlex
+
+    ran = 0
+    for line in documented():
+        _, _, source, *words = shlex.split(line)
+        found = next((path for path in (shared / "data").glob(f"*/{source}")), None)
+        if found is not None:
+            assert main(["inspect", str(found), *words, "--limit", "1", "--no-frames"]) == 0, line
+            ran += 1
+    assert ran >= 9
+
+
+def test_the_documented_tables_are_those_of_the_code() -> None:
+    import runpy
+
+    script = runpy.run_path(str(DOCS.parents[1] / "tools/document_datasets.py"))
+    text = DOCS.read_text(encoding="utf-8")
+    assert script["filled"](text) == text, "run tools/document_datasets.py"
+    assert "| `drop_first` |" in text and "| `bridge` |" in text
