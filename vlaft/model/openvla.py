@@ -1,7 +1,8 @@
 """OpenVLA: vision backbone, projector and Llama, with the state-dict keys of the released checkpoints.
 
 * The sequence is `[BOS] [patches] [rest of the prompt and actions]`; there is no image placeholder token.
-* With labels, logits are computed at label positions only: the head sees 8 rows per example instead of ~290.
+* With labels, logits are computed at label positions only: the head sees 8 rows per example instead of ~290. Where
+  the positions are known beforehand, so is the last decoder block (see `vlaft.model.last_layer`).
 * Rows are padded on the right. Causal attention never lets a token see what is to its right, so with labels no
   padding mask is needed: every position that has a label is computed exactly as without padding, and attention
   takes the kernel for plain causal masks.
@@ -20,6 +21,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from vlaft.model.configuration import OpenVLAConfig
+from vlaft.model.last_layer import LastDecoderLayer
 from vlaft.model.projector import Projector
 from vlaft.model.vision import AttentionPool, LayerScale, VisionBackbone, VisionTransformer, vit_config
 
@@ -50,7 +52,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules: ClassVar[list[str]] = ["LlamaDecoderLayer", "Block"]
+    _no_split_modules: ClassVar[list[str]] = ["LlamaDecoderLayer", "LastDecoderLayer", "Block"]
 
     def __init__(self, config: OpenVLAConfig) -> None:
         super().__init__(config)
@@ -62,6 +64,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             self.vision_backbone.embed_dim, config.text_config.hidden_size, fused=bool(config.use_fused_vision_backbone)
         )
         self.language_model = LlamaForCausalLM(config.text_config)
+        self.language_model.model.layers[-1].__class__ = LastDecoderLayer  # same parameters, one argument more
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -115,6 +118,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Run the decoder blocks and the final norm.
 
@@ -126,24 +130,26 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             mask: `[B, 1, S, keys]` bool, True where a query may look; None for plain causal attention.
             position_ids: `[B or 1, S]` int64; None counts from 0.
             cache: keys and values of what came before; filled with those of this call.
+            rows: `[B, K]` int64, positions whose hidden states are wanted; None for all. Without `mask` only.
 
         Returns:
-            Hidden states `[B, S, D]`.
+            Hidden states `[B, S, D]`, or `[B, K, D]` of `rows`.
         """
         llama = self.language_model.model
         if position_ids is None:
             position_ids = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
         rotary = llama.rotary_emb(embeddings, position_ids=position_ids)
         hidden = embeddings
-        for layer in llama.layers:
-            hidden = layer(
-                hidden,
-                attention_mask=mask,
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=cache is not None,
-                position_embeddings=rotary,
-            )
+        shared = {
+            "attention_mask": mask,
+            "position_ids": position_ids,
+            "past_key_values": cache,
+            "use_cache": cache is not None,
+            "position_embeddings": rotary,
+        }
+        for layer in llama.layers[:-1]:
+            hidden = layer(hidden, **shared)
+        hidden = llama.layers[-1](hidden, **shared, rows=rows)
         return llama.norm(hidden)
 
     def forward(
@@ -173,16 +179,16 @@ class OpenVLAForActionPrediction(PreTrainedModel):
                 mask = keys & torch.ones(keys.shape[-1], keys.shape[-1], dtype=torch.bool, device=keys.device).tril()
             return OpenVLAOutput(logits=self.language_model.lm_head(self.decode(embeddings, mask=mask)))
 
-        hidden = self.decode(embeddings)
         # Text column t lies at position P + t of the sequence and is predicted from the position before it.
         if label_positions is None:
-            rows, columns = torch.nonzero(labels[:, 1:] != IGNORE_INDEX, as_tuple=True)
-            columns = columns + 1
+            examples, columns = torch.nonzero(labels[:, 1:] != IGNORE_INDEX, as_tuple=True)
+            hidden = self.decode(embeddings)[examples, self.num_patches + columns]
+            label_ids = labels[examples, columns + 1]
         else:
-            rows = torch.arange(len(labels), device=labels.device).repeat_interleave(label_positions.shape[1])
-            columns = label_positions.flatten()
-        label_ids = labels[rows, columns]
-        logits = self.language_model.lm_head(hidden[rows, self.num_patches + columns - 1])
+            # columns that hold no label may lie before the row's first token: any position will do for them
+            hidden = self.decode(embeddings, rows=self.num_patches + (label_positions - 1).clamp(min=0)).flatten(0, 1)
+            label_ids = labels.gather(1, label_positions.clamp(min=0)).flatten()
+        logits = self.language_model.lm_head(hidden)
         loss = F.cross_entropy(logits.float(), label_ids, ignore_index=IGNORE_INDEX)
         return OpenVLAOutput(loss=loss, logits=logits, label_ids=label_ids)
 
