@@ -111,6 +111,12 @@ class HeldOut:
             chosen=np.linspace(0, len(owner) - 1, count).round().astype(np.int64),
         )
 
+    @property
+    def evaluated(self) -> list[int]:
+        """Numbers of the episodes that have examples to evaluate."""
+        wanted = np.isin(np.arange(len(self.action)), self.chosen)
+        return [number for number, episode in enumerate(self.episodes) if wanted[episode.rows].any()]
+
     def images(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return the main camera's frames of some rows, uint8 `[B, H, W, 3]`.
 

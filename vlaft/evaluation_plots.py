@@ -40,8 +40,7 @@ def draw_evaluations(
     Raises:
         VlaftError: the folder cannot be written.
     """
-    evaluated = np.isin(np.arange(len(held_out.action)), held_out.chosen)
-    numbers = [number for number, episode in enumerate(held_out.episodes) if evaluated[episode.rows].any()]
+    numbers = held_out.evaluated
     count = min(episodes, len(numbers))
     drawn = [numbers[index] for index in np.linspace(0, len(numbers) - 1, count).round().astype(int)]
     try:
@@ -66,7 +65,7 @@ def draw_episode(episode: Episode, evaluations: Sequence[Evaluation], held_out: 
     place = {int(row): index for index, row in enumerate(held_out.chosen)}
     shown = [(step, place[int(row)]) for step, row in zip(steps, episode.rows, strict=True) if int(row) in place]
     for dimension, axis in enumerate(axes):
-        axis.plot(steps, held_out.action[episode.rows, dimension], color="black", linewidth=2.0, alpha=0.75)
+        axis.plot(steps, held_out.action[episode.rows, dimension], color="black", linewidth=1.8, zorder=3)
         for number, evaluation in enumerate(evaluations):
             axis.plot(
                 [step for step, _ in shown],
@@ -92,7 +91,7 @@ def draw_errors(evaluations: Sequence[Evaluation], held_out: HeldOut) -> Figure:
             highest = max(highest, float(share.max()))
         axis.axvline(0.0, color="black", linewidth=0.6)
         axis.set_ylim(0, 1.1 * highest)
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
     _legend(figure, evaluations, demonstrated=False)
     return figure
 
@@ -136,8 +135,8 @@ def _style(number: int, count: int) -> dict[str, Any]:
     return {
         "color": COLORS[number % len(COLORS)],
         "marker": MARKERS[number % len(MARKERS)],
-        "markersize": 3.0 + 1.8 * behind,
-        "linewidth": 1.1 + 1.2 * behind,
+        "markersize": 3.0 + 1.5 * behind,
+        "linewidth": 1.1 + 0.9 * behind,
     }
 
 

@@ -100,11 +100,12 @@ def evaluate(
                 f"{evaluation.model} has no statistics for every dataset here, so its actions are read in the data's"
                 " own range"
             )
-    examples = {"split": split, "examples": len(held_out), "episodes": len(held_out.episodes)}
+    episodes = len(held_out.evaluated)
+    examples = {"split": split, "examples": len(held_out), "episodes": episodes}
     if as_json:
         print_json({"data": data, **examples, "models": [_as_dict(each) for each in evaluations]})
         return
-    say(f"{len(held_out):,} examples of the {len(held_out.episodes)} episodes in split '{split}'")
+    say(f"{len(held_out):,} examples of {episodes:,} episode{'s' * (episodes != 1)} in split '{split}'")
     show(comparison(evaluations))
 
 
