@@ -64,7 +64,7 @@ def render(inspection: Inspection, summary: Mapping[str, Any]) -> str:
         _actions(inspection),
     ]
     standardized = summary["standardized"]
-    if standardized is None or standardized["steps"]:
+    if standardized is None or (standardized["steps"] and summary["kind"] == "source"):
         sections.append(_figures("The action as stored", summary["action"]))
     if standardized is not None:
         steps = ", ".join(flow(step) for step in standardized["steps"]) or "no standardizing steps"

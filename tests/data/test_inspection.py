@@ -245,6 +245,11 @@ def test_dimensions_that_never_or_hardly_change_or_reach_far_out() -> None:
     )
     assert "demo_2" in only(find(inspection(changed(far, 12))), "0 (x)")
 
+    def stuck(action: NDArray[np.float64]) -> None:
+        action[:, :6] = 0.5
+
+    assert "action='[...]'" in only(find(inspection(changed(stuck))), "no dimension of the arm's action")
+
 
 def test_instructions_and_rates() -> None:
     silent = [replace(episode, instruction=" ") for episode in healthy()]
@@ -270,13 +275,13 @@ def test_copies_and_lengths() -> None:
 
 def test_damaged_episodes_are_named_and_the_others_measured() -> None:
     found = find(inspection(healthy(), unreadable=(("demo_9", "shard 3 is cut off"),)))
-    assert "--on-error skip" in only(found, "1 of 7 episodes cannot be read (the first, demo_9: shard 3 is cut off)")
+    assert "--on-error skip" in only(found, "1 of 7 episodes cannot be read (the first: shard 3 is cut off)")
     bad = healthy()
     action = bad[0].action.copy()
     action[3, 2] = np.nan
     bad[0] = replace(bad[0], action=action, standardized=None, refused="the action is not finite")
     summary = summarize(inspection(bad), find(inspection(bad)))
-    assert any("demo_0" in warning and "not finite" in warning for warning in summary["warnings"])
+    assert len(summary["warnings"]) == 1 and "not finite, in demo_0;" in summary["warnings"][0]
     assert np.isfinite(summary["action"]["stats"]["mean"]).all() and summary["steps"] == sum(range(40, 46))
     assert summary["standardized"]["rows"] == sum(range(41, 46))
     nothing = [replace(episode, standardized=None, refused="no such camera") for episode in healthy()]

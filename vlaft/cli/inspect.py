@@ -127,12 +127,13 @@ def _show(summary: Mapping[str, Any]) -> None:
     show("")
     standardized = summary["standardized"]
     source = " + ".join(summary["action"]["source"]) or "the column action"
-    if standardized is None or standardized["steps"]:
+    changed = standardized is None or (standardized["steps"] and summary["kind"] == "source")
+    if changed:
         show(f"action as stored: {source}")
         show(_action_table(summary["action"]))
     if standardized is not None:
         steps = ", ".join(flow(step) for step in standardized["steps"]) or "no standardizing steps"
-        if standardized["steps"]:
+        if changed:
             show("")
         show(f"action as converted: {source}; {steps}; {standardized['rows']:,} steps")
         show(_action_table(standardized))

@@ -149,14 +149,14 @@ def dimension_warnings(
     called = [f"{dim} ({names[dim]})" if names else str(dim) for dim in range(size)]
     constant = np.flatnonzero(figures["min"] == figures["max"]).tolist()
     constant = [dim for dim in constant if dim not in grippers]  # these have a sentence of their own
-    if constant and len(constant) < size:
+    if constant and len(constant) < size - len(grippers):
         kept = [dim for dim in range(size) if dim not in constant]
         found.append(
             f"action dimensions {some_of([called[dim] for dim in constant])} never change, training sees 0: nothing"
             f" to type if the robot takes them, else {with_steps(inspection, {'select_action': {'dims': kept}})}"
         )
     elif constant:
-        found.append("no action dimension ever changes: name other arrays with action='[...]'")
+        found.append("no dimension of the arm's action ever changes: name other arrays with action='[...]'")
     rare = [d for d in range(size) if mask[d] and width[d] <= 0 and figures["min"][d] < figures["max"][d]]
     if rare:
         changed = [mask[dim] and dim not in rare for dim in range(size)]

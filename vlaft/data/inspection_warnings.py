@@ -77,35 +77,34 @@ def find(inspection: Inspection) -> Findings:
 
 def _damaged(inspection: Inspection) -> list[str]:
     found = []
+    count = len(inspection.episodes)
     if inspection.unreadable:
-        name, why = inspection.unreadable[0]
         found.append(
-            f"{len(inspection.unreadable)} of {len(inspection.unreadable) + len(inspection.episodes)} episodes cannot"
-            f" be read (the first, {name}: {why}): repair them, or type --on-error skip when converting"
-        )
-    refused = [episode for episode in inspection.episodes if episode.refused]
-    if refused:
-        found.append(
-            f"{len(refused)} of {len(inspection.episodes)} episodes would be refused by a conversion (the first,"
-            f" {refused[0].name}: {refused[0].refused}): mend the cause, or type --on-error skip when converting"
+            f"{len(inspection.unreadable)} of {len(inspection.unreadable) + count} episodes cannot be read (the first:"
+            f" {inspection.unreadable[0][1]}): repair them, or type --on-error skip when converting"
         )
     bad = [episode.name for episode in inspection.episodes if not np.isfinite(episode.action).all()]
+    refused = [episode for episode in inspection.episodes if episode.refused and episode.name not in bad]
+    if refused:
+        found.append(
+            f"{len(refused)} of {count} episodes would be refused by a conversion (the first: {refused[0].refused}):"
+            " mend the cause, or type --on-error skip when converting"
+        )
     if bad:
         found.append(
             f"actions hold values that are not finite, in {some_of(bad)}; these steps are left out of the statistics:"
             " repair these episodes, or type --on-error skip when converting"
         )
     broken = [
-        (episode.name, camera, facts.error)
+        (episode.name, facts.error)
         for episode in inspection.episodes
-        for camera, facts in episode.cameras.items()
+        for facts in episode.cameras.values()
         if facts.error
     ]
     if broken:
-        episode, _, why = broken[0]
         found.append(
-            f"frames cannot be decoded in {some_of(list(dict.fromkeys(name for name, _, _ in broken)))} (the first,"
-            f" {episode}: {why}): repair them, or type --on-error skip when converting"
+            f"frames cannot be decoded in {some_of(list(dict.fromkeys(name for name, _ in broken)))} (the first:"
+            f" {broken[0][1]}): repair them, or type --on-error skip when converting"
         )
     return found
 
@@ -153,7 +152,7 @@ def _raw_grippers(inspection: Inspection) -> tuple[GripperGuess, ...]:
 
 
 def _copies(inspection: Inspection) -> list[str]:
-    episodes = inspection.episodes
+    episodes = [episode for episode in inspection.episodes if np.isfinite(episode.action).all()]
     groups = duplicates([episode.action for episode in episodes])
     if not groups:
         return []
