@@ -1,0 +1,1 @@
+"""A model behind HTTP, in the protocol of upstream's `deploy.py`. Imports nothing, as `vlaft.client` needs a part."""

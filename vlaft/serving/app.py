@@ -1,0 +1,203 @@
+"""The routes: upstream's `POST /act`, and `GET /health` and `/info`."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from vlaft import __version__
+from vlaft.errors import VlaftError
+from vlaft.serving import json_numpy
+from vlaft.serving.batching import Batcher
+from vlaft.serving.observation import Observation, read_observation
+from vlaft.serving.settings import Refused, ServeSettings, busy
+
+logger = logging.getLogger(__name__)
+
+# In a header, since the body is the bare action that upstream's clients expect.
+NON_ACTION_HEADER = "vlaft-non-action-tokens"
+_GONE = Response(status_code=499)  # reaches nobody
+
+
+def create_app(policy: Any, name: str, settings: ServeSettings) -> FastAPI:
+    """Return the application that serves `policy` (see `vlaft.inference.Policy`).
+
+    Args:
+        policy: has `statistics`, `pipeline` and `predict`.
+        name: what `/info` calls the model.
+        settings: the limits.
+    """
+    batcher = Batcher(_predictor(policy, settings), max_batch=settings.max_batch, max_wait=settings.max_wait)
+    gate = _Gate(settings.queue_length)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        batcher.start()
+        yield
+        await batcher.close()
+
+    # Upstream's server has no generated documentation either, and its page would load scripts from elsewhere.
+    app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+
+    @app.exception_handler(Refused)
+    async def refused(request: Request, error: Refused) -> Response:
+        return JSONResponse({"error": str(error)}, error.status, error.headers)
+
+    @app.exception_handler(HTTPException)
+    async def no_route(request: Request, error: HTTPException) -> Response:
+        sentence = f"there is no {request.method} {request.url.path[:100]}; there are POST /act, GET /health, GET /info"
+        return JSONResponse({"error": sentence}, error.status_code, error.headers)
+
+    @app.get("/health")
+    async def health() -> Response:
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/info")
+    async def info(request: Request) -> Response:
+        _check_token(request, settings.token)
+        return JSONResponse(_info(policy, name, settings))
+
+    @app.post("/act")
+    async def act(request: Request) -> Response:
+        _check_token(request, settings.token)
+        with gate.admit():
+            try:
+                body = await _read_body(request, settings)
+                observation = read_observation(body, policy.statistics, settings)
+                del body  # else it stays for as long as the request is queued
+                prediction = await _unless_gone(request, batcher.submit(observation))
+            except ClientDisconnect:
+                return _GONE
+            except asyncio.CancelledError:  # by the second signal; no cause to fill the log with tracebacks
+                raise busy("the server was stopped before the model answered") from None
+        return _reply(prediction, observation.double_encoded)
+
+    return app
+
+
+class _Gate:
+    """Counts the requests that are inside, from before their body is read until they are answered."""
+
+    def __init__(self, places: int) -> None:
+        self._places = places
+        self._inside = 0
+
+    @contextmanager
+    def admit(self) -> Iterator[None]:
+        if self._inside >= self._places:
+            raise busy(f"{self._inside} requests are waiting already; ask again in a second")
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+
+
+def _predictor(policy: Any, settings: ServeSettings) -> Any:
+    def predict(observations: Sequence[Observation]) -> Sequence[Any]:
+        return policy.predict(
+            [observation.image for observation in observations],
+            [observation.instruction for observation in observations],
+            unnorm_key=observations[0].unnorm_key,
+            action_ids_only=settings.action_ids_only,
+        )
+
+    return predict
+
+
+def _check_token(request: Request, token: str | None) -> None:
+    if token is None:
+        return
+    kind, _, given = request.headers.get("authorization", "").partition(" ")
+    # compare_digest takes the same time wherever the first difference is
+    if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
+        sentence = "this server asks for a token: send the header 'Authorization: Bearer <token>'"
+        raise Refused(401, sentence, {"WWW-Authenticate": "Bearer"})
+
+
+async def _read_body(request: Request, settings: ServeSettings) -> bytearray:
+    """Return the body, never holding more than `max_body` bytes of it.
+
+    Raises:
+        Refused: it is compressed, too large, or did not arrive in time.
+        ClientDisconnect: the client is gone.
+    """
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise Refused(415, f"a body in the encoding '{encoding[:20]}' is not taken; send it uncompressed")
+    too_large = Refused(413, f"the body is larger than {settings.max_body} bytes; send a smaller image")
+    if int(request.headers.get("content-length", 0)) > settings.max_body:
+        raise too_large  # what still comes is read and dropped by the server, so that the client gets to read this
+    body = bytearray()
+    try:
+        async with asyncio.timeout(settings.body_timeout):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > settings.max_body:
+                    raise too_large
+    except TimeoutError:
+        sentence = f"the request did not arrive within {settings.body_timeout:g} seconds"
+        raise Refused(408, sentence, {"Connection": "close"}) from None
+    return body
+
+
+async def _unless_gone(request: Request, future: asyncio.Future[Any]) -> Any:
+    """Wait for the future, and cancel it when the client goes away.
+
+    Raises:
+        ClientDisconnect: the client is gone.
+        Refused: 422 where the model refuses the input, 500 where it failed.
+    """
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({future, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not future.done():
+            raise ClientDisconnect
+        return future.result()
+    except ClientDisconnect:
+        raise
+    except VlaftError as error:
+        raise Refused(422, str(error)) from None
+    except Exception:
+        logger.exception("the model failed")
+        raise Refused(500, "the model failed on this request; the server's log says why") from None
+    finally:
+        gone.cancel()
+        future.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _reply(prediction: Any, double_encoded: bool) -> Response:
+    action = json_numpy.encode(prediction.action)
+    content = json.dumps(action) if double_encoded else action
+    return JSONResponse(content, headers={NON_ACTION_HEADER: str(prediction.non_action_tokens)})
+
+
+def _info(policy: Any, name: str, settings: ServeSettings) -> dict[str, Any]:
+    return {
+        "model": name,
+        "server": f"vlaft {__version__}",
+        "unnorm_keys": {key: {"action_size": len(entry["action"]["q01"])} for key, entry in policy.statistics.items()},
+        "image": {"size": policy.pipeline.size, "center_crop": policy.pipeline.center_crop},
+        "action_ids_only": settings.action_ids_only,
+        "limits": {
+            "max_batch": settings.max_batch,
+            "queue_length": settings.queue_length,
+            "max_body_bytes": settings.max_body,
+            "max_image_side": settings.max_image_side,
+        },
+    }
