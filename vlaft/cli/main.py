@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from vlaft import __version__
-from vlaft.cli import convert, doctor, export, inspect, merge, predict, recipes, report, train
+from vlaft.cli import convert, doctor, export, inspect, merge, predict, recipes, report, serve, train
 from vlaft.errors import ConfigError, VlaftError
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ app.command("train")(train.train)
 app.command("merge")(merge.merge)
 app.command("export")(export.export)
 app.command("predict")(predict.predict)
+app.command("serve")(serve.serve)
 
 
 def _print_version(wanted: bool) -> None:
