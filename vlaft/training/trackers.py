@@ -5,14 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
 from vlaft.config import RecipeConfig
 from vlaft.errors import ConfigError, MissingExtra, VlaftError, did_you_mean
+from vlaft.training.events import Banner, EvaluationLine, Listener, RunSummary, StepLine
 
 PROJECT = "vlaft"
 PACKAGES = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}  # tracker to what it imports
@@ -58,8 +63,6 @@ class Trackers:
             ConfigError, MissingExtra: as `check_trackers`.
             VlaftError: a tracker cannot start: no network, or no account.
         """
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
         names = list(dict.fromkeys(recipe.train.trackers))
         check_trackers(names)
         name = folder.resolve().name
@@ -99,6 +102,59 @@ class Trackers:
             except Exception as error:  # as in `log`
                 self._warn(f"{tracker.name} could not be closed ({_reason(error)}); log.jsonl has all")
         self._trackers.clear()
+
+
+class Tracked:
+    """Passes on what a run tells, and logs its lines to trackers."""
+
+    def __init__(self, listener: Listener, trackers: Trackers) -> None:
+        self._listener = listener
+        self._trackers = trackers
+
+    def started(self, banner: Banner) -> None:
+        """Pass it on."""
+        self._listener.started(banner)
+
+    def stepped(self, line: StepLine) -> None:
+        """Log the line and pass it on."""
+        self._trackers.log(asdict(line))
+        self._listener.stepped(line)
+
+    def evaluated(self, line: EvaluationLine) -> None:
+        """Log the line and pass it on."""
+        self._trackers.log(asdict(line))
+        self._listener.evaluated(line)
+
+    def saved(self, checkpoint: Path) -> None:
+        """Pass it on."""
+        self._listener.saved(checkpoint)
+
+    def warned(self, sentence: str) -> None:
+        """Pass it on."""
+        self._listener.warned(sentence)
+
+    def finished(self, summary: RunSummary) -> None:
+        """Pass it on."""
+        self._listener.finished(summary)
+
+
+@contextmanager
+def tracked(listener: Listener, recipe: RecipeConfig, folder: Path, first_step: int) -> Iterator[Listener]:
+    """Give a listener that logs to the recipe's trackers besides; they are closed at the end, whatever happened.
+
+    Processes other than the main one get their own listener back.
+
+    Raises:
+        ConfigError, MissingExtra, VlaftError: as `Trackers.start`.
+    """
+    if not PartialState().is_main_process:
+        yield listener
+        return
+    trackers = Trackers.start(recipe, folder, first_step, listener.warned)
+    try:
+        yield Tracked(listener, trackers)
+    finally:
+        trackers.finish()
 
 
 def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, str | float | int | bool]:

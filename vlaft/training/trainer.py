@@ -29,6 +29,7 @@ from vlaft.training.optimizer import check_installed
 from vlaft.training.run import Run
 from vlaft.training.run_folder import RECIPE_FILE, RunFolder, check_same_recipe, command_line, environment
 from vlaft.training.signals import StopSignals
+from vlaft.training.trackers import check_trackers, tracked
 
 
 def train(
@@ -64,7 +65,8 @@ def train(
         signals.defer()
         run.listener.started(_banner(run))
         try:
-            with out_of_memory_told(recipe, f"a step of train.batch_size={recipe.train.batch_size}"):
+            told = out_of_memory_told(recipe, f"a step of train.batch_size={recipe.train.batch_size}")
+            with told, tracked(run.listener, recipe, out, run.progress.step) as run.listener:
                 stopped_early = _loop(run, signals)
         except VlaftError as error:
             if not isinstance(error, Interrupted):
@@ -82,6 +84,7 @@ def _located(recipe: RecipeConfig, out: Path, *, overwrite: bool) -> tuple[Recip
     if not recipe.data.paths:
         raise ConfigError("data.path is missing: name the converted dataset with --data")
     check_installed(recipe.train)
+    check_trackers(recipe.train.trackers)
     quantization_config(recipe.adapt, torch.bfloat16)  # raises where bitsandbytes is missing
     recipe = replace(recipe, data=replace(recipe.data, path=[str(Path(path).resolve()) for path in recipe.data.paths]))
     base = resolve_checkpoint(recipe.base)
