@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from vlaft import __version__
-from vlaft.cli import convert, doctor, export, inspect, merge, predict, recipes, report, serve, train
+from vlaft.cli import convert, doctor, evaluate, export, inspect, merge, plot, predict, recipes, report, serve, train
 from vlaft.errors import ConfigError, VlaftError
 
 app = typer.Typer(
@@ -32,6 +32,8 @@ app.command("doctor")(doctor.doctor)
 app.command("train")(train.train)
 app.command("merge")(merge.merge)
 app.command("export")(export.export)
+app.command("evaluate")(evaluate.evaluate)
+app.command("plot")(plot.plot)
 app.command("predict")(predict.predict)
 app.command("serve")(serve.serve)
 
