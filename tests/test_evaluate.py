@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from golden_models import NAMES, golden
@@ -21,9 +22,10 @@ from small_base import convert_small, write_small_base
 from vlaft import evaluate as module
 from vlaft.cli.main import main
 from vlaft.data.actions import ActionTokenizer
+from vlaft.data.codec import encode_image
 from vlaft.data.convert import ConvertRequest, SourceRequest, convert
 from vlaft.data.statistics import compute_statistics
-from vlaft.data.store import ConvertedDataset
+from vlaft.data.store import ConvertedDataset, example_schema, shard_entry, write_json, write_shard
 from vlaft.errors import CheckpointError, ConfigError, DataError
 from vlaft.evaluate import check_models, evaluate
 from vlaft.evaluation_decoding import decode_both
@@ -168,6 +170,48 @@ def test_held_out_examples(data: Path, held_out: HeldOut) -> None:
         HeldOut.open([data], "test")
     with pytest.raises(ConfigError, match="a limit of 0 examples"):
         HeldOut.open([data], limit=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"action": None}, "demo_0, step 3: its action, prompt or place is missing"),
+        ({"action": [0.0] * 6 + [float("nan")]}, "step 3: its action, prompt or place is missing or not finite"),
+        ({"action": [0.0] * 5}, r"actions of \[5, 7\] dimensions"),
+        ({"prompt_token_ids": []}, "its action, prompt or place is missing"),
+        ({"prompt_token_ids": [1, 10**6]}, "a prompt has tokens that .* does not have"),
+        ({"dataset": "other"}, "it has no statistics of 'other'"),
+        ({"image": None}, "step 3: the row has no image"),
+        (
+            {"image": {"bytes": encode_image(np.zeros((8, 9, 3), np.uint8), "png"), "path": None}},
+            "8 x 9 pixels where 56",
+        ),
+        ({"image": {"bytes": b"no picture", "path": None}}, "step 3"),
+    ],
+)
+def test_damaged_rows(base: Path, data: Path, tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
+    source = ConvertedDataset(data)
+    rows = [source.row("val", number) | {"source": "demo_0"} for number in range(8)]
+    rows[3] = rows[3] | change
+    copy = shutil.copytree(data, tmp_path / "data")
+    name = next(shard["file"] for shard in source.info["shards"] if shard["split"] == "val")
+    shard = write_shard(copy / name, "val", example_schema(("image",)), [rows])
+    others = [entry for entry in source.info["shards"] if entry["split"] != "val"]
+    write_json(copy / "dataset.json", source.info | {"shards": [*others, shard_entry(shard)]})
+    with pytest.raises(DataError, match=sentence):
+        evaluate(str(base), HeldOut.open([copy]))
+
+
+def test_a_missing_column(data: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(data, tmp_path / "data")
+    info = json.loads((copy / "dataset.json").read_text())
+    entry = next(entry for entry in info["shards"] if entry["split"] == "val")
+    table = pq.read_table(copy / entry["file"]).drop_columns(["instruction"])
+    pq.write_table(table, copy / entry["file"])
+    entry["bytes"] = (copy / entry["file"]).stat().st_size
+    write_json(copy / "dataset.json", info)
+    with pytest.raises(DataError, match="split 'val' has no column 'instruction'"):
+        HeldOut.open([copy])
 
 
 def test_teacher_forced_is_what_training_logs(run: Path, held_out: HeldOut) -> None:

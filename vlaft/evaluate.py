@@ -120,6 +120,11 @@ def _evaluate(
 ) -> Evaluation:
     for dataset in held_out.datasets:
         _check_fits(model, policy, dataset)
+    vocabulary = policy.model.config.text_config.vocab_size
+    if not all(0 <= token < vocabulary for row in held_out.chosen for token in held_out.prompts[row]):
+        raise DataError(
+            f"{held_out.datasets[0].path}: a prompt has tokens that {model} does not have; convert it again"
+        )
     statistics, ours = _statistics(model, policy, held_out)
     began = time.monotonic()
     actions = policy.files.actions

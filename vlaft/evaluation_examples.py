@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,10 +86,10 @@ class HeldOut:
         rows: dict[str, list] = {name: [] for name in _COLUMNS}
         owner: list[int] = []
         for number, dataset in enumerate(datasets):
-            table = dataset.table(split, _COLUMNS)
-            owner += [number] * len(table)
+            read = _read(dataset, split)
+            owner += [number] * len(read["action"])
             for name in _COLUMNS:
-                rows[name] += table[name].to_pylist()
+                rows[name] += read[name]
         if not owner:
             listed = ", ".join(str(path) for path in paths)
             raise DataError(f"split '{split}' of {listed} is empty; convert with a validation fraction, or --split")
@@ -104,7 +105,7 @@ class HeldOut:
             names=names or tuple(str(index) for index in range(action.shape[1])),
             gripper=_has_gripper(names, action),
             action=action,
-            dataset=np.asarray(rows["dataset"]),
+            dataset=np.asarray([str(name) for name in rows["dataset"]]),
             prompts=rows["prompt_token_ids"],
             frame=np.asarray(rows["frame_index"], dtype=np.int64),
             episodes=_episodes(owner, rows),
@@ -132,8 +133,35 @@ class HeldOut:
             where = f"{dataset.path}, {values['source']}, step {values['frame_index']}"
             if values[MAIN_CAMERA] is None:
                 raise DataError(f"{where}: the row has no image; convert the source again")
-            frames.append(decode_image(values[MAIN_CAMERA]["bytes"], where, accurate_dct=True))
+            frame = decode_image(values[MAIN_CAMERA]["bytes"], where, accurate_dct=True)
+            if frame.shape[:2] != (dataset.pipeline.size, dataset.pipeline.size):
+                raise DataError(
+                    f"{where}: the frame has {frame.shape[0]} x {frame.shape[1]} pixels where {dataset.pipeline.size}"
+                    " are announced; convert the source again"
+                )
+            frames.append(frame)
         return np.stack(frames)
+
+
+def _read(dataset: ConvertedDataset, split: str) -> dict[str, list]:
+    """Return the columns of a split as lists.
+
+    Raises:
+        DataError: one is missing, or holds no action or no prompt somewhere.
+    """
+    table = dataset.table(split, _COLUMNS)
+    missing = [name for name in _COLUMNS if name not in table.column_names]
+    if missing:
+        raise DataError(f"{dataset.path}: split '{split}' has no column '{missing[0]}'; convert the source again")
+    columns: dict[str, list] = {name: table[name].to_pylist() for name in _COLUMNS}
+    for row, (action, prompt) in enumerate(zip(columns["action"], columns["prompt_token_ids"], strict=True)):
+        values = [*(action or [None]), *(prompt or [None]), columns["episode_index"][row], columns["frame_index"][row]]
+        if any(value is None or not math.isfinite(value) for value in values):
+            raise DataError(
+                f"{dataset.path}, {columns['source'][row]}, step {columns['frame_index'][row]}: its action, prompt or"
+                " place is missing or not finite; convert the source again"
+            )
+    return columns
 
 
 def _dimension_names(datasets: Sequence[ConvertedDataset], width: int) -> tuple[str, ...]:
