@@ -40,7 +40,12 @@ def output_folder(out: Path, bytes_needed: int = 0) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
         if out.exists():
             out.rename(old)
-        partial.rename(out)
+        try:
+            partial.rename(out)
+        except BaseException:
+            if old.exists() and not out.exists():
+                old.rename(out)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise VlaftError(f"{out}: could not be written ({error.strerror or error})") from error

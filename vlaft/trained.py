@@ -32,6 +32,7 @@ class Trained:
         statistics: dataset statistics of the training data, empty when there are none.
         inference: keys for the merged `config.json` (`prompt_style`, `image_pipeline`), empty when unknown.
         recipe: name of the recipe, or None.
+        run: the run's folder, or None where the weights come without one.
     """
 
     weights: Path
@@ -40,6 +41,7 @@ class Trained:
     statistics: Mapping[str, Any] = field(default_factory=dict)
     inference: Mapping[str, Any] = field(default_factory=dict)
     recipe: str | None = None
+    run: Path | None = None
 
     @property
     def is_adapter(self) -> bool:
@@ -86,7 +88,7 @@ def _of_run(run: Path, checkpoint: str | None) -> Trained:
     if not name:
         raise CheckpointError(f"{run}: the run has no {checkpoint or 'finished'} checkpoint yet")
     weights = run / "checkpoints" / str(name)
-    if Path(str(name)).name != name or not weights.is_dir():
+    if Path(str(name)).name != name or name == ".." or not weights.is_dir():
         there = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
         raise CheckpointError(f"{run}: no checkpoint '{name}' (there are: {', '.join(there) or 'none'})")
     statistics = read_json(run / STATISTICS_FILE) if (run / STATISTICS_FILE).is_file() else {}
@@ -97,6 +99,7 @@ def _of_run(run: Path, checkpoint: str | None) -> Trained:
         statistics=statistics,
         inference=content.get("inference") or {},
         recipe=content.get("recipe"),
+        run=run,
     )
 
 

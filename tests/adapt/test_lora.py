@@ -98,7 +98,7 @@ def test_adapters_are_in_float32_over_half_precision_unless_upstreams_way_is_ask
 
 
 def test_unknown_targets_are_named(case: Golden) -> None:
-    with pytest.raises(ConfigError, match="called qvk, kqv$"):
+    with pytest.raises(ConfigError, match=r"called qvk, kqv$"):
         attach_lora(case.load(), LoraConfig(targets=["q_proj", "qvk", "kqv"]))
 
 
@@ -120,7 +120,7 @@ def test_adapt_freezes_or_wraps() -> None:
 def test_the_other_freezing_stages(method: str) -> None:
     model = golden("fused").load()
     adapt(model, AdaptConfig(method=method))  # type: ignore[arg-type]
-    tops = {name.split(".")[0]: set() for name, _ in model.named_parameters()}
+    tops: dict[str, set[bool]] = {name.split(".")[0]: set() for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
         tops[name.split(".")[0]].add(parameter.requires_grad)
     middle = model.language_model.model.layers[0].mlp.up_proj.weight.requires_grad

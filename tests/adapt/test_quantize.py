@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 
 import pytest
 import torch
@@ -106,3 +107,13 @@ def test_without_bitsandbytes_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"pip install 'vlaft\[qlora\]'"):
         quantization_config(AdaptConfig(quantize="nf4"), torch.bfloat16)
+
+
+def test_the_missing_kernel_package_is_not_announced_and_all_else_is() -> None:
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+
+    def passes(message: str, *values: object) -> bool:
+        return bool(logger.filter(logging.LogRecord(logger.name, logging.WARNING, "", 0, message, values, None)))
+
+    assert not passes("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please", "No module")
+    assert passes("Something else: %s", "x")

@@ -144,7 +144,7 @@ def test_damaged_entry_of_a_header(tmp_path: Path, entry: object) -> None:
     header = json.dumps({"x": entry}).encode()
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
-    with pytest.raises(CheckpointError, match="model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         read_header(path)
 
 

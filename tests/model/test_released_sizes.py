@@ -87,6 +87,7 @@ def test_parameter_counts_of_the_fused_release() -> None:
     model = build(FUSED)
     llama = model.language_model
     assert count(model.vision_backbone.featurizer) == 303_230_976
+    assert model.vision_backbone.fused_featurizer is not None
     assert count(model.vision_backbone.fused_featurizer) == 427_680_704
     assert count(model.vision_backbone) == 730_911_680
     assert count(model.projector) == 71_385_600

@@ -62,9 +62,9 @@ def test_what_was_not_announced_is_refused(tmp_path: Path) -> None:
     layout = {"a": ("F32", (2,)), "b": ("F32", (2,))}
     with pytest.raises(ValueError, match="out of order"), ShardWriter(tmp_path / "x", layout) as writer:
         writer.write("b", torch.zeros(2))
-    with pytest.raises(ValueError, match="announced as F32"), ShardWriter(tmp_path / "x", layout) as writer:
+    with pytest.raises(ValueError, match="announced as"), ShardWriter(tmp_path / "x", layout) as writer:
         writer.write("a", torch.zeros(2, dtype=torch.bfloat16))
-    with pytest.raises(ValueError, match="announced as F32"), ShardWriter(tmp_path / "x", layout) as writer:
+    with pytest.raises(ValueError, match="announced as"), ShardWriter(tmp_path / "x", layout) as writer:
         writer.write("a", torch.zeros(3))
     with pytest.raises(ValueError, match="1 announced"), ShardWriter(tmp_path / "x", layout) as writer:
         writer.write("a", torch.zeros(2))
