@@ -46,7 +46,8 @@ def write_server_config(folder: Path, *, model_path: str | None = None, unnorm_k
     if reason := _misfit(config, pipeline, len(statistics[key]["action"]["q01"])):
         raise CheckpointError(f"{folder}: vla-evaluation-harness cannot serve this checkpoint, {reason}")
     path = folder / FILE_NAME
-    path.write_text(server_config(model_path or str(folder.resolve()), key, center_crop=pipeline.center_crop))
+    text = server_config(model_path or str(folder.resolve()), key, center_crop=pipeline.center_crop)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
