@@ -7,8 +7,8 @@
   state of `torch.autocast("cpu", ...)`, which checkpointed blocks save and restore, and which leaves meta tensors
   alone.
 * `scaled_dot_product_attention` falls back to plain matrix products on the meta device, which keep every score. Real
-  devices run a fused kernel that keeps one number per query: flash attention in half precision, and in float32 the
-  memory-efficient kernel on a GPU.
+  devices run a fused kernel that keeps one number per query: on a GPU flash attention in half precision,
+  and the memory-efficient kernel in float32 or with a mask.
 
 The mode is entered around a forward pass, and by `in_recomputed_blocks` where a block is run again in the backward
 pass; PyTorch sets modes aside during `backward`.
@@ -74,19 +74,20 @@ class DeviceEmulation(TorchFunctionMode):
         scale: float | None = None,
         **others: Any,
     ) -> Tensor:
-        if attn_mask is not None or others.get("enable_gqa"):  # no training step of vlaft has either
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **others
-            )
         aten = torch.ops.aten
         tensors = (query, key, value)
+        if key.shape[1] != query.shape[1]:  # no base of the family shares keys between heads
+            return F.scaled_dot_product_attention(*tensors, attn_mask, dropout_p, is_causal, scale=scale, **others)
+        bias = None
+        if attn_mask is not None:  # PyTorch turns it into numbers to add
+            bias = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device)
+            bias = bias.expand(*query.shape[:2], -1, -1)
         if not self.on_gpu:
-            return aten._scaled_dot_product_flash_attention_for_cpu(*tensors, dropout_p, is_causal, scale=scale)[0]
-        if query.dtype == torch.float32:
-            needed = torch.is_grad_enabled()
-            return aten._scaled_dot_product_efficient_attention(
-                *tensors, None, needed, dropout_p, is_causal, scale=scale
-            )[0]
+            fused = aten._scaled_dot_product_flash_attention_for_cpu
+            return fused(*tensors, dropout_p, is_causal, attn_mask=bias, scale=scale)[0]
+        if query.dtype == torch.float32 or bias is not None:
+            fused = aten._scaled_dot_product_efficient_attention
+            return fused(*tensors, bias, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale)[0]
         return aten._scaled_dot_product_flash_attention(*tensors, dropout_p, is_causal, False, scale=scale)[0]
 
     def _cast(self, value: Any, target: torch.dtype) -> Any:

@@ -7,9 +7,10 @@ from one moment to another as the batch grows, which a line through two peaks wo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from vlaft.config import RecipeConfig
     from vlaft.model.configuration import OpenVLAConfig
 
-TOKENS = 32  # prompt of a median BridgeData instruction, seven actions and the end of sequence
+# Text tokens of an example with an instruction of six words, actions and end of sequence included, by prompt style
+TOKENS = {"openvla": 32, "vicuna": 64}
 LABELS = 8  # seven actions and the end of sequence
 CONTEXT_BYTES = 512 * 2**20  # CUDA context, kernels and libraries of one process
 WORKSPACE_BYTES = 32 * 2**20  # cuBLAS, as PyTorch sizes it on Hopper; 8 MiB before
@@ -154,6 +156,12 @@ def _sharded(terms: dict[str, int], gpus: int, largest_unit: int) -> dict[str, i
     return spread
 
 
+def usual_tokens(config: OpenVLAConfig) -> int:
+    """Return the text tokens of a usual example on a base, which its prompt style decides."""
+    vicuna = str(config.llm_backbone_id).startswith("vicuna")
+    return TOKENS[config.prompt_style or ("vicuna" if vicuna else "openvla")]
+
+
 def smallest_card(peak: int) -> int | None:
     """Return the smallest common GPU, in GB, that holds `peak` bytes; None where none does.
 
@@ -168,8 +176,9 @@ def memory_model(
     config: OpenVLAConfig,
     *,
     batch_sizes: Sequence[int] = (2, 4),
-    tokens: int = TOKENS,
+    tokens: int | None = None,
     labels: int = LABELS,
+    forward_pass: Callable[..., Any] | None = None,
 ) -> MemoryModel:
     """Trace a recipe's training step on a base as it runs on a GPU.
 
@@ -177,15 +186,18 @@ def memory_model(
         recipe: resolved settings.
         config: of the base.
         batch_sizes: one batch size, or two from which all others follow.
-        tokens: text tokens per example, actions and end of sequence included.
+        tokens: text tokens per example, actions and end of sequence included; None: as usual for the base.
         labels: of those, the ones with a label: actions and end of sequence.
+        forward_pass: in place of the trainer's, to compare it with.
 
     Raises:
         ConfigError: LoRA targets that the base does not have.
     """
     from vlaft.accounting.simulate import largest_unit, trace_step
 
-    traces, counted = trace_step(recipe, config, batch_sizes=batch_sizes, tokens=tokens, labels=labels)
+    tokens = tokens or usual_tokens(config)
+    step = trace_step if forward_pass is None else partial(trace_step, forward_pass=forward_pass)
+    traces, counted = step(recipe, config, batch_sizes=batch_sizes, tokens=tokens, labels=labels)
     if len({tuple(trace.keys) for trace in traces}) > 1:
         raise AssertionError("two batch sizes took different steps")
     return MemoryModel(tuple(traces), tuple(batch_sizes), tokens, largest_unit(recipe, config), counted)
@@ -196,7 +208,7 @@ def predict(
     config: OpenVLAConfig,
     *,
     batch_size: int | None = None,
-    tokens: int = TOKENS,
+    tokens: int | None = None,
     labels: int = LABELS,
     gpus: int = 1,
 ) -> MemoryPrediction:
@@ -206,7 +218,7 @@ def predict(
         recipe: resolved settings.
         config: of the base.
         batch_size: examples per forward pass; None takes `train.batch_size`, which must be a number then.
-        tokens: text tokens per example, actions and end of sequence included.
+        tokens: text tokens per example, actions and end of sequence included; None: as usual for the base.
         labels: of those, the ones with a label: actions and end of sequence.
         gpus: over how many GPUs FSDP shards weights, gradients and optimizer state.
     """

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,12 @@ from vlaft.accounting.quantized import pack_linears
 from vlaft.accounting.tracker import ADAPTERS, GRADIENTS, OPTIMIZER, WEIGHTS, StorageTracker, Trace
 from vlaft.config import PrecisionConfig, RecipeConfig, resolve_precision
 from vlaft.model.configuration import OpenVLAConfig
+from vlaft.model.openvla import OpenVLAOutput
 from vlaft.training.optimizer import build_optimizer
 from vlaft.training.session import DTYPES, make_trainable
 from vlaft.training.step import Inputs, Normalization, forward
+
+ForwardPass = Callable[..., OpenVLAOutput]  # as `vlaft.training.step.forward`
 
 
 def trace_step(
@@ -30,6 +34,7 @@ def trace_step(
     tokens: int,
     labels: int,
     on_gpu: bool = True,
+    forward_pass: ForwardPass = forward,
 ) -> tuple[list[Trace], ParameterCount]:
     """Follow a training step of `recipe` on the meta device, once for each batch size.
 
@@ -43,14 +48,14 @@ def trace_step(
         tokens: text tokens per example, actions and end of sequence included.
         labels: of those, the ones with a label.
         on_gpu: whose number formats and kernels.
+        forward_pass: the trainer's, or another to compare it with.
     """
     precision = resolve_precision(recipe.precision, on_gpu)
     base = meta_model(config, DTYPES[precision.frozen])
     with WithoutValues():
         model = make_trainable(base, recipe, precision)
     counted = count(model, trained_by(recipe.adapt, model, base))
-    if on_gpu:
-        pack_linears(model, recipe.adapt, DTYPES[precision.compute])
+    pack_linears(model, recipe.adapt, DTYPES[precision.compute])
     in_recomputed_blocks(model, on_gpu)
     traces = []
     for batch_size in batch_sizes:
@@ -61,7 +66,8 @@ def trace_step(
         else:
             optimizer = build_optimizer(model, recipe.train, recipe.adapt.lora.plus_ratio)
         normalization = example_normalization(config)
-        traces.append(follow_steps(model, optimizer, inputs, normalization, recipe, precision, steady=on_gpu))
+        step = partial(follow_steps, forward_pass=forward_pass, steady=on_gpu)
+        traces.append(step(model, optimizer, inputs, normalization, recipe, precision))
     return traces, counted
 
 
@@ -74,6 +80,7 @@ def follow_steps(
     precision: PrecisionConfig,
     *,
     steady: bool = False,
+    forward_pass: ForwardPass = forward,
 ) -> Trace:
     """Run training steps as the trainer does and follow every storage.
 
@@ -86,11 +93,12 @@ def follow_steps(
         precision: number formats without `auto`.
         steady: follow a single forward and backward pass with the optimizer's state in place, and with gradients
             where the recipe accumulates them; otherwise two steps of up to two passes each from a fresh start.
+        forward_pass: the trainer's, or another to compare it with.
     """
     train = recipe.train
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     tracker = StorageTracker()
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for name, tensor in _held(model):
         tracker.add(tensor, ADAPTERS if ".lora_" in name else WEIGHTS)
     tracker.begin("forward")
     for tensor in (inputs.input_ids, inputs.labels, inputs.label_positions, inputs.images):
@@ -111,7 +119,7 @@ def follow_steps(
             for _ in range(1 if steady else passes):
                 tracker.begin("forward")
                 with emulated:
-                    output = forward(model, inputs, normalization, DTYPES[precision.compute], generator)
+                    output = forward_pass(model, inputs, normalization, DTYPES[precision.compute], generator)
                 assert output.loss is not None
                 tracker.begin("backward")
                 (output.loss / train.accumulation).backward()
@@ -127,6 +135,19 @@ def follow_steps(
     trace = tracker.trace()
     tracker.close()
     return trace
+
+
+def _held(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield everything that a model holds: parameters, buffers, and what bitsandbytes keeps beside packed weights."""
+    yield from model.named_buffers()
+    for name, parameter in model.named_parameters():
+        yield name, parameter
+        state = getattr(parameter, "quant_state", None)
+        for level in (state, getattr(state, "state2", None)):
+            for key in ("absmax", "code", "offset"):
+                value = getattr(level, key, None)
+                if isinstance(value, torch.Tensor):
+                    yield name, value
 
 
 def largest_unit(recipe: RecipeConfig, config: OpenVLAConfig) -> int:

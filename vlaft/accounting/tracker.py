@@ -179,7 +179,10 @@ class StorageTracker(TorchDispatchMode):
             fresh = len(addresses) == len(outputs) and not addresses & self._alive.keys()
             fresh = fresh and all(one.untyped_storage().nbytes() == one.numel() * one.itemsize for one in outputs)
         if fresh:
-            _SHAPES[key] = tuple if isinstance(result, tuple) else _only, [(tuple(one.shape), one.stride(), one.dtype) for one in outputs]
+            _SHAPES[key] = (
+                tuple if isinstance(result, tuple) else _only,
+                [(tuple(one.shape), one.stride(), one.dtype) for one in outputs],
+            )
         return result
 
     # -- places ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,96 @@
+"""What recipes cost on a base: parameters, predicted memory, and which GPU they need."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from vlaft.accounting.memory import MemoryPrediction, memory_model, smallest_card
+from vlaft.accounting.parameters import ParameterCount
+
+if TYPE_CHECKING:
+    from vlaft.accounting.measure import Measurement
+    from vlaft.config import RecipeConfig
+    from vlaft.model.configuration import OpenVLAConfig
+
+PAPER_BASE = "openvla/openvla-v01-7b"
+PAPER_BATCH = 16
+# Table 1 of the OpenVLA paper (Kim et al. 2024): GB at batch size 16 on the SigLIP-only model, and over how many GPUs
+PAPER_GB: dict[str, tuple[float, int]] = {
+    "full": (163.3, 2),
+    "last-layer": (51.4, 1),
+    "frozen-vision": (156.2, 2),
+    "sandwich": (64.0, 1),
+    "lora32": (59.7, 1),
+    "lora64": (60.5, 1),
+}
+
+
+@dataclass(frozen=True)
+class RecipeCost:
+    """What one recipe costs on one base.
+
+    Attributes:
+        name: of the recipe.
+        counted: its parameters.
+        memory: predicted, at the batch size asked for.
+        largest_batch: examples per forward pass that fit the GPU asked for; 0: none.
+        smallest_card: GB of the smallest common GPU that holds `memory`; None: none does.
+        measurement: of real steps, or None.
+    """
+
+    name: str
+    counted: ParameterCount
+    memory: MemoryPrediction
+    largest_batch: int
+    smallest_card: int | None
+    measurement: Measurement | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `vlaft report --json` prints for one recipe; memory is in bytes."""
+        counted = self.counted
+        found: dict[str, Any] = {
+            "name": self.name,
+            "trainable_parameters": counted.trainable,
+            "total_parameters": counted.total,
+            "reached_by_gradient": counted.reached_by_gradient,
+            "parts": {part: asdict(entry) for part, entry in counted.parts.items()},
+            "batch_size": self.memory.batch_size,
+            "tokens": self.memory.tokens,
+            "memory": dict(self.memory.terms),
+            "peak_memory": self.memory.peak,
+            "peak_allocated": self.memory.allocated,
+            "peak_moment": self.memory.moment,
+            "largest_batch": self.largest_batch,
+            "smallest_card": self.smallest_card,
+        }
+        if self.measurement is not None:
+            found["measured"] = asdict(self.measurement) | {"error": self.measurement.error}
+        return found
+
+
+def recipe_cost(
+    recipe: RecipeConfig,
+    config: OpenVLAConfig,
+    *,
+    gpu_memory: int,
+    tokens: int | None = None,
+    batch_size: int | None = None,
+    gpus: int = 1,
+) -> RecipeCost:
+    """Work out what a recipe costs.
+
+    Args:
+        recipe: resolved settings.
+        config: of the base.
+        gpu_memory: bytes of the GPU that `largest_batch` is for.
+        tokens: text tokens per example, actions and end of sequence included; None: as usual.
+        batch_size: examples per forward pass; None: the recipe's, or the largest that fits where that is `auto`.
+        gpus: over how many GPUs FSDP shards.
+    """
+    model = memory_model(recipe, config, tokens=tokens)
+    largest = model.largest_batch(gpu_memory, gpus)
+    if batch_size is None:
+        batch_size = max(1, largest) if recipe.train.batch_size == "auto" else recipe.train.batch_size
+    memory = model.predict(batch_size, gpus)
+    return RecipeCost(recipe.name, model.counted, memory, largest, smallest_card(memory.peak))
