@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlaft.adapt.adapter_files import read_adapter_config, read_adapter_tensors
-from vlaft.adapt.merging import ModuleAdapter, module_adapters
+from vlaft.adapt.adapter_files import CONFIG_FILE, adapter_table, read_settings
+from vlaft.adapt.merging import ModuleAdapter, StoredSettings, sort_parts
 from vlaft.errors import CheckpointError
 from vlaft.model.checkpoint import (
     INDEX_FILE,
@@ -28,9 +28,10 @@ from vlaft.model.checkpoint import (
     read_json,
     tensor_table,
 )
-from vlaft.model.tensor_stream import DTYPES, ShardWriter, read_chunks, read_tensor
+from vlaft.model.tensor_stream import DTYPES, ShardWriter, read_chunks, read_rows, read_tensor
 from vlaft.output_folder import output_folder
 from vlaft.trained import STATISTICS_FILE, TRAINED_FILE, Trained, write_json
+from vlaft.training_record import training_record
 
 MERGE_FILE = "merge.json"
 # Beside the weights and config.json, what a release folder is made of (upstream's Python files are left out).
@@ -43,7 +44,7 @@ RELEASE_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-Change = ModuleAdapter | Callable[[], Tensor]  # added to a tensor, or read in its place
+Change = Callable[[], ModuleAdapter | Tensor]  # what is added to a tensor, or takes its place, read when its turn comes
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _JSON_DTYPES = {short: name for name, short in DTYPE_NAMES.items()}
 
@@ -73,6 +74,7 @@ def merge(
     base_name: str | None = None,
     dtype: str | None = None,
     advance: Callable[[int], None] = lambda count: None,
+    check: Callable[[Path], Mapping[str, Any]] | None = None,
 ) -> MergeResult:
     """Write `base` with `trained` folded in to `out`, a folder that does not exist yet or is to be replaced.
 
@@ -83,6 +85,8 @@ def merge(
         base_name: how the base was called, for the record.
         dtype: `float32`, `bfloat16` or `float16` of floating-point tensors; None keeps each tensor's own.
         advance: called with the number of bytes that were written.
+        check: called with the finished folder before it is renamed into place; what it returns is kept in
+            `merge.json` as `verified`, and when it raises, nothing is published.
 
     Raises:
         CheckpointError: the trained weights belong to another base, are merged into it already, or are damaged.
@@ -93,10 +97,7 @@ def merge(
     _check_provenance(trained, base, base_print, trained_print)
     table = tensor_table(base)
     changes = _changes(trained, table, base)
-    dtypes = {
-        name: DTYPE_NAMES[dtype] if dtype and entry.dtype in _JSON_DTYPES else entry.dtype
-        for name, entry in table.items()
-    }
+    dtypes = _output_types(table, dtype)
     total = tensor_bytes(table, dtypes)
     with output_folder(out, total) as folder:
         copy_tensors(base, folder, dtypes, changes, advance)
@@ -108,6 +109,8 @@ def merge(
             "trained": str(trained.weights.name),
             "trained_fingerprint": trained_print,
             "recipe": trained.recipe,
+            "training": training_record(trained),
+            "verified": dict(check(folder)) if check else None,
             "earlier": read_json(base / MERGE_FILE) if (base / MERGE_FILE).is_file() else None,
         }
         write_json(folder / MERGE_FILE, record)
@@ -145,13 +148,17 @@ def _changes(trained: Trained, table: Mapping[str, TensorEntry], base: Path) -> 
     changes: dict[str, Change] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     if trained.is_adapter:
-        config = read_adapter_config(trained.weights)
-        adapters = module_adapters(config, read_adapter_tensors(trained.weights))
-        changes.update(adapters)
-        shapes = {name: tuple(_update_shape(adapter)) for name, adapter in adapters.items()}
+        settings = StoredSettings.from_json(read_settings(trained.weights), str(trained.weights / CONFIG_FILE))
+        stored = adapter_table(trained.weights)
+
+        def read(name: str) -> Tensor:
+            return read_tensor(trained.weights, stored[name])
+
+        for name, parts in sort_parts(settings, {name: entry.shape for name, entry in stored.items()}).items():
+            changes[name] = partial(parts.load, read)
+            shapes[name] = parts.shape
     else:
-        header = read_header(trained.weights / TRAINED_FILE)
-        for name, entry in header.items():
+        for name, entry in read_header(trained.weights / TRAINED_FILE).items():
             changes[name] = partial(read_tensor, trained.weights, entry)
             shapes[name] = entry.shape
     for name, shape in shapes.items():
@@ -165,11 +172,17 @@ def _changes(trained: Trained, table: Mapping[str, TensorEntry], base: Path) -> 
     return changes
 
 
-def _update_shape(adapter: ModuleAdapter) -> tuple[int, ...]:
-    if adapter.a.ndim == 4:
-        return (adapter.b.shape[0], *adapter.a.shape[1:])
-    shape = (adapter.b.shape[0], adapter.a.shape[1])
-    return shape[::-1] if adapter.embedding else shape
+def merged_bytes(base: Path, dtype: str | None = None) -> int:
+    """Return the bytes of weights that merging into `base` writes, as `dtype` or in the types that they have."""
+    table = tensor_table(base)
+    return tensor_bytes(table, _output_types(table, dtype))
+
+
+def _output_types(table: Mapping[str, TensorEntry], dtype: str | None) -> dict[str, str]:
+    return {
+        name: DTYPE_NAMES[dtype] if dtype and entry.dtype in _JSON_DTYPES else entry.dtype
+        for name, entry in table.items()
+    }
 
 
 def tensor_bytes(table: Mapping[str, TensorEntry], dtypes: Mapping[str, str]) -> int:
@@ -214,12 +227,22 @@ def _write_tensor(
     if change is None and dtype == entry.dtype:
         writer.copy(name, read_chunks(source, entry))
         return
-    if isinstance(change, ModuleAdapter):
+    kind = DTYPES[dtype]
+    found = change() if change is not None else None
+    if isinstance(found, Tensor):
+        writer.write(name, found.to(kind))
+    elif found is None:
+        writer.write_rows(name, (block.to(kind) for _, block in _rows(source, entry)))
+    elif found.by_rows:
         # Summed in float32 and rounded once, also where the output is wider than the base.
-        tensor = change.merged(read_tensor(source, entry).to(torch.float32))
+        blocks = ((first, block.float()) for first, block in _rows(source, entry))
+        writer.write_rows(name, (found.rows(at, at + len(block)).merged(block).to(kind) for at, block in blocks))
     else:
-        tensor = change() if change is not None else read_tensor(source, entry)
-    writer.write(name, tensor.to(DTYPES[dtype]))
+        writer.write(name, found.merged(read_tensor(source, entry).float()).to(kind))
+
+
+def _rows(source: Path, entry: TensorEntry) -> Iterator[tuple[int, Tensor]]:
+    return read_rows(source, entry) if entry.shape else iter([(0, read_tensor(source, entry)[None])])
 
 
 def checkpoint_dtype(dtypes: Mapping[str, str]) -> str | None:

@@ -53,6 +53,12 @@ def output_folder(out: Path, bytes_needed: int = 0) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def free_bytes(out: Path) -> int:
+    """Return the free bytes where a folder, which need not exist yet, would be made."""
+    place = next(path for path in (out, *out.absolute().parents) if path.is_dir())
+    return shutil.disk_usage(place).free
+
+
 def sync(path: Path) -> None:
     """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

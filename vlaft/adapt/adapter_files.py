@@ -11,15 +11,16 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from vlaft.errors import CheckpointError
-from vlaft.model.checkpoint import read_header, read_json
+from vlaft.model.checkpoint import TensorEntry, read_header, read_json
+
+if TYPE_CHECKING:  # peft is loaded where it is used: merging needs none of it
+    import torch
+    from peft import LoraConfig, PeftModel
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -32,8 +33,8 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file()
 
 
-def read_adapter_config(folder: Path) -> LoraConfig:
-    """Read an adapter's configuration; fields of other peft versions are ignored.
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Read `adapter_config.json` as it is.
 
     Raises:
         CheckpointError: missing or damaged, or not a LoRA adapter.
@@ -41,6 +42,27 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     content = read_json(folder / CONFIG_FILE)
     if content.get("peft_type") != "LORA":
         raise CheckpointError(f"{folder / CONFIG_FILE}: peft_type is '{content.get('peft_type')}', expected 'LORA'")
+    return content
+
+
+def adapter_table(folder: Path) -> dict[str, TensorEntry]:
+    """List an adapter's own tensors, without the frozen copies that some writers add.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    return {name: entry for name, entry in read_header(folder / WEIGHTS_FILE).items() if ".base_layer." not in name}
+
+
+def read_adapter_config(folder: Path) -> LoraConfig:
+    """Read an adapter's configuration; fields of other peft versions are ignored.
+
+    Raises:
+        CheckpointError: missing or damaged, or not a LoRA adapter.
+    """
+    from peft import LoraConfig
+
+    content = read_settings(folder)
     known = set(LoraConfig.__dataclass_fields__)
     # `auto_mapping` names upstream's remote code; nothing here imports it, so it is dropped.
     kept = {key: value for key, value in content.items() if key in known - {"auto_mapping", "peft_type"}}
@@ -65,16 +87,18 @@ def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: missing or damaged.
     """
-    table = read_header(folder / WEIGHTS_FILE)
+    table = adapter_table(folder)
     try:
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in table if ".base_layer." not in name}
+            return {name: file.get_tensor(name) for name in table}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHTS_FILE}: {error}") from None
 
 
 def save_adapter(model: PeftModel, folder: Path, fingerprint: str | None = None) -> None:
     """Write `model`'s adapter into the existing `folder`; the frozen head is not stored."""
+    from peft import get_peft_model_state_dict
+
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     write_adapter(folder, tensors, model.peft_config["default"].to_dict(), fingerprint)
 
@@ -83,6 +107,8 @@ def write_adapter(
     folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], fingerprint: str | None
 ) -> None:
     """Write an adapter's tensors and peft's `config` of it into the existing `folder`."""
+    from safetensors.torch import save_file
+
     metadata = {"format": "pt"} | ({FINGERPRINT_KEY: fingerprint} if fingerprint else {})
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
@@ -100,6 +126,8 @@ def load_adapter_weights(model: PeftModel, folder: Path) -> None:
     Raises:
         CheckpointError: the adapter's tensors are not those of this model: it belongs to another base or rank.
     """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
     found = read_adapter_tensors(folder)
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     odd = sorted(set(found) ^ set(expected))

@@ -7,12 +7,12 @@ peft's `merge`; the sum is rounded to the weight's type once, at the end.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from vlaft.adapt.adapter_files import PREFIX
@@ -20,6 +20,53 @@ from vlaft.errors import CheckpointError
 
 _PARTS = ("A", "B", "embedding_A", "embedding_B", "magnitude_vector")
 _ALTERS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # peft's initialisations that subtract from the base
+
+
+class Settings(Protocol):
+    """What merging needs of an adapter's configuration; peft's `LoraConfig` has it."""
+
+    @property
+    def init_lora_weights(self) -> Any:
+        """Name of the initialisation, or a boolean."""
+
+    @property
+    def lora_alpha(self) -> Any:
+        """Numerator of the scaling."""
+
+    @property
+    def alpha_pattern(self) -> Any:
+        """Other alphas, by patterns of module names."""
+
+    @property
+    def use_rslora(self) -> bool:
+        """Whether the scaling divides by the rank's root."""
+
+
+@dataclass(frozen=True)
+class StoredSettings:
+    """`Settings` as `adapter_config.json` has them."""
+
+    init_lora_weights: Any
+    lora_alpha: float
+    alpha_pattern: Mapping[str, float]
+    use_rslora: bool
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], where: str) -> StoredSettings:
+        """Read the settings; what is missing has peft's default.
+
+        Raises:
+            CheckpointError: a value is of the wrong kind.
+        """
+        try:
+            return cls(
+                init_lora_weights=content.get("init_lora_weights", True),
+                lora_alpha=float(content.get("lora_alpha", 8)),
+                alpha_pattern={str(key): float(value) for key, value in (content.get("alpha_pattern") or {}).items()},
+                use_rslora=bool(content.get("use_rslora")),
+            )
+        except (TypeError, ValueError, AttributeError):
+            raise CheckpointError(f"{where}: lora_alpha or alpha_pattern is not what peft writes") from None
 
 
 @dataclass(frozen=True)
@@ -40,34 +87,72 @@ class ModuleAdapter:
     embedding: bool = False
     magnitude: Tensor | None = None
 
-    def update(self) -> Tensor:
-        """Return scaling * B A in float32, shaped as the weight."""
-        a, b = self.a.float(), self.b.float()
-        if a.ndim == 4:
-            return self.scaling * torch.einsum("or,rchw->ochw", b.flatten(1), a)
-        product = self.scaling * (b @ a)
-        return product.T if self.embedding else product
+    @property
+    def by_rows(self) -> bool:
+        """Whether each row of the weight can be merged alone: not where DoRA takes norms over all rows."""
+        return not (self.embedding and self.magnitude is not None)
+
+    def rows(self, begin: int, end: int) -> ModuleAdapter:
+        """Return the adapter of the weight's rows from `begin` to before `end`, where `by_rows` holds."""
+        if self.embedding:
+            return replace(self, a=self.a[:, begin:end])
+        magnitude = None if self.magnitude is None else self.magnitude.flatten()[begin:end]
+        return replace(self, b=self.b[begin:end], magnitude=magnitude)
 
     def merged(self, weight: Tensor) -> Tensor:
         """Return the weight with the adapter folded in, of the weight's type and shape."""
-        total = weight.float() + self.update()
+        a, b = self.a.float(), self.b.float()
+        left, right = (a.T, b.T) if self.embedding else (b.flatten(1), a.flatten(1))
+        total = torch.addmm(weight.float().flatten(1), left, right, alpha=self.scaling)
         if self.magnitude is not None:
             # DoRA: the trained magnitude over the norm of each output's direction
-            outputs = total.T if self.embedding else total.flatten(1)
-            factor = self.magnitude.float().flatten() / torch.linalg.vector_norm(outputs, dim=1)
-            total = total * (factor if self.embedding else factor.view(-1, *[1] * (total.ndim - 1)))
-        return total.to(weight.dtype)
+            side = 0 if self.embedding else 1
+            norms = torch.linalg.vector_norm(total, dim=side)
+            total *= (self.magnitude.float().flatten() / norms).unsqueeze(side)
+        return total.view(weight.shape).to(weight.dtype)
 
 
-def module_adapters(config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict[str, ModuleAdapter]:
+@dataclass(frozen=True)
+class Parts:
+    """Which of an adapter's tensors change one weight.
+
+    Attributes:
+        a: name of the tensor A.
+        b: name of the tensor B.
+        magnitude: name of DoRA's magnitudes, or None.
+        scaling: factor on the product.
+        embedding: whether the module is an embedding.
+        shape: of the weight.
+    """
+
+    a: str
+    b: str
+    magnitude: str | None
+    scaling: float
+    embedding: bool
+    shape: tuple[int, ...]
+
+    def load(self, read: Callable[[str], Tensor]) -> ModuleAdapter:
+        """Return the adapter with its tensors, each read by its name."""
+        magnitude = None if self.magnitude is None else read(self.magnitude)
+        return ModuleAdapter(read(self.a), read(self.b), self.scaling, self.embedding, magnitude)
+
+
+def module_adapters(config: Settings, tensors: Mapping[str, Tensor]) -> dict[str, ModuleAdapter]:
+    """Sort an adapter's tensors by the weight that each pair changes; see `sort_parts`."""
+    parts = sort_parts(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    return {name: part.load(tensors.__getitem__) for name, part in parts.items()}
+
+
+def sort_parts(config: Settings, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Parts]:
     """Sort an adapter's tensors by the weight that each pair changes.
 
     Args:
-        config: the adapter's configuration (rank, alpha, rsLoRA).
-        tensors: as in `adapter_model.safetensors`.
+        config: the adapter's configuration (alpha, rsLoRA).
+        shapes: of the tensors in `adapter_model.safetensors`, by name.
 
     Returns:
-        Name of the base's weight to its adapter.
+        Name of the base's weight to what changes it.
 
     Raises:
         CheckpointError: a tensor without its partner, one that is no part of a LoRA adapter, or an adapter whose
@@ -79,27 +164,41 @@ def module_adapters(config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict[s
             f"the adapter was initialised with '{init}', which changes the base's weights, so it cannot be merged"
             " into the base as released; save it converted to plain LoRA first"
         )
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
+    modules: dict[str, dict[str, str]] = {}
+    for name in shapes:
         module, separator, part = name.removeprefix(PREFIX).rpartition(".lora_")
-        if not separator or not name.startswith(PREFIX):
-            raise CheckpointError(f"adapter tensor '{name}' is not one that can be merged")
         part = part.removesuffix(".weight")
-        if part not in _PARTS:
+        if not separator or not name.startswith(PREFIX) or part not in _PARTS:
             raise CheckpointError(f"adapter tensor '{name}' is not one that can be merged")
-        parts.setdefault(module, {})[part] = tensor
-    adapters = {}
-    for module, found in parts.items():
-        embedding = "embedding_A" in found
-        a, b = (found.get(f"{'embedding_' if embedding else ''}{side}") for side in "AB")
-        if a is None or b is None:
-            raise CheckpointError(f"adapter of '{module}': one of its two matrices is missing")
-        magnitude = found.get("magnitude_vector")
-        fits = a.ndim in (2, 4) and a.ndim == b.ndim and b.numel() == len(b) * len(a)
-        if not fits or (magnitude is not None and magnitude.numel() != len(b)):
-            raise CheckpointError(f"adapter of '{module}': the shapes of its tensors do not fit together")
-        rank = a.shape[0]
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
-        scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-        adapters[f"{module}.weight"] = ModuleAdapter(a, b, scaling, embedding, magnitude)
-    return adapters
+        modules.setdefault(module, {})[part] = name
+    return {f"{module}.weight": _parts_of(module, found, shapes, config) for module, found in modules.items()}
+
+
+def _parts_of(module: str, found: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], config: Settings) -> Parts:
+    embedding = "embedding_A" in found
+    names = [found.get(f"{'embedding_' if embedding else ''}{side}") for side in "AB"]
+    if names[0] is None or names[1] is None:
+        raise CheckpointError(f"adapter of '{module}': one of its two matrices is missing")
+    a, b = shapes[names[0]], shapes[names[1]]
+    magnitude = found.get("magnitude_vector")
+    fits = len(a) in (2, 4) and len(a) == len(b) and a[0] > 0 and math.prod(b) == b[0] * a[0]
+    if not fits or (magnitude is not None and math.prod(shapes[magnitude]) != b[0]):
+        raise CheckpointError(f"adapter of '{module}': the shapes of its tensors do not fit together")
+    rank = a[0]
+    alpha = config.alpha_pattern.get(_pattern_of(module, config.alpha_pattern), config.lora_alpha)
+    return Parts(
+        a=names[0],
+        b=names[1],
+        magnitude=magnitude,
+        scaling=alpha / (math.sqrt(rank) if config.use_rslora else rank),
+        embedding=embedding,
+        shape=(a[1], b[0]) if embedding else (b[0], *a[1:]),
+    )
+
+
+def _pattern_of(module: str, patterns: Mapping[str, float]) -> str:
+    """Return the first pattern that matches the end of a module's name (peft's rule), else the name."""
+    try:
+        return next((key for key in patterns if re.fullmatch(rf"(.*\.)?({key})", module)), module)
+    except re.error as error:
+        raise CheckpointError(f"adapter_config.json: a pattern in alpha_pattern cannot be read ({error})") from None

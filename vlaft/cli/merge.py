@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vlaft.cli.arguments import Base, Out, Overwrite
+
+if TYPE_CHECKING:
+    from vlaft.trained import Trained
 
 
 def merge(
@@ -20,6 +24,13 @@ def merge(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default as the base has it.")
     ] = None,
+    verify: Annotated[
+        bool | None,
+        typer.Option(
+            "--verify/--no-verify",
+            help="Let base with adapter and merged model act on a few examples; by default where one fits in memory.",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write one plain checkpoint: the base with the trained weights folded in."""
@@ -27,7 +38,9 @@ def merge(
     from vlaft.cli.console import bytes_progress, say
     from vlaft.errors import CheckpointError, UsageError
     from vlaft.merge import merge as run_merge
-    from vlaft.model.checkpoint import resolve_checkpoint, tensor_table
+    from vlaft.merge import merged_bytes
+    from vlaft.model.checkpoint import resolve_checkpoint
+    from vlaft.output_folder import free_bytes
     from vlaft.trained import find_trained
 
     if dtype not in (None, "float32", "bfloat16", "float16"):
@@ -38,8 +51,43 @@ def merge(
     if name is None:
         raise CheckpointError(f"{source} does not say on which base it was trained; give it with --base")
     folder = resolve_checkpoint(name)
-    total = sum(entry.end - entry.begin for entry in tensor_table(folder).values())
+    total = merged_bytes(folder, dtype)
+    say(f"{total / 1e9:.2f} GB will be written to {out}; {free_bytes(out) / 1e9:.1f} GB are free there")
+    check = _check(trained, folder, verify)
     with bytes_progress("merging", total) as advance:
-        result = run_merge(trained, folder, out, base_name=name, dtype=dtype, advance=advance)
+        result = run_merge(trained, folder, out, base_name=name, dtype=dtype, advance=advance, check=check)
     say(f"{result.changed} of {result.tensors} tensors changed; {result.bytes / 1e9:.2f} GB written to {out}")
     say(f"next: vlaft predict {out} --image frame.png --instruction 'pick up the cup'")
+
+
+def _check(trained: Trained, base: Path, wanted: bool | None) -> Callable[[Path], Mapping[str, Any]] | None:
+    """Return the check of the merged folder, or None where it is not wanted or does not fit."""
+    from vlaft.cli.console import say
+    from vlaft.errors import VlaftError
+
+    if wanted is False:
+        return None
+    from vlaft.verify import choose_dtype, merge_check
+
+    place = choose_dtype(base)
+    if place is None:
+        if wanted:
+            raise VlaftError(
+                f"--verify loads {base}, which does not fit into free memory; give --no-verify to merge only"
+            )
+        say("not verified: the model does not fit into free memory (merging itself does not need it there)")
+        return None
+    run = merge_check(trained, base, *place)
+
+    def check(folder: Path) -> Mapping[str, Any]:
+        say("verifying: base with adapter, then the merged model, on the same examples")
+        found = run(folder)
+        ties = f" ({found['ties']} between choices that rounding cannot tell apart)" if found["ties"] else ""
+        say(
+            f"verified on {found['examples']} examples ({found['inputs']}): {found['identical_tokens']} of"
+            f" {found['tokens']} tokens are the same{ties}; largest logit difference"
+            f" {found['largest_logit_difference']:.3g} of a range of {found['logit_range']:.3g}"
+        )
+        return found
+
+    return check

@@ -54,6 +54,37 @@ def read_tensor(folder: Path, entry: TensorEntry) -> Tensor:
     return torch.frombuffer(buffer, dtype=DTYPES[entry.dtype]).view(entry.shape)
 
 
+def read_rows(folder: Path, entry: TensorEntry) -> Iterator[tuple[int, Tensor]]:
+    """Read one tensor in blocks of rows of a few megabytes.
+
+    Yields:
+        The number of the first row and `[rows, ...]`. The next block is read into the same memory.
+
+    Raises:
+        CheckpointError: the file ends early, or the type is not known.
+    """
+    if len(entry.shape) < 2 or entry.end - entry.begin <= _CHUNK or entry.dtype not in DTYPES:
+        yield 0, read_tensor(folder, entry)
+        return
+    row = (entry.end - entry.begin) // entry.shape[0]
+    rows = max(1, _CHUNK // row)
+    buffer = bytearray(rows * row)
+    with (folder / entry.file).open("rb", buffering=0) as file:
+        file.seek(entry.begin)
+        for first in range(0, entry.shape[0], rows):
+            count = min(rows, entry.shape[0] - first)
+            part = memoryview(buffer)[: count * row]
+            while part:
+                got = file.readinto(part)
+                if not got:
+                    raise CheckpointError(f"{folder / entry.file}: truncated")
+                part = part[got:]
+            block = torch.frombuffer(
+                buffer, dtype=DTYPES[entry.dtype], count=count * row // DTYPES[entry.dtype].itemsize
+            )
+            yield first, block.view(count, *entry.shape[1:])
+
+
 def read_chunks(folder: Path, entry: TensorEntry) -> Iterator[bytes]:
     """Read one tensor's bytes in pieces of a few megabytes."""
     with (folder / entry.file).open("rb") as file:
@@ -92,11 +123,20 @@ class ShardWriter:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write the next tensor."""
+        self.write_rows(name, iter([tensor]) if tensor.ndim else iter([tensor[None]]))
+
+    def write_rows(self, name: str, blocks: Iterator[Tensor]) -> None:
+        """Write the next tensor from blocks of its rows."""
         dtype, shape = self._next(name)
-        if _NAMES.get(tensor.dtype) != dtype or tuple(tensor.shape) != shape:
-            raise ValueError(f"'{name}' is {tensor.dtype} {tuple(tensor.shape)}, announced as {dtype} {shape}")
-        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        self._file.write(data.numpy().data)
+        rows = 0
+        for block in blocks:
+            rows += len(block)
+            if _NAMES.get(block.dtype) != dtype or tuple(block.shape[1:]) != shape[1:]:
+                raise ValueError(f"'{name}' is {block.dtype} {tuple(block.shape)}, announced as {dtype} {shape}")
+            data = block.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            self._file.write(data.numpy().data)
+        if rows != (shape[0] if shape else 1):
+            raise ValueError(f"'{name}' has {rows} rows, announced as {dtype} {shape}")
 
     def copy(self, name: str, chunks: Iterator[bytes]) -> None:
         """Write the next tensor from its bytes."""
