@@ -253,11 +253,11 @@ class ShardPlan:
 def plan_shards(episodes: Sequence[PlannedEpisode], shard_rows: int | None = None) -> list[ShardPlan]:
     """Return the shards: whole episodes in order, a new one where the last has `shard_rows` examples or more.
 
-    Without `shard_rows` there are about 64 shards of 200 to 4,000 rows: small ones keep all CPUs busy and lose little
+    Without `shard_rows` there are about 64 shards of 100 to 4,000 rows: small ones keep all CPUs busy and lose little
     to a kill. Only the data decide, not the machine, so that the same demonstrations always give the same files.
     """
     if shard_rows is None:
-        shard_rows = min(max(sum(episode.rows for episode in episodes) // 64, 200), 4000)
+        shard_rows = min(max(sum(episode.rows for episode in episodes) // 64, 100), 4000)
     plans = []
     for split in ("train", "val"):
         groups: list[list[PlannedEpisode]] = []

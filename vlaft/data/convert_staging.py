@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from vlaft.data.convert_shards import Damaged, ShardResult
-from vlaft.data.store import DATASET_FILE, Shard, checksum, read_json, sync_folder, write_json
+from vlaft.data.store import DATASET_FILE, Shard, checksum, read_json, sync_file, sync_folder, write_json
 from vlaft.errors import DataError
 
 STATE = ".conversion"  # folder inside the staging folder: the fingerprint and what is finished
@@ -68,7 +68,8 @@ def open_staging(out: Path, fingerprint: str) -> Iterator[Path]:
 
 def remember_shard(staging: Path, plan: str, result: ShardResult) -> None:
     """Note that a shard of the plan is finished."""
-    write_json(staging / STATE / f"{result.shard.file}.json", {"plan": plan, **asdict(result)})
+    # not synced: what a power cut took away is found missing by its checksum
+    write_json(staging / STATE / f"{result.shard.file}.json", {"plan": plan, **asdict(result)}, sync=False)
 
 
 def finished_shards(staging: Path, files: Sequence[str], plan: str, on_error: str) -> dict[str, ShardResult]:
@@ -130,6 +131,8 @@ def disk_errors(out: Path) -> Iterator[None]:
 def move_into_place(staging: Path, out: Path) -> None:
     """Give the finished staging folder its name, in the place of what lay there."""
     shutil.rmtree(staging / STATE)
+    for file in staging.iterdir():
+        sync_file(file)
     sync_folder(staging)
     place = beside(out)
     old = beside(out, f".{os.getpid()}.old")

@@ -131,6 +131,9 @@ class _SelectedArrays(Mapping[str, NDArray[np.generic]]):
     def __getitem__(self, name: str) -> NDArray[np.generic]:
         return self.arrays[name][self.indices]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.arrays  # Mapping's own would read the array
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.arrays)
 

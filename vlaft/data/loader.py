@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlaft.data.codec import decode_image
-from vlaft.data.store import MAIN_CAMERA, ConvertedDataset
+from vlaft.data.store import ConvertedDataset
 from vlaft.errors import DataError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     import torch
 
 IGNORED = -100  # label of a position that the loss leaves out
@@ -219,7 +220,7 @@ def batches_in_order(
 class _Example:
     """One decoded row."""
 
-    prompt: list[int]
+    prompt: NDArray[np.int32]
     tokens: list[int]  # action tokens and end of sequence
     image: NDArray[np.uint8]
     action: NDArray[np.float32]
@@ -249,6 +250,61 @@ def collate(examples: Sequence[_Example], pad_id: int) -> Batch:
     )
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Lists of varying length, one per row: `values[offsets[i] : offsets[i + 1]]`."""
+
+    values: NDArray[np.generic]
+    offsets: NDArray[np.int64]
+
+    def __getitem__(self, index: int) -> NDArray[Any]:
+        return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+    @classmethod
+    def of(cls, column: pa.ChunkedArray) -> _Rows:
+        """Take the lists of a column."""
+        parts = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
+        lengths = [np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks]
+        empty: list[NDArray[Any]] = [np.zeros(0, np.int64)]
+        return cls(np.concatenate(parts or empty), np.concatenate([empty[0], [0], *lengths]).cumsum().astype(np.int64))
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """All of a split but its frames, in memory: some 200 bytes per row, and reading them anew takes longer than frames.
+
+    Attributes:
+        prompts: int32 `[T]` per row.
+        tokens: int32 `[A]` per row.
+        actions: float32 `[A]` per row, normalized.
+        datasets: number of each row's dataset, `[N]`.
+        names: the datasets' names.
+    """
+
+    prompts: _Rows
+    tokens: _Rows
+    actions: _Rows
+    datasets: NDArray[np.int32]
+    names: tuple[str, ...]
+
+    @classmethod
+    def read(cls, dataset: ConvertedDataset, split: str) -> _Columns:
+        """Read them.
+
+        Raises:
+            DataError: a shard cannot be read.
+        """
+        table = dataset.table(split, ["dataset", "prompt_token_ids", "action_token_ids", "normalized_action"])
+        names = table["dataset"].combine_chunks().dictionary_encode()
+        return cls(
+            prompts=_Rows.of(table["prompt_token_ids"]),
+            tokens=_Rows.of(table["action_token_ids"]),
+            actions=_Rows.of(table["normalized_action"]),
+            datasets=names.indices.to_numpy(zero_copy_only=False),
+            names=tuple(names.dictionary.to_pylist()),
+        )
+
+
 class _Reader:
     """One split of several datasets as one list of rows."""
 
@@ -268,6 +324,7 @@ class _Reader:
             for what, ours, theirs in _must_agree(first, other):
                 if ours != theirs:
                     raise DataError(f"{other.path} and {first.path} differ in their {what}; convert them for one base")
+        self.columns = [_Columns.read(dataset, split) for dataset in datasets]
         self.pad_id = int(first.info["tokenizer"]["pad_id"])
         self.eos_id = int(first.info["tokenizer"]["eos_id"])
         self.fingerprint = "+".join(dataset.fingerprint for dataset in datasets) + f"/{split}"
@@ -275,32 +332,37 @@ class _Reader:
     def read(self, row: int) -> _Example:
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
         dataset, index = self.datasets[number], row - int(self.starts[number])
-        values = dataset.row(self.split, index)
-        where = f"{dataset.path}, {values['source']}, step {values['frame_index']}"
-        image = values[MAIN_CAMERA]
-        if image is None:
-            raise DataError(f"{where}: the row has no image; convert the source again")
-        return _Example(
-            prompt=values["prompt_token_ids"],
-            tokens=[*values["action_token_ids"], self.eos_id],
+        image = dataset.image(self.split, index)
+        try:
+            if image is None:
+                raise DataError("the row has no image")
             # the frames that vlaft stored itself come back closest with the accurate DCT
-            image=decode_image(image["bytes"], where, accurate_dct=True),
-            action=np.asarray(values["normalized_action"], dtype=np.float32),
-            dataset=values["dataset"],
+            pixels = decode_image(image, "the stored frame", accurate_dct=True)
+        except DataError as error:
+            place = dataset.row(self.split, index)
+            where = f"{dataset.path}, {place['source']}, step {place['frame_index']}"
+            raise DataError(f"{where}: {error}; convert the source again") from error
+        columns = self.columns[number]
+        return _Example(
+            prompt=columns.prompts[index],
+            tokens=[*columns.tokens[index], self.eos_id],
+            image=pixels,
+            action=columns.actions[index],
+            dataset=columns.names[columns.datasets[index]],
         )
 
     def groups_by_weight(self) -> list[tuple[float, NDArray[np.int64]]]:
         """Return the rows of every source with its weight; sources of one weight are one group."""
         groups: dict[float, list[NDArray[np.int64]]] = {}
-        for dataset, start in zip(self.datasets, self.starts[:-1], strict=True):
+        for dataset, columns, start in zip(self.datasets, self.columns, self.starts[:-1], strict=True):
             weights = {source["name"]: float(source["weight"]) for source in dataset.info["sources"]}
             if len(weights) == 1:
                 rows = np.arange(dataset.rows(self.split), dtype=np.int64)
                 groups.setdefault(next(iter(weights.values())), []).append(rows + int(start))
                 continue
-            names = np.asarray(dataset.table(self.split, ["dataset"])["dataset"].to_pylist())
             for name, weight in weights.items():
-                groups.setdefault(weight, []).append(np.flatnonzero(names == name).astype(np.int64) + int(start))
+                of_name = columns.datasets == (columns.names.index(name) if name in columns.names else -1)
+                groups.setdefault(weight, []).append(np.flatnonzero(of_name).astype(np.int64) + int(start))
         return [(weight, rows) for weight, parts in sorted(groups.items()) if len(rows := np.concatenate(parts))]
 
 

@@ -30,9 +30,10 @@ FORMAT_VERSION = 1
 DATASET_FILE = "dataset.json"
 STATISTICS_FILE = "dataset_statistics.json"
 MAIN_CAMERA = "image"
-ROW_GROUP = 16  # rows read together at random access: 0.3 MB of JPEG
+ROW_GROUP = 8  # rows read together at random access: 0.2 MB of JPEG
 SPLITS = ("train", "val")
 
+_TEXTS = ["dataset", "source", "instruction"]  # columns that repeat; looking for repeated images takes long
 _MAX_JSON = 256 * 2**20
 _CACHED_GROUPS = 16
 
@@ -89,13 +90,16 @@ def example_schema(cameras: Sequence[str]) -> pa.Schema:
 def write_shard(path: Path, split: str, schema: pa.Schema, episodes: Iterable[Sequence[Mapping[str, Any]]]) -> Shard:
     """Write one shard from the rows of its episodes and return its entry in `dataset.json`.
 
-    The same rows always give the same bytes. At most one episode and one row group are held in memory.
+    The same rows always give the same bytes. At most one episode and one row group are held in memory. The file is
+    not synced: whoever makes the dataset whole does so for all files (see `convert_staging.move_into_place`).
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     count = 0
     waiting: list[Mapping[str, Any]] = []
     try:
-        with pq.ParquetWriter(temporary, schema, compression="zstd", compression_level=1) as writer:
+        with pq.ParquetWriter(
+            temporary, schema, compression=_compression(schema), use_dictionary=_TEXTS, write_statistics=False
+        ) as writer:
             for rows in episodes:
                 waiting.extend(rows)
                 count += len(rows)
@@ -104,14 +108,25 @@ def write_shard(path: Path, split: str, schema: pa.Schema, episodes: Iterable[Se
                     del waiting[:ROW_GROUP]
             if waiting:
                 writer.write_table(pa.Table.from_pylist(waiting, schema=schema))
-        _publish(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     return Shard(path.name, split, count, path.stat().st_size, checksum(path))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON aside, sync it and rename it into place.
+def _compression(schema: pa.Schema) -> dict[str, str]:
+    """Encoded images do not get smaller: compressing them costs a twentieth of a conversion, and time to load."""
+    lists = {name for name in schema.names if pa.types.is_list(schema.field(name).type)}
+    images = {name for name in schema.names if pa.types.is_struct(schema.field(name).type)}
+    plain = [f"{name}.list.element" if name in lists else name for name in schema.names if name not in images]
+    return {
+        **dict.fromkeys(plain, "zstd"),
+        **{f"{name}.{part}": "none" for name in images for part in ("bytes", "path")},
+    }
+
+
+def write_json(path: Path, value: Any, sync: bool = True) -> None:
+    """Write JSON aside, sync it (unless that can wait) and rename it into place.
 
     Raises:
         ValueError: a number is not finite; JSON has no way to say so.
@@ -119,7 +134,11 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-        _publish(temporary, path)
+        if sync:
+            sync_file(temporary)
+        temporary.replace(path)
+        if sync:
+            sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -152,6 +171,12 @@ def checksum(path: Path) -> str:
         while block := file.read(2**22):
             digest.update(block)
     return str(digest.digest().hex())
+
+
+def sync_file(path: Path) -> None:
+    """Make the content of a file durable."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
@@ -205,7 +230,7 @@ class ConvertedDataset:
         self._files: dict[str, pq.ParquetFile] = {}
         self._groups: dict[str, list[tuple[str, int]]] = {}  # per split: (shard file, row group) ...
         self._starts: dict[str, NDArray[np.int64]] = {}  # ... and the number of its first row
-        self._cache: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, int, str | None], pa.Table] = OrderedDict()
         self._lock = threading.Lock()
         for split in SPLITS:
             self._index(split)
@@ -221,11 +246,26 @@ class ConvertedDataset:
             IndexError: there is no such row.
             DataError: the shard cannot be read.
         """
+        table, offset = self._locate(split, index, None)
+        return table.slice(offset, 1).to_pylist()[0]
+
+    def image(self, split: str, index: int, column: str = MAIN_CAMERA) -> bytes | None:
+        """Return the encoded frame of one example, or None where it has none; much faster than `row`.
+
+        Raises:
+            IndexError: there is no such row.
+            DataError: the shard cannot be read.
+        """
+        table, offset = self._locate(split, index, column)
+        value = table.column(0)[offset].as_py()
+        return None if value is None else value["bytes"]
+
+    def _locate(self, split: str, index: int, column: str | None) -> tuple[pa.Table, int]:
+        """Return the row group that holds an example (one column of it, or all), and the example's place there."""
         if not 0 <= index < self.rows(split):
             raise IndexError(f"row {index} of {self.rows(split)} in split '{split}' of {self.path}")
         group = int(np.searchsorted(self._starts[split], index, side="right")) - 1
-        table = self._read_group(*self._groups[split][group])
-        return table.slice(index - int(self._starts[split][group]), 1).to_pylist()[0]
+        return self._read_group(*self._groups[split][group], column), index - int(self._starts[split][group])
 
     def table(self, split: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Return whole columns of a split in memory; without names, all but the images.
@@ -268,7 +308,8 @@ class ConvertedDataset:
                     f"{path} has {path.stat().st_size} bytes instead of {shard.bytes}; it was cut or changed"
                 )
             try:
-                file = pq.ParquetFile(path, memory_map=True)
+                # without pre-buffering, which hands every read to another thread: more waiting than reading
+                file = pq.ParquetFile(path, memory_map=True, pre_buffer=False)
             except (OSError, pa.ArrowException) as error:
                 raise self._damaged(shard.file, error) from error
             metadata = file.metadata
@@ -280,15 +321,17 @@ class ConvertedDataset:
         self._groups[split] = groups
         self._starts[split] = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
 
-    def _read_group(self, file: str, group: int) -> pa.Table:
+    def _read_group(self, file: str, group: int, column: str | None) -> pa.Table:
         with self._lock:  # a ParquetFile is not for several threads at once
-            table = self._cache.pop((file, group), None)
+            key = (file, group, column)
+            table = self._cache.pop(key, None)
             if table is None:
                 try:
-                    table = self._files[file].read_row_group(group, use_threads=False)
+                    columns = None if column is None else [column]
+                    table = self._files[file].read_row_group(group, columns=columns, use_threads=False)
                 except (OSError, pa.ArrowException) as error:
                     raise self._damaged(file, error) from error
-            self._cache[(file, group)] = table
+            self._cache[key] = table
             if len(self._cache) > _CACHED_GROUPS:
                 self._cache.popitem(last=False)
             return table
@@ -305,11 +348,3 @@ def shard_entry(shard: Shard) -> dict[str, Any]:
 
 def _feature(kind: pa.DataType) -> dict[str, str]:
     return {"dtype": "float32" if kind == pa.float32() else str(kind), "_type": "Value"}
-
-
-def _publish(temporary: Path, path: Path) -> None:
-    """Sync a finished file and give it its name."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)

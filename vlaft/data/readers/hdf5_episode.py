@@ -33,7 +33,8 @@ from vlaft.errors import DataError, did_you_mean
 # The view that shows the whole scene comes first: it becomes the main camera, the only one that OpenVLA sees.
 _MAIN_WORDS = ("agentview", "cam_high", "primary", "front", "top", "main", "base", "third", "static", "head", "ext")
 _WRIST_WORDS = ("wrist", "eye_in_hand", "hand", "gripper")
-_BLOCK_BYTES = 2**26
+_BLOCK_BYTES = 2**26  # of a chunk
+_READ_BYTES = 2**20  # of small chunks read at once
 
 
 @dataclass(kw_only=True)
@@ -79,6 +80,9 @@ class LazyArrays(Mapping[str, NDArray[np.generic]]):
         shift = self.shifts.get(name, 0)
         return values[np.clip(np.arange(len(values)) + shift, 0, len(values) - 1)] if shift else values
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.paths  # Mapping's own would read the array
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.paths)
 
@@ -123,17 +127,33 @@ class Hdf5Frames:
         with opened(self.file) as file:
             dataset = need_dataset(file, self.dataset, self.where)
             check_frames(dataset, self.format, self.where)
-            rows = _rows_per_read(dataset)
+            chunk = _rows_per_chunk(dataset)
+            together = chunk * max(1, _READ_BYTES // max(chunk * _row_bytes(dataset), 1))
             start, block = 0, None
-            for index in indices:
+            for position, index in enumerate(indices):
                 step = f"{self.where}, camera '{self.dataset}', step {index}"
-                with guarded(step):
-                    if not 0 <= index < len(dataset):
-                        raise DataError(f"{step}: there are only {len(dataset)} frames")
-                    if block is None or not start <= index < start + rows:
-                        start = index - index % rows
-                        block = dataset[start : start + rows]
+                if not 0 <= index < len(dataset):
+                    raise DataError(f"{step}: there are only {len(dataset)} frames")
+                if block is None or not start <= index < start + len(block):
+                    start = index - index % chunk
+                    wanted = (i for i in indices[position : position + together] if index <= i < start + together)
+                    stop = start + chunk * ((max(wanted) - start) // chunk + 1)
+                    block = _read_block(dataset, start, stop, chunk, step)
+                    if len(block) < min(stop, len(dataset)) - start:
+                        together = chunk  # a later chunk is damaged: go on one by one, to name its step
                 yield _to_image(block[index - start], self.format, step)
+
+
+def _read_block(dataset: h5py.Dataset, start: int, stop: int, chunk: int, where: str) -> NDArray[np.generic]:
+    """Return rows `start` to `stop`, or only the first chunk of them where a later one is damaged."""
+    if stop - start > chunk:
+        try:
+            with guarded(where):
+                return np.asarray(dataset[start:stop])
+        except DataError:
+            stop = start + chunk
+    with guarded(where):
+        return np.asarray(dataset[start:stop])
 
 
 def dataset_name(root: Path) -> str:
@@ -287,20 +307,23 @@ def _chunk_bytes(dataset: h5py.Dataset) -> int:
     return int(np.prod(dataset.chunks, dtype=object)) * dataset.dtype.itemsize if dataset.chunks else 0
 
 
-def _rows_per_read(dataset: h5py.Dataset) -> int:
+def _row_bytes(dataset: h5py.Dataset) -> int:
+    return int(np.prod(dataset.shape[1:], dtype=object)) * dataset.dtype.itemsize
+
+
+def _rows_per_chunk(dataset: h5py.Dataset) -> int:
     """A chunk's rows, so that none is decompressed twice, unless they would not fit."""
-    row = int(np.prod(dataset.shape[1:], dtype=object)) * dataset.dtype.itemsize
-    return max(1, min(dataset.chunks[0] if dataset.chunks else 1, _BLOCK_BYTES // max(row, 1)))
+    return max(1, min(dataset.chunks[0] if dataset.chunks else 1, _BLOCK_BYTES // max(_row_bytes(dataset), 1)))
 
 
 def _to_image(row: object, format: FrameFormat, where: str) -> Image:
     if format.encoding == "jpeg":
         data = row if isinstance(row, bytes) else np.asarray(row).tobytes()
-        image = decode_image(data, where)
+        image = decode_image(data, where, swap_rb=format.swap_rb)
     else:
         image = _to_pixels(np.asarray(row), format, where)
-    if format.swap_rb:
-        image = image[..., ::-1]
+        if format.swap_rb:
+            image = image[..., ::-1]
     return np.ascontiguousarray(np.rot90(image, k=format.rotate // 90))
 
 
