@@ -117,5 +117,5 @@ def in_recomputed_blocks(model: nn.Module, on_gpu: bool) -> None:
 
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
-            function = module._gradient_checkpointing_func
-            module._gradient_checkpointing_func = partial(function, context_fn=contexts)  # type: ignore[assignment]
+            function: Any = module._gradient_checkpointing_func
+            module._gradient_checkpointing_func = partial(function, context_fn=contexts)  # type: ignore
