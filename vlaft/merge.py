@@ -231,18 +231,31 @@ def _write_tensor(
     found = change() if change is not None else None
     if isinstance(found, Tensor):
         writer.write(name, found.to(kind))
-    elif found is None:
-        writer.write_rows(name, (block.to(kind) for _, block in _rows(source, entry)))
-    elif found.by_rows:
-        # Summed in float32 and rounded once, also where the output is wider than the base.
-        blocks = ((first, block.float()) for first, block in _rows(source, entry))
-        writer.write_rows(name, (found.rows(at, at + len(block)).merged(block).to(kind) for at, block in blocks))
+    elif found is None or found.by_rows:
+        writer.write_rows(name, _blocks(source, entry, kind, found))
     else:
         writer.write(name, found.merged(read_tensor(source, entry).float()).to(kind))
 
 
-def _rows(source: Path, entry: TensorEntry) -> Iterator[tuple[int, Tensor]]:
-    return read_rows(source, entry) if entry.shape else iter([(0, read_tensor(source, entry)[None])])
+def _blocks(source: Path, entry: TensorEntry, kind: torch.dtype, adapter: ModuleAdapter | None) -> Iterator[Tensor]:
+    """Yield a tensor's blocks of rows in another type or with an adapter folded in; each in the memory of the last.
+
+    Sums are taken in float32 and rounded once, also where the output is wider than the base. Fresh memory for each
+    block would cost more than the arithmetic.
+    """
+    total = output = torch.empty(0)
+    for first, block in read_rows(source, entry):
+        if output.shape[:1] < block.shape[:1] or not first:
+            total = torch.empty(block.shape if adapter else 0, dtype=torch.float32)
+            output = torch.empty(block.shape, dtype=kind)
+        rows = len(block)
+        if adapter is None:
+            output[:rows].copy_(block)
+        else:
+            total[:rows].copy_(block)
+            adapter.rows(first, first + rows).add_to(total[:rows])
+            output[:rows].copy_(total[:rows])
+        yield output[:rows]
 
 
 def checkpoint_dtype(dtypes: Mapping[str, str]) -> str | None:

@@ -99,17 +99,23 @@ class ModuleAdapter:
         magnitude = None if self.magnitude is None else self.magnitude.flatten()[begin:end]
         return replace(self, b=self.b[begin:end], magnitude=magnitude)
 
-    def merged(self, weight: Tensor) -> Tensor:
-        """Return the weight with the adapter folded in, of the weight's type and shape."""
+    def add_to(self, weight: Tensor) -> None:
+        """Fold the adapter into a float32 weight, in place."""
         a, b = self.a.float(), self.b.float()
         left, right = (a.T, b.T) if self.embedding else (b.flatten(1), a.flatten(1))
-        total = torch.addmm(weight.float().flatten(1), left, right, alpha=self.scaling)
+        total = weight.flatten(1)
+        total.addmm_(left, right, alpha=self.scaling)
         if self.magnitude is not None:
             # DoRA: the trained magnitude over the norm of each output's direction
             side = 0 if self.embedding else 1
             norms = torch.linalg.vector_norm(total, dim=side)
             total *= (self.magnitude.float().flatten() / norms).unsqueeze(side)
-        return total.view(weight.shape).to(weight.dtype)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """Return the weight with the adapter folded in, of the weight's type and shape."""
+        total = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        self.add_to(total)
+        return total.to(weight.dtype)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import json
 import os
 import struct
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_CHUNK = 16 * 2**20
+_CHUNK = 4 * 2**20
 
 
 def read_tensor(folder: Path, entry: TensorEntry) -> Tensor:
@@ -58,13 +58,14 @@ def read_rows(folder: Path, entry: TensorEntry) -> Iterator[tuple[int, Tensor]]:
     """Read one tensor in blocks of rows of a few megabytes.
 
     Yields:
-        The number of the first row and `[rows, ...]`. The next block is read into the same memory.
+        The number of the first row and `[rows, ...]`, a number as one row. The next block is read into the same memory.
 
     Raises:
         CheckpointError: the file ends early, or the type is not known.
     """
     if len(entry.shape) < 2 or entry.end - entry.begin <= _CHUNK or entry.dtype not in DTYPES:
-        yield 0, read_tensor(folder, entry)
+        whole = read_tensor(folder, entry)
+        yield 0, whole if entry.shape else whole[None]
         return
     row = (entry.end - entry.begin) // entry.shape[0]
     rows = max(1, _CHUNK // row)
@@ -118,8 +119,8 @@ class ShardWriter:
         text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
         self._layout = dict(layout)
         self._pending = list(layout)
-        self._file: BinaryIO = path.open("wb")
-        self._file.write(struct.pack("<Q", len(text)) + text)
+        self._file: FileIO = path.open("wb", buffering=0)
+        self._put(struct.pack("<Q", len(text)) + text)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write the next tensor."""
@@ -134,7 +135,7 @@ class ShardWriter:
             if _NAMES.get(block.dtype) != dtype or tuple(block.shape[1:]) != shape[1:]:
                 raise ValueError(f"'{name}' is {block.dtype} {tuple(block.shape)}, announced as {dtype} {shape}")
             data = block.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            self._file.write(data.numpy().data)
+            self._put(data.numpy().data)
         if rows != (shape[0] if shape else 1):
             raise ValueError(f"'{name}' has {rows} rows, announced as {dtype} {shape}")
 
@@ -142,7 +143,12 @@ class ShardWriter:
         """Write the next tensor from its bytes."""
         self._next(name)
         for chunk in chunks:
-            self._file.write(chunk)
+            self._put(chunk)
+
+    def _put(self, data: bytes | memoryview) -> None:
+        left = memoryview(data)
+        while left:
+            left = left[self._file.write(left) :]
 
     def _next(self, name: str) -> tuple[str, tuple[int, ...]]:
         if not self._pending or self._pending[0] != name:
@@ -160,7 +166,6 @@ class ShardWriter:
             if kind is None:
                 if self._pending:
                     raise ValueError(f"{len(self._pending)} announced tensors were not written")
-                self._file.flush()
                 os.fsync(self._file.fileno())
         finally:
             self._file.close()
