@@ -1,19 +1,43 @@
-"""Greedy decoding of exactly A action tokens, for a batch of prompts of different lengths, with a cache.
+"""Greedy decoding of exactly A action tokens, for a batch of prompts of different lengths, with a static cache.
 
 * Every prompt token is attended, the blank (29871) that ends an OpenVLA prompt included; upstream leaves that
   one out of its mask, which today's transformers would hide from the model.
 * Exactly A tokens are decoded: an end-of-sequence token is a token like any other here.
 * Prompts stay padded on the right, as in training. The padding between a short prompt and its first new token is
   masked, and positions count real tokens only, so each row is what it would be alone.
+* Of the prompt, only the last position's hidden state is wanted, so the last decoder block computes only that.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from transformers import DynamicCache
+from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlaft.model.cuda_graphs import CudaGraphs
+from vlaft.model.key_values import KeyValues
 from vlaft.model.openvla import OpenVLAForActionPrediction
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A batch of images and prompts that the model has seen.
+
+    Attributes:
+        cache: keys and values of the prompt's S positions, with room for the tokens to come.
+        visible: `[B, S]` bool, False on padding; None where no row is padded.
+        lengths: `[B]` int64, patches and real tokens of each row.
+        last: `[B, D]`, the hidden state from which the first token is read.
+        positions: S.
+    """
+
+    cache: KeyValues
+    visible: Tensor | None
+    lengths: Tensor
+    last: Tensor
+    positions: int
 
 
 @torch.inference_mode()
@@ -25,6 +49,7 @@ def generate_action_ids(
     *,
     num_tokens: int,
     action_ids_only: bool = False,
+    graphs: CudaGraphs | None = None,
 ) -> Tensor:
     """Decode `num_tokens` tokens for each row, greedily.
 
@@ -35,50 +60,100 @@ def generate_action_ids(
         attention_mask: `[B, T]`, 1 where there is a token; None when no row is padded.
         num_tokens: A, the number of action dimensions.
         action_ids_only: choose among action tokens only (upstream chooses among all).
+        graphs: recordings of earlier calls with this model, whose weights must not have moved since.
 
     Returns:
         `[B, num_tokens]` int64.
     """
+
+    def run(ids: Tensor, pixels: Tensor, mask: Tensor | None) -> Tensor:
+        prompt = read_prompt(model, ids, pixels, mask, room=num_tokens - 1)
+        return continue_greedily(model, prompt, num_tokens, action_ids_only=action_ids_only)
+
     was_training = model.training
     model.eval()
     try:
-        return _decode(model, input_ids, pixel_values, attention_mask, num_tokens, action_ids_only)
+        if graphs is None:
+            return run(input_ids, pixel_values, attention_mask)
+        return graphs.run((num_tokens, action_ids_only), run, input_ids, pixel_values, attention_mask)
     finally:
         model.train(was_training)
 
 
-def _decode(
+def read_prompt(
     model: OpenVLAForActionPrediction,
     input_ids: Tensor,
     pixel_values: Tensor,
     attention_mask: Tensor | None,
-    num_tokens: int,
-    action_ids_only: bool,
-) -> Tensor:
-    if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
-    embeddings = model.embed(input_ids, pixel_values)
-    keys = model.splice_mask(attention_mask).bool()  # [B, S], False on padding
-    lengths = keys.sum(dim=1)  # [B], patches and real tokens
-    cache = DynamicCache(config=model.config.text_config)
-    # Causal attention keeps what lies to the right of a prompt's last token out of it, padding included.
-    hidden = model.decode(embeddings, cache=cache)
-    last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]  # [B, D]
+    *,
+    room: int,
+) -> Prompt:
+    """Run images and prompts through the model, leaving `room` positions in the cache.
 
+    Args:
+        model: in eval mode.
+        input_ids: as `generate_action_ids` takes them.
+        pixel_values: likewise.
+        attention_mask: likewise.
+        room: how many tokens will be fed after the prompt at most.
+    """
+    embeddings = model.embed(input_ids, pixel_values)
+    batch, positions = embeddings.shape[:2]
+    visible = None if attention_mask is None else model.splice_mask(attention_mask).bool()
+    if visible is None:
+        lengths = torch.full((batch,), positions, device=embeddings.device)
+    else:
+        lengths = visible.sum(dim=1)
+    cache = KeyValues(positions + room)
+    # Causal attention keeps what lies to the right of a prompt's last token out of it, padding included.
+    last = model.decode(embeddings, cache=cache, rows=lengths[:, None] - 1)[:, 0]
+    return Prompt(cache, visible, lengths, last, positions)
+
+
+def feed(model: OpenVLAForActionPrediction, prompt: Prompt, tokens: Tensor, fed: int) -> Tensor:
+    """Feed tokens `[B, N]` behind the prompt and `fed` tokens before them; return hidden states `[B, N, D]`.
+
+    What was fed from there on in earlier calls is overwritten.
+    """
+    count = tokens.shape[1]
+    mask = None
+    if count > 1 or prompt.visible is not None:
+        visible = prompt.visible
+        if visible is None:
+            visible = torch.ones(len(tokens), prompt.positions, dtype=torch.bool, device=tokens.device)
+        causal = torch.ones(count, fed + count, dtype=torch.bool, device=tokens.device).tril(diagonal=fed)
+        # hides the padding that lies between a short prompt and its new tokens
+        both = [visible[:, None].expand(-1, count, -1), causal.expand(len(tokens), -1, -1)]
+        mask = torch.cat(both, dim=-1)[:, None]
+    prompt.cache.length = prompt.positions + fed
+    return model.decode(
+        model.get_input_embeddings()(tokens),
+        mask=mask,
+        position_ids=prompt.lengths[:, None] + torch.arange(fed, fed + count, device=tokens.device),
+        cache=prompt.cache,
+    )
+
+
+def continue_greedily(
+    model: OpenVLAForActionPrediction, prompt: Prompt, num_tokens: int, *, action_ids_only: bool = False
+) -> Tensor:
+    """Decode `num_tokens` tokens after the prompt, each the likeliest; `[B, num_tokens]` int64."""
+    tokens = [likeliest(model, prompt.last, action_ids_only=action_ids_only)]
+    for fed in range(num_tokens - 1):
+        hidden = feed(model, prompt, tokens[-1][:, None], fed)[:, -1]
+        tokens.append(likeliest(model, hidden, action_ids_only=action_ids_only))
+    return torch.stack(tokens, dim=1)
+
+
+def likeliest(model: OpenVLAForActionPrediction, hidden: Tensor, *, action_ids_only: bool = False) -> Tensor:
+    """Return the likeliest token after each hidden state `[..., D]`, of all or of the action tokens: `[...]` int64."""
+    head = model.get_output_embeddings()
+    if not action_ids_only:
+        return head(hidden).argmax(dim=-1)
     stop = model.config.action_vocab_size
     start = stop - model.config.n_action_bins
-    tokens: list[Tensor] = []
-    for step in range(num_tokens):
-        logits = model.language_model.lm_head(last)  # [B, vocabulary]
-        token = logits[:, start:stop].argmax(dim=-1) + start if action_ids_only else logits.argmax(dim=-1)
-        tokens.append(token)
-        if step == num_tokens - 1:
-            break
-        keys = torch.cat([keys, keys.new_ones(len(keys), 1)], dim=1)
-        last = model.decode(
-            model.get_input_embeddings()(token[:, None]),
-            mask=keys[:, None, None],  # hides the padding that lies between a short prompt and its new tokens
-            position_ids=(lengths + step)[:, None],
-            cache=cache,
-        )[:, -1]
-    return torch.stack(tokens, dim=1)
+    if type(head) is nn.Linear:  # neither adapted nor quantised: the other rows need not be computed
+        logits = F.linear(hidden, head.weight[start:stop], None if head.bias is None else head.bias[start:stop])
+    else:
+        logits = head(hidden)[..., start:stop]
+    return logits.argmax(dim=-1) + start

@@ -16,11 +16,12 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, Cache, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForImageTextToText, LlamaForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from vlaft.model.configuration import OpenVLAConfig
+from vlaft.model.key_values import KeyValues
 from vlaft.model.last_layer import LastDecoderLayer
 from vlaft.model.projector import Projector
 from vlaft.model.vision import AttentionPool, LayerScale, VisionBackbone, VisionTransformer, vit_config
@@ -117,7 +118,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         *,
         mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: KeyValues | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
         """Run the decoder blocks and the final norm.
