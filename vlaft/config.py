@@ -58,7 +58,7 @@ class PrecisionConfig:
 
     frozen: Precision = "auto"  # parameters that stay; auto: bfloat16 on a GPU, float32 on a CPU
     trained: Precision = "auto"  # parameters that learn, and their moments; auto: float32 (upstream: bfloat16)
-    compute: Precision = "auto"  # autocast; auto: bfloat16 on a GPU, float32 (no autocast) on a CPU
+    compute: Precision = "auto"  # autocast; auto: bfloat16 on a GPU or with bfloat16 weights, else float32 (none)
 
 
 @dataclass(frozen=True)
@@ -186,10 +186,16 @@ def to_yaml(config: RecipeConfig) -> str:
 
 
 def resolve_precision(precision: PrecisionConfig, on_gpu: bool) -> PrecisionConfig:
-    """Return the number formats with no `auto` left."""
-    cheap: Precision = "bfloat16" if on_gpu else "float32"
-    return PrecisionConfig(
-        frozen=cheap if precision.frozen == "auto" else precision.frozen,
-        trained="float32" if precision.trained == "auto" else precision.trained,
-        compute=cheap if precision.compute == "auto" else precision.compute,
-    )
+    """Return the number formats with no `auto` left.
+
+    Weights in bfloat16 are computed with in bfloat16: without autocast, float32 images do not go with them.
+    """
+    trained = "float32" if precision.trained == "auto" else precision.trained
+    stated = (precision.frozen, trained)
+    compute = precision.compute
+    if compute == "auto":
+        compute = "bfloat16" if on_gpu or "bfloat16" in stated else "float32"
+    frozen = precision.frozen
+    if frozen == "auto":
+        frozen = "bfloat16" if on_gpu and compute == "bfloat16" else "float32"
+    return PrecisionConfig(frozen=frozen, trained=trained, compute=compute)

@@ -91,6 +91,10 @@ def _contradictions(config: RecipeConfig) -> Iterator[str]:
     if adapt.lora.init == "pissa" and adapt.quantize != "none":
         # PiSSA subtracts the adapter's product from the base weight, which quantised weights do not allow in PEFT.
         yield f"adapt.lora.init=pissa needs adapt.quantize=none, not {adapt.quantize}"
+    precision = config.precision
+    for key, value in (("frozen", precision.frozen), ("trained", precision.trained)):
+        if precision.compute == "float32" and value == "bfloat16":
+            yield f"precision.compute=float32 needs precision.{key}=float32, not bfloat16"
     if not adapt.lora.targets:
         yield "adapt.lora.targets is empty, so nothing would be trained"
     if train.schedule.name == "step" and train.schedule.step_size is None:

@@ -9,8 +9,11 @@ PyTorch's own `fully_shard` is used, not accelerate's plugin, which refuses to s
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -20,6 +23,15 @@ from torch.nn.parallel import DistributedDataParallel
 from vlaft.model.openvla import OpenVLAForActionPrediction
 
 SHARDED_METHODS = ("full", "frozen-vision")
+
+
+def join_processes() -> Accelerator:
+    """Join the processes that `torchrun` or `accelerate launch` started; alone, be the only one."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return Accelerator(
+        cpu=several and not torch.accelerator.is_available(),  # torchrun says nothing about CPUs; the rest would follow
+        mixed_precision="no",  # the recipe says how to compute, not the launcher
+    )
 
 
 def distribute(model: nn.Module, method: str, device: torch.device) -> nn.Module:

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from peft import PeftModel
 from torch.nn.parallel import DistributedDataParallel
 
@@ -35,7 +34,7 @@ from vlaft.training.checkpoints import (
     write_checkpoint,
     write_trained,
 )
-from vlaft.training.distributed import bare, distribute, is_sharded, mine, whole
+from vlaft.training.distributed import bare, distribute, is_sharded, join_processes, mine, whole
 from vlaft.training.events import Listener, Silence
 from vlaft.training.metrics import Metrics, MetricSums
 from vlaft.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
@@ -60,7 +59,7 @@ class Run:
 
     def __init__(self, recipe: RecipeConfig, out: Path, base: Path, listener: Listener) -> None:
         """Open the data; the model is loaded by `load`."""
-        self.accelerator = Accelerator(mixed_precision="no")  # the recipe says how to compute, not the launcher
+        self.accelerator = join_processes()
         self.recipe = recipe
         self.base = base
         self.listener = listener if self.accelerator.is_main_process else Silence()
