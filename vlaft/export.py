@@ -1,142 +1,154 @@
 """Rewrite a merged checkpoint in the release's layout, and look at the result.
 
 The folder has the names, keys and config fields of `openvla/openvla-7b`, so that upstream's code, vLLM and vlaft
-load it. Upstream's Python files are not part of it: `auto_map` points at the Hub repository that has them, for
-those who load with remote code.
+load it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from vlaft.data.images import ImagePipeline
-from vlaft.data.statistics import check_statistics
-from vlaft.errors import CheckFailed, CheckpointError
-from vlaft.merge import DTYPE_NAMES, MERGE_FILE, checkpoint_dtype, copy_release_files, copy_tensors
-from vlaft.model.checkpoint import check_tensors, load_config, read_json, tensor_table
+from vlaft.data.statistics import choose_key
+from vlaft.errors import CheckFailed, CheckpointError, DataError
+from vlaft.harness import write_server_config
+from vlaft.merge import DTYPE_NAMES, checkpoint_dtype, copy_tensors, tensor_bytes
+from vlaft.model.checkpoint import TensorEntry, check_tensors, load_config, load_model, tensor_table
+from vlaft.model_card import write_model_card
 from vlaft.output_folder import output_folder
-from vlaft.trained import STATISTICS_FILE, is_trained, write_json
+from vlaft.release import Source, copy_licence, open_source, write_release_files
+from vlaft.verify import Comparison, compare, example_inputs
 
-_CODE_REPOSITORY = "openvla/openvla-7b"
-_AUTO_MAP = {
-    "AutoConfig": "configuration_prismatic.OpenVLAConfig",
-    "AutoModelForVision2Seq": "modeling_prismatic.OpenVLAForActionPrediction",
-}
+SMALL = 2_000_000_000  # bytes; up to this an export is also loaded and asked for actions
+_FLOATS = frozenset(DTYPE_NAMES.values())
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export wrote.
+
+    Attributes:
+        folder: the exported checkpoint.
+        bytes: size of its weights.
+        source_bytes: size of the weights that it was made from.
+        comparison: how its answers compare with the source's, or None where it is too large to load for that.
+        notes: sentences for the user.
+    """
+
+    folder: Path
+    bytes: int
+    source_bytes: int
+    comparison: Comparison | None = None
+    notes: tuple[str, ...] = ()
 
 
 def export_huggingface(
-    source: Path, out: Path, *, dtype: str | None = None, advance: Callable[[int], None] = lambda count: None
-) -> None:
-    """Write the checkpoint `source` to `out` in the release's layout, tensor by tensor.
+    folder: Path, out: Path, *, dtype: str | None = None, advance: Callable[[int], None] = lambda count: None
+) -> ExportResult:
+    """Write the checkpoint `folder` to `out` in the release's layout, tensor by tensor.
 
     Args:
-        source: a merged checkpoint or a base.
+        folder: a merged checkpoint or a base.
         out: written beside its place and renamed into it at the end.
         dtype: `float32`, `bfloat16` or `float16`; None keeps each tensor's own.
         advance: called with the number of bytes that were written.
 
     Raises:
-        CheckpointError: `source` is no plain checkpoint, or lacks statistics or a tokenizer.
+        CheckpointError: `folder` is no plain checkpoint, or lacks statistics or a tokenizer.
         CheckFailed: the exported folder is not what it should be.
         VlaftError: too little room on the disk.
     """
-    if is_trained(source):
-        raise CheckpointError(f"{source} is not merged yet; run: vlaft merge {source} --out {source}-merged")
-    config = read_json(source / "config.json")
-    statistics = read_json(source / STATISTICS_FILE) if (source / STATISTICS_FILE).is_file() else None
-    statistics = statistics or config.get("norm_stats")
-    if not statistics:
-        raise CheckpointError(
-            f"{source}: neither {STATISTICS_FILE} nor norm_stats in config.json, so its actions have no units;"
-            f" put the {STATISTICS_FILE} of the training data there"
-        )
-    check_statistics(statistics, str(source))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if not (source / name).is_file():
-            raise CheckpointError(f"{source}: {name} is missing; copy it from the base")
-    table = tensor_table(source)
-    dtypes = {name: DTYPE_NAMES[dtype] if dtype else entry.dtype for name, entry in table.items()}
-    with output_folder(out, sum(entry.end - entry.begin for entry in table.values())) as partial:
-        copy_tensors(source, partial, dtypes, advance=advance)
-        copy_release_files(source, partial)
-        write_json(partial / "config.json", _release_config(source, config, statistics, checkpoint_dtype(dtypes)))
-        write_json(partial / STATISTICS_FILE, statistics)
-        _fill_in(partial, config)
-        if (source / MERGE_FILE).is_file():
-            write_json(partial / MERGE_FILE, read_json(source / MERGE_FILE))
-        _check(partial, dtypes)
-
-
-def _release_config(source: Path, config: dict[str, Any], statistics: Any, dtype: str | None) -> dict[str, Any]:
-    auto_map = dict(config.get("auto_map") or _AUTO_MAP)
-    for key, reference in auto_map.items():
-        if "--" not in reference and not (source / f"{reference.split('.')[0]}.py").is_file():
-            auto_map[key] = f"{_CODE_REPOSITORY}--{reference}"
-    return (
-        config
-        | {"architectures": ["OpenVLAForActionPrediction"], "auto_map": auto_map, "norm_stats": statistics}
-        | ({"torch_dtype": dtype} if dtype else {})
-    )
-
-
-def _fill_in(folder: Path, config: dict[str, Any]) -> None:
-    """Write what a release has and this checkpoint lacks."""
-    if not (folder / "generation_config.json").is_file():
-        pad = config.get("pad_token_id", 32000)
-        write_json(
-            folder / "generation_config.json",
-            {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": pad},
-        )
-    if not (folder / "preprocessor_config.json").is_file():
-        write_json(folder / "preprocessor_config.json", preprocessor_config(config))
-
-
-def preprocessor_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return `preprocessor_config.json` with the release's keys, for a `config.json` that came without one."""
-    pipeline = ImagePipeline.from_checkpoint(config | {"image_pipeline": None})
-    letterbox = pipeline.strategy == "letterbox"
-    size, count = pipeline.size, len(pipeline.means)
-    resize = {
-        "antialias": True,
-        "interpolation": 3,
-        "max_size": None,
-        "size": size if letterbox else [size, size],
-    }
-    return {
-        "image_processor_type": "PrismaticImageProcessor",
-        "image_resize_strategy": pipeline.strategy,
-        "input_sizes": [[3, size, size]] * count,
-        "interpolations": ["bicubic"] * count,
-        "means": pipeline.means,
-        "stds": pipeline.stds,
-        "processor_class": "PrismaticProcessor",
-        "tvf_crop_params": [{"output_size": [size, size]}] * count,
-        "tvf_do_letterbox": letterbox,
-        "tvf_letterbox_fill": list(pipeline.letterbox_fill) if letterbox else None,
-        "tvf_normalize_params": [
-            {"inplace": False, "mean": mean, "std": std}
-            for mean, std in zip(pipeline.means, pipeline.stds, strict=True)
-        ],
-        "tvf_resize_params": [resize] * count,
-        "use_fused_vision_backbone": count == 2,
-    }
-
-
-def _check(folder: Path, dtypes: dict[str, str]) -> None:
-    """Open the exported folder as a stranger would and hold it against the model that its config describes."""
-    from vlaft.model.openvla import OpenVLAForActionPrediction
-
+    source = open_source(folder)
     table = tensor_table(folder)
-    with torch.device("meta"):
-        model = OpenVLAForActionPrediction(load_config(folder))
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    dtypes = {
+        name: DTYPE_NAMES[dtype] if dtype and entry.dtype in _FLOATS else entry.dtype for name, entry in table.items()
+    }
+    size = tensor_bytes(table, dtypes)
+    with output_folder(out, size) as partial:
+        copy_tensors(folder, partial, dtypes, advance=advance)
+        write_release_files(source, partial, checkpoint_dtype(dtypes))
+        check_weights(partial, dtypes)
+        comparison = compare_with_source(source, partial, table, size)
+        if comparison is not None and not comparison.holds:
+            raise CheckFailed(
+                f"the exported folder does not answer as {folder} does: {comparison.identical_tokens} of"
+                f" {comparison.tokens} tokens are the same; nothing was written"
+            )
+        finish(source, partial, "huggingface", comparison)
+        notes = _server_config(source, partial, out)
+    return ExportResult(out, size, stored_bytes(table.values()), comparison, notes)
+
+
+def _server_config(source: Source, partial: Path, out: Path) -> tuple[str, ...]:
+    """Write the config for vla-evaluation-harness where its server can use the model; else say why not."""
     try:
-        check_tensors({name: entry.shape for name, entry in table.items()}, expected, str(folder))
+        choose_key(dict(source.statistics))
+        write_server_config(partial, model_path=str(out.resolve()))
+    except (CheckpointError, DataError) as error:
+        reason = str(error).removeprefix(f"{partial}: ")
+        return (f"no server config for vla-evaluation-harness: {reason}",)
+    return ()
+
+
+def stored_bytes(entries: Iterable[TensorEntry]) -> int:
+    """Return the bytes that tensors take on disk."""
+    return sum(entry.end - entry.begin for entry in entries)
+
+
+def check_weights(folder: Path, dtypes: Mapping[str, str]) -> None:
+    """Open an exported folder as a stranger would and hold it against the model that its config describes.
+
+    Args:
+        folder: in the release's layout, not quantised.
+        dtypes: type of each tensor, by safetensors' names.
+
+    Raises:
+        CheckFailed: names, shapes or types are not what they should be.
+    """
+    table = tensor_table(folder)
+    try:
+        check_tensors({name: entry.shape for name, entry in table.items()}, model_shapes(folder), str(folder))
     except CheckpointError as error:
         raise CheckFailed(f"the exported folder is not right: {error}") from None
     if wrong := [name for name, entry in table.items() if entry.dtype != dtypes[name]]:
         raise CheckFailed(f"the exported folder is not right: '{wrong[0]}' is of type {table[wrong[0]].dtype}")
+
+
+def model_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the tensors of the model that `config.json` describes."""
+    from vlaft.model.openvla import OpenVLAForActionPrediction
+
+    with torch.device("meta"):
+        model = OpenVLAForActionPrediction(load_config(folder))
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def compare_with_source(source: Source, folder: Path, table: Mapping[str, TensorEntry], size: int) -> Comparison | None:
+    """Let source and export act on the same inputs, where both are small.
+
+    Args:
+        source: the checkpoint that was exported.
+        folder: the export, which says itself how it is to be loaded.
+        table: the source's tensors.
+        size: bytes of the export's weights.
+    """
+    if max(size, stored_bytes(table.values())) > SMALL:
+        return None
+    kinds = {entry.dtype for entry in tensor_table(folder).values()}
+    rounding = next((kind for kind in ("BF16", "F16") if kind in kinds), "F32")
+    named = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    return compare(
+        lambda: load_model(source.folder, dtype=torch.float32),
+        lambda: load_model(folder, dtype=torch.float32),
+        example_inputs(None, source.folder),
+        named[rounding],
+    )
+
+
+def finish(source: Source, folder: Path, kind: str, comparison: Comparison | None) -> None:
+    """Add the model card and the licence texts."""
+    copy_licence(source.folder, folder)
+    write_model_card(folder, kind, source.statistics, source.merge_record, source.config, comparison)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vlaft.adapt.adapter_files import CONFIG_FILE, adapter_table, read_settings
 from vlaft.adapt.merging import ModuleAdapter, StoredSettings, sort_parts
+from vlaft.base_licence import base_licence
 from vlaft.errors import CheckpointError
 from vlaft.model.checkpoint import (
     INDEX_FILE,
@@ -106,6 +107,7 @@ def merge(
         record = {
             "base": base_name or str(base),
             "base_fingerprint": base_print,
+            "base_licence": base_licence(base_name or str(base), base),
             "trained": str(trained.weights.name),
             "trained_fingerprint": trained_print,
             "recipe": trained.recipe,

@@ -3,35 +3,89 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vlaft.cli.arguments import Out, Overwrite
 
+if TYPE_CHECKING:
+    from vlaft.export import ExportResult
+
+_TARGETS = ("huggingface", "nf4", "int8", "adapter")
+
 
 def export(
-    source: Annotated[Path, typer.Argument(help="A merged checkpoint.", show_default=False)],
+    source: Annotated[
+        str,
+        typer.Argument(help="A merged checkpoint (folder or Hub id); a run for --to adapter.", show_default=False),
+    ],
     out: Out,
-    to: Annotated[str, typer.Option("--to", help="huggingface: the layout of the OpenVLA release.")] = "huggingface",
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            help="huggingface: the OpenVLA release's layout; nf4, int8: that, quantised; adapter: for peft.",
+        ),
+    ] = "huggingface",
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default as it is.")
+        str | None, typer.Option("--dtype", help="Of huggingface: float32, bfloat16 or float16; by default as it is.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option("--checkpoint", help="Of a run: best, last or step-000500; best where there is one.")
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option("--push", help="Upload to this Hub repository (user/name), made private if new.")
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Rewrite a merged checkpoint for where it will run, and check the result."""
+    """Rewrite a checkpoint for where it will run, check the result, and upload it if told to."""
     from vlaft.cli.arguments import check_output_folder
-    from vlaft.cli.console import bytes_progress, say
-    from vlaft.errors import UsageError
-    from vlaft.export import export_huggingface
-    from vlaft.model.checkpoint import resolve_checkpoint, tensor_table
+    from vlaft.cli.console import say, warn
+    from vlaft.errors import UsageError, did_you_mean
+    from vlaft.push import check_repository
+    from vlaft.push import push as upload
 
-    if to != "huggingface":
-        raise UsageError(f"--to {to} is not known; give huggingface")
-    if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise UsageError(f"--dtype {dtype}: give float32, bfloat16 or float16")
+    if to not in _TARGETS:
+        raise UsageError(f"--to {to} is not known{did_you_mean(to, list(_TARGETS))}; give {', '.join(_TARGETS)}")
+    if dtype is not None and (dtype not in ("float32", "bfloat16", "float16") or to != "huggingface"):
+        raise UsageError(f"--dtype {dtype}: give float32, bfloat16 or float16, and only with --to huggingface")
+    if checkpoint is not None and to != "adapter":
+        raise UsageError("--checkpoint chooses within a run, and only --to adapter takes a run")
+    if push is not None:
+        check_repository(push)
     check_output_folder(out, overwrite=overwrite)
-    folder = source if source.is_dir() else resolve_checkpoint(str(source))
-    with bytes_progress("exporting", sum(e.end - e.begin for e in tensor_table(folder).values())) as advance:
-        export_huggingface(folder, out, dtype=dtype, advance=advance)
-    say(f"written to {out} and checked")
+    result = _run(source, out, to, dtype, checkpoint)
+    ratio = f", {result.bytes / result.source_bytes:.2f} of the source" if to in ("nf4", "int8") else ""
+    say(f"{result.bytes / 1e9:.3f} GB{ratio} written to {out} and checked")
+    if (found := result.comparison) is not None:
+        say(
+            f"{found.identical_tokens} of {found.tokens} tokens on {found.examples} examples ({found.inputs}) are those"
+            " of the source"
+        )
+    for note in result.notes:
+        warn(note)
+    if push is not None:
+        say(f"uploaded: {upload(out, push)}")
+
+
+def _run(source: str, out: Path, to: str, dtype: str | None, checkpoint: str | None) -> ExportResult:
+    from vlaft.cli.console import bytes_progress, say
+    from vlaft.export import export_huggingface, stored_bytes
+    from vlaft.model.checkpoint import resolve_checkpoint, tensor_table
+    from vlaft.output_folder import free_bytes
+
+    if to == "adapter":
+        from vlaft.export_adapter import export_adapter
+        from vlaft.trained import find_trained
+
+        return export_adapter(find_trained(Path(source), checkpoint), out)
+    folder = Path(source) if Path(source).is_dir() else resolve_checkpoint(source)
+    size = stored_bytes(tensor_table(folder).values())
+    say(f"{size / 1e9:.2f} GB to read; {free_bytes(out) / 1e9:.1f} GB are free at {out}")
+    with bytes_progress("exporting", size) as advance:
+        if to == "huggingface":
+            return export_huggingface(folder, out, dtype=dtype, advance=advance)
+        from vlaft.export_quantized import export_quantized
+
+        return export_quantized(folder, out, to, advance=advance)

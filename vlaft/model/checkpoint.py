@@ -6,6 +6,7 @@ A checkpoint is data: no pickle is opened and no code of the folder is run.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 import struct
@@ -14,12 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlaft.errors import CheckpointError
+from vlaft.errors import CheckpointError, MissingExtra
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _MAX_HEADER = 100 * 2**20  # safetensors' own bound on a header
 _SAMPLE = 4096  # bytes of each tensor that the fingerprint reads
+# What bitsandbytes keeps beside a weight of 4 bits (`weight.absmax` ...) or 8 bits (`SCB` ...).
+_STATES_4BIT = ("quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")
+_PARTS_4BIT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *_STATES_4BIT)
+_PARTS_8BIT = ("SCB", "weight_format")
 _ITEM_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2} | {
     f"{kind}{8 * size}": size for kind in "UIF" for size in (4, 8)
 }  # bytes per element; types that are not here are not read
@@ -207,9 +212,10 @@ def load_model(folder: Path, *, dtype: Any = None, device: Any = "cpu", quantiza
         folder: the checkpoint's folder.
         dtype: torch dtype of the weights; None keeps what is stored.
         device: where to put them.
-        quantization: a transformers quantization config, or None.
+        quantization: a transformers quantization config, or None; a checkpoint saved quantised needs none.
 
     Raises:
+        MissingExtra: the checkpoint was saved quantised and bitsandbytes is not installed.
         CheckpointError: tensors missing, left over, or of another shape than the configuration says.
     """
     import torch
@@ -226,16 +232,20 @@ def load_model(folder: Path, *, dtype: Any = None, device: Any = "cpu", quantiza
     except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: no model can be built from it ({error})") from None
     expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if not any(name.endswith((".absmax", ".SCB")) for name in table):  # not saved quantised
-        check_tensors({name: entry.shape for name, entry in table.items()}, expected, str(folder))
+    stored = _stored_quantization(folder)
+    if stored and quantization is not None:
+        raise CheckpointError(f"{folder} is quantised already; give the checkpoint that it was made from")
+    found = plain_shapes(table, expected) if stored else {name: entry.shape for name, entry in table.items()}
+    check_tensors(found, expected, str(folder))
+    quantized = stored or quantization is not None
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # the caller has its own
     try:
         model = OpenVLAForActionPrediction.from_pretrained(
             folder,
             config=config,
-            dtype=dtype if dtype is not None else "auto",
-            device_map={"": device} if quantization is not None else None,
+            dtype=dtype if dtype is not None and not stored else "auto",
+            device_map={"": device} if quantized else None,
             quantization_config=quantization,
             use_safetensors=True,
             local_files_only=True,
@@ -250,9 +260,58 @@ def load_model(folder: Path, *, dtype: Any = None, device: Any = "cpu", quantiza
         # SigLIP's 4304 among them.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    if quantization is None:
+    if stored and dtype is not None:  # transformers leaves what is not quantised as it lies there
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+    if not quantized:
         model = model.to(device)
     return model.eval()
+
+
+def _stored_quantization(folder: Path) -> bool:
+    """Say whether the checkpoint was saved quantised.
+
+    Raises:
+        CheckpointError: by something else than bitsandbytes.
+        MissingExtra: bitsandbytes is not installed.
+    """
+    settings = read_json(folder / "config.json").get("quantization_config")
+    if not settings:
+        return False
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+    if method != "bitsandbytes":
+        raise CheckpointError(f"{folder / 'config.json'}: quantised by '{method}'; only bitsandbytes can be read")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtra(f"{folder} is quantised, and loading it", "bitsandbytes", "qlora")
+    return True
+
+
+def plain_shapes(
+    table: Mapping[str, TensorEntry], expected: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of a checkpoint saved quantised with the shapes that they stand for.
+
+    Two 4-bit numbers share a byte, so those lie as `[ceil(n / 2), 1]`; scales and tables of codes, which go with a
+    weight, are left out.
+
+    Args:
+        table: the checkpoint's tensors.
+        expected: names and shapes of the model that is not quantised.
+    """
+    shapes = {}
+    for name, entry in table.items():
+        owner, _, part = name.partition(".weight.")
+        if part in _PARTS_4BIT and f"{owner}.weight" in table:
+            continue
+        owner, _, part = name.rpartition(".")
+        if part in _PARTS_8BIT and f"{owner}.weight" in table:
+            continue
+        shape = expected.get(name, ())
+        has_scales = f"{name}.absmax" in table and any(f"{name}.{part}" in table for part in _STATES_4BIT)
+        packed = entry.dtype == "U8" and has_scales and math.prod(entry.shape) == (math.prod(shape) + 1) // 2
+        shapes[name] = shape if packed else entry.shape
+    return shapes
 
 
 def check_tensors(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str) -> None:

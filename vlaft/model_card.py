@@ -1,0 +1,176 @@
+"""The README.md of an export, as the Hub shows it: where the model comes from, what it was taught, how good it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlaft.release import is_hub_name, public_name
+from vlaft.verify import Comparison
+
+CARD_FILE = "README.md"
+_KINDS = {
+    "huggingface": "A checkpoint in the layout of the OpenVLA release.",
+    "nf4": "Linear weights are held in 4 bits (nf4, bitsandbytes); the head and all else in bfloat16.",
+    "int8": "Linear weights are held in 8 bits (bitsandbytes); the head and all else in bfloat16.",
+    "adapter": "A LoRA adapter in peft's layout; it needs its base.",
+}
+_MEASURES = {
+    "val_action_l1": "action L1, normalised to [-1, 1]",
+    "val_action_accuracy": "share of action tokens that are right",
+    "val_loss": "loss",
+}
+_METHODS = {
+    "full": "all parameters",
+    "frozen-vision": "all but the vision backbone",
+    "last-layer": "the language model's embeddings, last layer and head",
+    "sandwich": "the vision backbone, the projector, and the language model's embeddings, last layer and head",
+}
+
+
+def write_model_card(
+    folder: Path,
+    kind: str,
+    statistics: Mapping[str, Any],
+    record: Mapping[str, Any] | None,
+    config: Mapping[str, Any],
+    comparison: Comparison | None = None,
+) -> None:
+    """Write `README.md` for an export that comes from a run; for one that does not, write nothing.
+
+    Args:
+        folder: the export.
+        kind: `huggingface`, `nf4`, `int8` or `adapter`.
+        statistics: dataset statistics, by name.
+        record: what `merge.json` has: `base`, `base_licence`, `training`, `verified`.
+        config: the model's `config.json`.
+        comparison: how a quantised export's answers compare with the checkpoint that it was made from.
+    """
+    training = (record or {}).get("training")
+    if record is None or not isinstance(training, Mapping):
+        return
+    base = str(record.get("base") or "unknown")
+    licence = record.get("base_licence")
+    head: dict[str, Any] = {"library_name": "peft" if kind == "adapter" else "transformers"}
+    head |= {"pipeline_tag": "robotics", "tags": ["robotics", "vision-language-action", "openvla", "vlaft"]}
+    head["license"] = licence or "other"
+    if is_hub_name(base):
+        head["base_model"] = base
+    name = ", ".join(statistics) or "a robot"
+    parts = [
+        "---\n" + yaml.safe_dump(head, sort_keys=False) + "---",
+        f"# {public_name(base)} adapted to {name}",
+        f"{_KINDS[kind]} Made with vlaft {training.get('versions', {}).get('vlaft') or ''}".rstrip() + ".",
+        _training_section(training, base),
+        _data_section(training, statistics),
+        _measured_section(training, record.get("verified"), comparison, kind),
+        _use_section(kind, base, statistics),
+        _licence_section(base, licence, config),
+    ]
+    (folder / CARD_FILE).write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def _training_section(training: Mapping[str, Any], base: str) -> str:
+    lora = training.get("lora")
+    if isinstance(lora, Mapping):
+        alpha = lora.get("alpha")
+        taught = (
+            f"LoRA of rank {lora.get('rank')}, alpha {min(int(lora.get('rank') or 0), 16) if alpha is None else alpha}"
+        )
+        taught += "".join(f", {word}" for key, word in (("dora", "DoRA"), ("rslora", "rsLoRA")) if lora.get(key))
+    else:
+        taught = _METHODS.get(str(training.get("method")), str(training.get("method")))
+    rows = {
+        "Base": f"[{base}](https://huggingface.co/{base})" if is_hub_name(base) else public_name(base),
+        "Recipe": training.get("recipe"),
+        "Trained": taught,
+        "Base in training": f"quantised to {training['quantize']}"
+        if training.get("quantize") not in (None, "none")
+        else None,
+        "Parameters trained": _count(training.get("parameters", {}).get("trainable")),
+        "Checkpoint": training.get("checkpoint"),
+        **{key.replace("_", " ").capitalize(): value for key, value in (training.get("train") or {}).items()},
+        "Image augmentation": {True: "yes", False: "no"}.get(training.get("augment")),  # type: ignore[arg-type]
+    }
+    return "## Training\n\n" + _table(("", ""), [(key, value) for key, value in rows.items() if value is not None])
+
+
+def _data_section(training: Mapping[str, Any], statistics: Mapping[str, Any]) -> str:
+    lines = ["## Data and statistics"]
+    if sources := training.get("data"):
+        keys = ("name", "format", "episodes", "steps", "fps")
+        lines.append(_table(keys, [tuple(source.get(key, "") for key in keys) for source in sources]))
+    for name, entry in statistics.items():
+        action = entry["action"]
+        counts = [f"{entry[key]:,} {word}" for key, word in _COUNTS.items() if entry.get(key)]
+        lines.append(f"Statistics `{name}`" + (f" ({', '.join(counts)})" if counts else "") + ", per action dimension:")
+        size = len(action["q01"])
+        mask = action.get("mask") or [True] * size
+        rows = [
+            (
+                index,
+                *(f"{action[key][index]:.5g}" for key in ("q01", "q99", "mean", "std")),
+                "yes" if mask[index] else "no",
+            )
+            for index in range(size)
+        ]
+        lines.append(_table(("dimension", "q01", "q99", "mean", "std", "normalised"), rows))
+    return "\n\n".join(lines)
+
+
+_COUNTS = {"num_trajectories": "demonstrations", "num_transitions": "steps"}
+
+
+def _measured_section(training: Mapping[str, Any], verified: Any, comparison: Comparison | None, kind: str) -> str:
+    lines = ["## Measured"]
+    measured = training.get("measured") or {}
+    rows = [(text, f"{measured[key]:.4f}") for key, text in _MEASURES.items() if isinstance(measured.get(key), float)]
+    if rows:
+        lines.append(f"On held-out demonstrations, during training, at step {measured.get('step')}:")
+        lines.append(_table(("measure", "value"), rows))
+    if isinstance(verified, Mapping) and "tokens" in verified:
+        lines.append(
+            f"After merging, {verified['identical_tokens']} of {verified['tokens']} action tokens were those of base"
+            f" and adapter; logits differed by at most {verified['largest_logit_difference']:.3g}."
+        )
+    if comparison is not None and kind in ("nf4", "int8"):
+        lines.append(
+            f"Quantised, {comparison.identical_tokens} of {comparison.tokens} action tokens are those of the checkpoint"
+            " it was made from."
+        )
+    lines.append("Nothing here was measured on a robot.")
+    return "\n\n".join(lines)
+
+
+def _use_section(kind: str, base: str, statistics: Mapping[str, Any]) -> str:
+    if kind == "adapter":
+        code = (
+            f"vlaft predict ADAPTER_FOLDER --base {public_name(base)} --image frame.png --instruction 'pick up the cup'"
+        )
+    else:
+        code = "vlaft predict MODEL_FOLDER --image frame.png --instruction 'pick up the cup'"
+    keys = ", ".join(f"`{name}`" for name in statistics)
+    return f"## Use\n\n```sh\n{code}\n```\n\nKey of the statistics (`unnorm_key`): {keys}."
+
+
+def _licence_section(base: str, licence: Any, config: Mapping[str, Any]) -> str:
+    stated = (
+        f"Its base, {public_name(base)}, is under: {licence}."
+        if licence
+        else (f"The licence of its base, {public_name(base)}, is not recorded; look it up before publishing.")
+    )
+    llama = str(config.get("llm_backbone_id", "")).startswith(("llama2", "vicuna"))
+    derived = " Its language model derives from Llama 2, so that the Llama 2 Community License applies as well."
+    return f"## Licence\n\n{stated}{derived if llama else ''}"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _count(value: Any) -> str | None:
+    return f"{value:,}" if isinstance(value, int) else None
