@@ -1,0 +1,175 @@
+"""Kills, signals, full disks, memory: what a conversion does when something comes in between."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from vlaft.data.codec import encode_image
+from vlaft.data.store import ConvertedDataset
+
+SLOW = """
+import sys, time
+from vlaft.data import convert_shards
+encode = convert_shards.encode_image
+def slowly(*arguments):
+    time.sleep(0.005)
+    return encode(*arguments)
+convert_shards.encode_image = slowly
+"""
+
+
+def script(folder: Path, slow: bool) -> Path:
+    """The command line; where slow, workers too run it as their main module, and so encode slowly."""
+    path = folder / f"vlaft_{'slow' if slow else 'plain'}.py"
+    lines = "from vlaft.cli.main import main\nif __name__ == '__main__':\n    raise SystemExit(main())\n"
+    path.write_text((SLOW if slow else "import sys\n") + lines)
+    return path
+
+
+def command(demos: Path, base: str, out: Path, workers: int = 2, slow: bool = False, *more: str) -> list[str]:
+    words = [sys.executable, str(script(demos.parent, slow)), "convert", str(demos), "--base", base]
+    words += ["--out", str(out), "--workers", str(workers), "--val-fraction", "0.2", "instruction=open it", *more]
+    return words
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def long_demos(demos: Path) -> Path:
+    """The ten episodes, each ten times as long, so that they fill several shards."""
+    for path in demos.glob("*.hdf5"):
+        with h5py.File(path, "r+") as file:
+            for name in (
+                "action",
+                "observations/qpos",
+                *(f"observations/images/{c}" for c in file["observations/images"]),
+            ):
+                values = np.tile(file[name][()], (10, 1))
+                del file[name]
+                file[name] = values
+    return demos
+
+
+def wait_for_shards(staging: Path, process: subprocess.Popen[bytes], count: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(list(staging.glob(".conversion/*.parquet.json"))) < count:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("damaged", [False, True], ids=["sound", "damaged frame"])
+def test_killed_with_several_workers_and_run_again(long_demos: Path, base: str, tmp_path: Path, damaged: bool) -> None:
+    """Byte-identical to an undisturbed run; where a frame is damaged, the kill comes in the pass without it."""
+    if damaged:
+        with h5py.File(long_demos / "episode_0.hdf5", "r+") as file:
+            file["observations/images/cam_high"][4, 100:] = 0
+    more = ("--on-error", "skip")
+    out = tmp_path / "out"
+    staging = tmp_path / "out.partial"
+    process = subprocess.Popen(command(long_demos, base, out, 2, True, *more), stderr=subprocess.DEVNULL)
+    while damaged and not (staging / ".conversion/damaged.json").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    finished = len(list(staging.glob(".conversion/*.parquet.json"))) if damaged else 0
+    before = time.time_ns()
+    wait_for_shards(staging, process, 2)
+    while damaged and sum(p.stat().st_mtime_ns > before for p in staging.glob(".conversion/train-*.json")) < 2:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists() and (finished > 0) == damaged
+    again = subprocess.run(command(long_demos, base, out, 2, False, *more), capture_output=True, text=True, check=True)
+    assert "files were there already" in again.stderr
+    clean = tmp_path / "undisturbed"
+    subprocess.run(command(long_demos, base, clean, 1, False, *more), capture_output=True, check=True)
+    assert content(out) == content(clean)
+    dataset = ConvertedDataset(out)
+    assert dataset.rows("train") + dataset.rows("val") == (540 if damaged else 600)
+    assert dataset.statistics["demos"]["num_trajectories"] == (9 if damaged else 10)
+    assert [entry["episode"] for entry in dataset.info["skipped"]] == (["episode_0.hdf5"] if damaged else [])
+
+
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 2), (signal.SIGTERM, 1), (signal.SIGTERM, 2)])
+def test_interrupted_is_130_and_goes_on_later(
+    long_demos: Path, base: str, tmp_path: Path, number: signal.Signals, workers: int
+) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen(command(long_demos, base, out, workers, True), stderr=subprocess.PIPE, text=True)
+    wait_for_shards(tmp_path / "out.partial", process, 1)  # type: ignore[arg-type]
+    started = time.monotonic()
+    process.send_signal(number)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 130 and time.monotonic() - started < 10
+    (sentence,) = [line for line in told.splitlines() if line.startswith("error")]
+    assert "interrupted; give the same command again to go on" in sentence
+    assert "Traceback" not in told
+    assert not out.exists() and (tmp_path / "out.partial").is_dir()
+    again = subprocess.run(command(long_demos, base, out, workers), capture_output=True, text=True, check=True)
+    assert "files were there already" in again.stderr
+    ConvertedDataset(out).verify()
+
+
+def test_a_full_disk_is_one_sentence(long_demos: Path, base: str, tmp_path: Path) -> None:
+    """On a real file system that is full; afterwards the same command goes on."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = shutil.which("mount")
+    if os.geteuid() != 0 or mount is None:
+        pytest.skip("mounting a small file system needs root")
+    if subprocess.run([mount, "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    try:
+        for workers in (1, 2):
+            words = command(
+                long_demos, base, place / "out", workers, False, "--image-codec", "png", "--image-size", "64"
+            )
+            failed = subprocess.run(words, capture_output=True, text=True)
+            told = [line for line in failed.stderr.splitlines() if line.startswith("error")]
+            assert failed.returncode == 1 and "Traceback" not in failed.stderr
+            assert len(told) == 1 and "the disk is full while writing" in told[0]
+            assert not (place / "out").exists()
+        subprocess.run([mount, "-o", "remount,size=64m", str(place)], check=True, capture_output=True)
+        subprocess.run(words, capture_output=True, check=True)
+        ConvertedDataset(place / "out").verify()
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_memory_does_not_grow_with_the_number_of_episodes(base: str, tmp_path: Path) -> None:
+    """60 episodes of 1.5 MB of frames each take at most 12 MB more than 10: the actions, not the frames, stay."""
+    rng = np.random.default_rng(0)
+    data = [encode_image(rng.integers(0, 255, (96, 96, 3), dtype=np.uint8), "jpeg") for _ in range(8)]
+    width = max(map(len, data))
+    peaks = []
+    measure = (
+        "import resource, sys; from vlaft.cli.main import main; code = main(sys.argv[1:]);"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); raise SystemExit(code)"
+    )
+    for count in (10, 60):
+        folder = tmp_path / f"demos{count}"
+        folder.mkdir()
+        for number in range(count):
+            with h5py.File(folder / f"episode_{number}.hdf5", "w") as file:
+                file["action"] = rng.normal(size=(80, 14)).astype(np.float32)
+                rows = [np.frombuffer(data[step % 8].ljust(width, b"\0"), np.uint8) for step in range(80)]
+                file["observations/images/cam_high"] = np.stack(rows)
+        words = ["convert", str(folder), "--base", base, "--out", str(tmp_path / f"out{count}"), "--workers", "1"]
+        words += ["--image-size", "96", "instruction=open it"]
+        done = subprocess.run([sys.executable, "-c", measure, *words], capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout.split()[-1]) / 1024)
+    size = sum(path.stat().st_size for path in (tmp_path / "out60").glob("*.parquet")) / 2**20
+    assert size > 50  # MiB
+    assert peaks[1] - peaks[0] < 12, peaks
