@@ -456,6 +456,43 @@ def test_damaged_image_names_the_step(tmp_path: Path) -> None:
         next(frames)
 
 
+def rewritten(folder: Path, change: Any) -> RldsSource:
+    """One episode whose record is changed."""
+    example = writer.example_message()()
+    example.ParseFromString(writer.serialize_episode(make_episode(), "png"))
+    change(example.features.feature)
+    record = writer.frame_record(example.SerializeToString())
+    (folder / "tiny-train.tfrecord-00000-of-00001").write_bytes(record)
+    return RldsSource(folder)
+
+
+def test_empty_frames_are_black_and_told(tmp_path: Path) -> None:
+    """OpenVLA's pipeline shows a frame of zero bytes as zeros."""
+    folder = writer.write_rlds(tmp_path, "tiny", {"train": [make_episode()]}, image_format="png")
+
+    def empty(features: Any) -> None:
+        features["steps/observation/image"].bytes_list.value[2] = b""
+
+    source = rewritten(folder, empty)
+    for _ in range(2):  # reading again tells nothing new
+        frames = list(source.read(source.episodes()[0]).cameras["observation/image"].read(range(4)))
+    assert [bool(frame.any()) for frame in frames] == [True, True, False, True]
+    assert frames[2].shape == frames[1].shape and frames[2].dtype == np.uint8
+    assert source.warnings == [
+        "episode 'train[0]': 1 of 4 frames of camera 'observation/image' are empty; they count as black, as OpenVLA's"
+        " pipeline shows them"
+    ]
+
+
+def test_a_feature_that_a_record_lacks_is_told(tmp_path: Path) -> None:
+    folder = writer.write_rlds(tmp_path, "tiny", {"train": [make_episode()]}, image_format="png")
+    source = rewritten(folder, lambda features: features.pop("steps/observation/wrist_image"))
+    episode = source.read(source.episodes()[0])
+    assert list(episode.cameras) == ["observation/image"]
+    assert len(source.warnings) == 1
+    assert "describes 'steps/observation/wrist_image', but episode 'train[0]' holds none" in source.warnings[0]
+
+
 def test_compressed_tensor_cannot_blow_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlaft.data.readers.tfds_decode._MAX_FIELD_BYTES", 1 << 22)
     node = {"tensor": {"dtype": "uint8", "encoding": "zlib", "shape": {"dimensions": ["-1"]}}}
