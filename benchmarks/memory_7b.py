@@ -3,7 +3,7 @@
     python benchmarks/memory_7b.py [--base openvla/openvla-7b] [--batch-sizes 1 16] [--recipes NAME ...] [--out FOLDER]
     python benchmarks/memory_7b.py --base FOLDER --batch-sizes 1 4      a small base, on a CPU too
 
-On a GPU the measure is `torch.cuda.max_memory_allocated` over three steps, and each recipe runs in a process of its own.
+On a GPU the measure is `torch.cuda.max_memory_allocated` over three steps, and each recipe runs in its own process.
 A recipe whose prediction does not fit the GPU is listed with its prediction alone. Without a GPU, live tensors are
 followed on the CPU and the prediction is one for a CPU; a base of 7B is refused there.
 Writes `memory.md` and `memory.json`; exit code 3 where a prediction is off by more than 5 %.

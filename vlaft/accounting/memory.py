@@ -128,10 +128,12 @@ class MemoryModel:
         return MemoryPrediction(batch_size, self.tokens, terms, trace.names[trace.places[event]], gpus)
 
     def largest_batch(self, memory: int, gpus: int = 1) -> int:
-        """Return the largest batch size that fits `memory` bytes; 0 where not even one example does."""
+        """Return the largest batch size, up to 4096, that fits `memory` bytes; 0 where not even one example does."""
         low, high = 0, 1
-        while high <= _LARGEST and self._bound(high, gpus) <= memory:
+        while low < _LARGEST and self._bound(high, gpus) <= memory:
             low, high = high, 2 * high
+        if low >= _LARGEST:
+            return _LARGEST
         while high - low > 1:  # the bound leaves fragmentation out: at most too large
             middle = (low + high) // 2
             low, high = (middle, high) if self._bound(middle, gpus) <= memory else (low, middle)

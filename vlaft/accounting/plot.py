@@ -38,7 +38,7 @@ def plot_costs(costs: Sequence[RecipeCost], title: str, path: Path) -> None:
         widths = [_gigabytes(cost, term) for cost in costs]
         axes.barh(names, widths, left=starts, color=colour, label=term)
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
-    limit = 1.08 * max(starts)
+    limit = 1.08 * max(*starts, CARDS[0])
     for card in CARDS:
         if card < limit:
             axes.axvline(card, color="#555555", linewidth=0.6, linestyle=":")

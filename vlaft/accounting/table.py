@@ -24,7 +24,7 @@ def gigabytes(size: int) -> str:
     >>> gigabytes(59_712_345_678)
     '59.7'
     """
-    return f"{size / 1e9:.1f}"
+    return f"{size / 1e9:.1f}" if size >= 1e8 else f"{size / 1e9:.4f}"
 
 
 def cost_table(costs: Sequence[RecipeCost], gpu_memory: int, *, paper: bool) -> Table:

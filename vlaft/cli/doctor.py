@@ -15,6 +15,7 @@ from vlaft.cli.arguments import AsJson
 
 BASE_BYTES = 15.2e9  # openvla-7b on the Hub, in bfloat16
 _EXTRAS = {"bitsandbytes": ("qlora32 and 8-bit AdamW", "pip install 'vlaft[qlora]'")}
+_PYTHON = (3, 11)
 _TRACKERS = ("tensorboard", "trackio", "wandb")
 _MARKS = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "problem": "[red]problem[/]"}
 
@@ -67,7 +68,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 def _python() -> Finding:
     found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    if sys.version_info < (3, 11):
+    if sys.version_info < _PYTHON:
         return Finding("Python", "problem", found, "vlaft needs Python 3.11 or newer")
     return Finding("Python", "ok", found)
 
@@ -128,7 +129,9 @@ def _bitsandbytes_kernels() -> tuple[Literal["ok", "note"], str]:
         packed, state = quantize_4bit(torch.ones(64, 64, device="cuda", dtype=torch.bfloat16), quant_type="nf4")
         dequantize_4bit(packed, state)
         torch.cuda.synchronize()
-    except Exception as error:  # a missing library, no kernel for this GPU, a driver too old: each has a kind of its own
+    except (
+        Exception
+    ) as error:  # a missing library, no kernel for this GPU, a driver too old: each has a kind of its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return "note", f"its kernels do not run on this GPU ({reason})"
     return "ok", "its kernels run on this GPU"
