@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from vlaft.model.checkpoint import (
     read_json,
     tensor_table,
 )
-from vlaft.model.tensor_stream import DTYPES, ShardWriter, read_chunks, read_rows, read_tensor
+from vlaft.model.tensor_stream import DTYPES, Scratch, ShardWriter, read_rows, read_tensor
 from vlaft.output_folder import output_folder
 from vlaft.trained import STATISTICS_FILE, TRAINED_FILE, Trained, write_json
 from vlaft.training_record import training_record
@@ -209,13 +210,16 @@ def copy_tensors(
         advance: called with the number of bytes that were written.
     """
     table = tensor_table(source)
+    scratch = Scratch()
     by_file: dict[str, list[str]] = {}
     for name, entry in table.items():
         by_file.setdefault(entry.file, []).append(name)
     for file, names in by_file.items():
-        with ShardWriter(target / file, {name: (dtypes[name], table[name].shape) for name in names}) as writer:
+        layout = {name: (dtypes[name], table[name].shape) for name in names}
+        # Blocks are small: one thread computes while another writes, and more would only wait for each other.
+        with _one_thread(), ShardWriter(target / file, layout) as writer:
             for name in names:
-                _write_tensor(writer, name, source, table[name], dtypes[name], (changes or {}).get(name))
+                _write_tensor(writer, name, source, table[name], dtypes[name], (changes or {}).get(name), scratch)
                 advance(torch.Size(table[name].shape).numel() * DTYPES[dtypes[name]].itemsize)
     if (source / INDEX_FILE).is_file():
         weight_map = {name: table[name].file for name in sorted(table)}
@@ -223,41 +227,51 @@ def copy_tensors(
         write_json(target / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _write_tensor(
-    writer: ShardWriter, name: str, source: Path, entry: TensorEntry, dtype: str, change: Change | None
+    writer: ShardWriter,
+    name: str,
+    source: Path,
+    entry: TensorEntry,
+    dtype: str,
+    change: Change | None,
+    scratch: Scratch,
 ) -> None:
-    if change is None and dtype == entry.dtype:
-        writer.copy(name, read_chunks(source, entry))
-        return
     kind = DTYPES[dtype]
     found = change() if change is not None else None
     if isinstance(found, Tensor):
         writer.write(name, found.to(kind))
+    elif found is None and dtype == entry.dtype:
+        writer.write_rows(name, (block for _, block in read_rows(source, entry, scratch)))
     elif found is None or found.by_rows:
-        writer.write_rows(name, _blocks(source, entry, kind, found))
+        writer.write_rows(name, _blocks(source, entry, kind, found, scratch))
     else:
         writer.write(name, found.merged(read_tensor(source, entry).float()).to(kind))
 
 
-def _blocks(source: Path, entry: TensorEntry, kind: torch.dtype, adapter: ModuleAdapter | None) -> Iterator[Tensor]:
+def _blocks(
+    source: Path, entry: TensorEntry, kind: torch.dtype, adapter: ModuleAdapter | None, scratch: Scratch
+) -> Iterator[Tensor]:
     """Yield a tensor's blocks of rows in another type or with an adapter folded in; each in the memory of the last.
 
-    Sums are taken in float32 and rounded once, also where the output is wider than the base. Fresh memory for each
-    block would cost more than the arithmetic.
+    Sums are taken in float32 and rounded once, also where the output is wider than the base.
     """
-    total = output = torch.empty(0)
-    for first, block in read_rows(source, entry):
-        if output.shape[:1] < block.shape[:1] or not first:
-            total = torch.empty(block.shape if adapter else 0, dtype=torch.float32)
-            output = torch.empty(block.shape, dtype=kind)
-        rows = len(block)
-        if adapter is None:
-            output[:rows].copy_(block)
-        else:
-            total[:rows].copy_(block)
-            adapter.rows(first, first + rows).add_to(total[:rows])
-            output[:rows].copy_(total[:rows])
-        yield output[:rows]
+    for first, block in read_rows(source, entry, scratch):
+        shape = tuple(block.shape)
+        total = block
+        if adapter is not None:
+            total = scratch.take("sum", torch.float32, shape).copy_(block)
+            adapter.rows(first, first + len(block)).add_to(total)
+        yield scratch.take("write", kind, shape).copy_(total)
 
 
 def checkpoint_dtype(dtypes: Mapping[str, str]) -> str | None:

@@ -10,6 +10,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -54,36 +55,50 @@ def read_tensor(folder: Path, entry: TensorEntry) -> Tensor:
     return torch.frombuffer(buffer, dtype=DTYPES[entry.dtype]).view(entry.shape)
 
 
-def read_rows(folder: Path, entry: TensorEntry) -> Iterator[tuple[int, Tensor]]:
+class Scratch:
+    """Memory that is lent out again and again: fresh memory for each block would cost more than the arithmetic.
+
+    Each purpose has two buffers in turn, so that one can still be written to disk while the other is filled.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, list[Tensor]] = {}
+
+    def take(self, purpose: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        """Return memory of a type and shape, with what was in it; valid until the second next call of this purpose."""
+        size = torch.Size(shape).numel() * dtype.itemsize
+        pair = self._buffers.setdefault(purpose, [torch.empty(0, dtype=torch.uint8)] * 2)
+        pair.reverse()
+        if pair[0].nbytes < size:
+            pair[0] = torch.empty(max(size, _CHUNK), dtype=torch.uint8)
+        return pair[0][:size].view(dtype).view(shape)
+
+
+def read_rows(folder: Path, entry: TensorEntry, scratch: Scratch) -> Iterator[tuple[int, Tensor]]:
     """Read one tensor in blocks of rows of a few megabytes.
 
     Yields:
-        The number of the first row and `[rows, ...]`, a number as one row. The next block is read into the same memory.
+        The number of the first row and `[rows, ...]`, a number as one row. The second next has its memory.
 
     Raises:
         CheckpointError: the file ends early, or the type is not known.
     """
-    if len(entry.shape) < 2 or entry.end - entry.begin <= _CHUNK or entry.dtype not in DTYPES:
-        whole = read_tensor(folder, entry)
-        yield 0, whole if entry.shape else whole[None]
-        return
-    row = (entry.end - entry.begin) // entry.shape[0]
-    rows = max(1, _CHUNK // row)
-    buffer = bytearray(rows * row)
+    if entry.dtype not in DTYPES:
+        raise CheckpointError(f"{folder / entry.file}: tensors of type {entry.dtype} are not supported")
+    shape = entry.shape or (1,)
+    row = (entry.end - entry.begin) // max(shape[0], 1)
+    rows = max(1, _CHUNK // max(row, 1))
     with (folder / entry.file).open("rb", buffering=0) as file:
         file.seek(entry.begin)
-        for first in range(0, entry.shape[0], rows):
-            count = min(rows, entry.shape[0] - first)
-            part = memoryview(buffer)[: count * row]
-            while part:
-                got = file.readinto(part)
+        for first in range(0, shape[0], rows):
+            block = scratch.take("read", DTYPES[entry.dtype], (min(rows, shape[0] - first), *shape[1:]))
+            left = memoryview(block.view(-1).view(torch.uint8).numpy().data)
+            while left:
+                got = file.readinto(left)
                 if not got:
                     raise CheckpointError(f"{folder / entry.file}: truncated")
-                part = part[got:]
-            block = torch.frombuffer(
-                buffer, dtype=DTYPES[entry.dtype], count=count * row // DTYPES[entry.dtype].itemsize
-            )
-            yield first, block.view(count, *entry.shape[1:])
+                left = left[got:]
+            yield first, block
 
 
 def read_chunks(folder: Path, entry: TensorEntry) -> Iterator[bytes]:
@@ -100,7 +115,11 @@ def read_chunks(folder: Path, entry: TensorEntry) -> Iterator[bytes]:
 
 
 class ShardWriter:
-    """Write a safetensors file whose names, types and shapes are known beforehand, tensor by tensor, in order."""
+    """Write a safetensors file whose names, types and shapes are known beforehand, tensor by tensor, in order.
+
+    One block is written by a thread of its own while the next is made: memory that was given to be written must stay as
+    it is until the block after it has been given.
+    """
 
     def __init__(self, path: Path, layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
         """Open `path` and write the header.
@@ -120,6 +139,8 @@ class ShardWriter:
         self._layout = dict(layout)
         self._pending = list(layout)
         self._file: FileIO = path.open("wb", buffering=0)
+        self._thread = ThreadPoolExecutor(1)
+        self._pending_write: Future[None] | None = None
         self._put(struct.pack("<Q", len(text)) + text)
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -146,6 +167,14 @@ class ShardWriter:
             self._put(chunk)
 
     def _put(self, data: bytes | memoryview) -> None:
+        self._wait()
+        self._pending_write = self._thread.submit(self._write_all, data)
+
+    def _wait(self) -> None:
+        if self._pending_write is not None:
+            self._pending_write.result()
+
+    def _write_all(self, data: bytes | memoryview) -> None:
         left = memoryview(data)
         while left:
             left = left[self._file.write(left) :]
@@ -166,6 +195,8 @@ class ShardWriter:
             if kind is None:
                 if self._pending:
                     raise ValueError(f"{len(self._pending)} announced tensors were not written")
+                self._wait()
                 os.fsync(self._file.fileno())
         finally:
+            self._thread.shutdown()
             self._file.close()
