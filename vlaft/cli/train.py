@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vlaft.cli.arguments import Base, ConfigFiles, Data, Out, Overwrite, Recipe, Resume, Settings
+from vlaft.cli.arguments import Base, ConfigFiles, Data, GpuMemory, Out, Overwrite, Recipe, Resume, Settings
 
 if TYPE_CHECKING:
     from vlaft.config import RecipeConfig
+    from vlaft.plan import Plan
     from vlaft.training.events import Banner, EvaluationLine, RunSummary, StepLine
 
 
@@ -23,22 +24,42 @@ def train(
     resume: Resume = False,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and what it costs.")] = False,
+    gpu_memory: GpuMemory = None,
     settings: Settings = None,
 ) -> None:
     """Adapt a base to demonstrations.
 
     Example: vlaft train --recipe lora32 --data data/ --base openvla/openvla-7b --out run/ train.steps=2000
     """
-    from vlaft.cli.arguments import check_output_folder
+    from vlaft.cli.arguments import check_output_folder, parse_size
 
     check_output_folder(out, overwrite=overwrite, resume=resume)
     resolved = resolve_recipe(recipe, config, settings, data, base, run=out if resume else None)
+    memory = parse_size(gpu_memory) if gpu_memory else None
+    from vlaft.errors import ConfigError, VlaftError
+    from vlaft.plan import plan_run, present_gpu
+
+    if not resolved.data.paths:
+        raise ConfigError("data.path is missing: name the converted dataset with --data")
+    plan = plan_run(resolved, memory or present_gpu())
     if dry_run:
-        _dry_run(resolved)
+        _show_plan(plan)
+        if not plan.fits:
+            raise VlaftError(
+                f"this does not fit {(plan.gpu_memory or 0) / 1e9:.0f} GB: a step is predicted to need"
+                f" {plan.prediction.peak / 1e9:.1f} GB; `vlaft report` says what fits"
+            )
         return
     from vlaft.training.trainer import train as run_training
 
-    run_training(resolved, out, _Printer(), resume=resume, overwrite=overwrite)
+    run_training(
+        plan.recipe,
+        out,
+        _Printer(),
+        resume=resume,
+        overwrite=overwrite,
+        predicted_bytes=plan.prediction.allocated,
+    )
 
 
 def resolve_recipe(
@@ -61,14 +82,32 @@ def resolve_recipe(
     name: str | Path | None = recipe
     if recipe is None and run is not None and (run / RECIPE_FILE).is_file():
         name = run / RECIPE_FILE
-    return resolve(name or "lora32", config or [], words)
+    resolved = resolve(name or "lora32", config or [], words)
+    if resolved.train.batch_size == "auto" and run is not None and (run / RECIPE_FILE).is_file():
+        from dataclasses import replace
+
+        before = resolve(run / RECIPE_FILE).train  # what was settled then, also where the GPU is another now
+        train = replace(resolved.train, batch_size=before.batch_size, accumulation=before.accumulation)
+        resolved = replace(resolved, train=train)
+    return resolved
 
 
-def _dry_run(recipe: RecipeConfig) -> None:
+def _show_plan(plan: Plan) -> None:
     from vlaft.cli.console import show
     from vlaft.config import to_yaml
 
-    show(to_yaml(recipe))
+    train, counted = plan.recipe.train, plan.counted
+    show(to_yaml(plan.recipe).rstrip())
+    for data in plan.data:
+        counts = ", ".join(f"{data['examples'][name]:,} {name}" for name in data["examples"])
+        shape = "/".join(map(str, data["action dimensions"]))
+        show(f"data    {data['path']}: {counts} examples, {shape}-D actions, cameras {', '.join(data['cameras'])}")
+    show(
+        f"params  {counted.trainable:,} of {counted.total:,} are trained, {counted.reached_by_gradient:,} of them"
+        " reached by a gradient"
+    )
+    show(f"batch   {train.batch_size} x {train.accumulation} examples per step and GPU")
+    show(f"memory  {plan.prediction.peak / 1e9:.1f} GB of a GPU, predicted; most at: {plan.prediction.moment}")
 
 
 def _duration(seconds: float) -> str:
@@ -87,6 +126,8 @@ class _Printer:
         say(f"recipe {banner.recipe} ({banner.method}) on {banner.base}, {banner.device}")
         say(f"data   {banner.train_examples:,} training and {banner.val_examples:,} held-out examples")
         say(f"params {banner.trainable:,} of {banner.total:,} are trained ({share:.2f} %)")
+        if banner.predicted_bytes is not None:
+            say(f"memory {banner.predicted_bytes / 1e9:.2f} GB allocated at the peak of a step, predicted for a GPU")
         say(f"steps  {banner.first_step:,} of {banner.steps:,} done, {banner.effective_batch} examples each")
 
     def stepped(self, line: StepLine) -> None:
@@ -120,7 +161,11 @@ class _Printer:
         stopped = ", stopped early" if summary.stopped_early else ""
         best = f"; best: {summary.best} (held-out action L1 {summary.best_l1:.4f})" if summary.best else ""
         say(f"{summary.steps} steps in {_duration(summary.seconds)}{stopped}; last: {summary.last}{best}")
-        say(f"peak memory {summary.peak_bytes / 1e9:.2f} GB; written to {summary.folder}")
+        what = "allocated on the GPU" if summary.on_gpu else "of main memory"
+        predicted = ""
+        if summary.predicted_bytes is not None:
+            predicted = f" ({summary.predicted_bytes / 1e9:.2f} GB were predicted for a GPU)"
+        say(f"peak memory {summary.peak_bytes / 1e9:.2f} GB {what}{predicted}; written to {summary.folder}")
         say(f"next: vlaft merge {summary.folder} --out {summary.folder}-merged")
 
     def warned(self, sentence: str) -> None:

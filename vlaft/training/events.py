@@ -23,6 +23,7 @@ class Banner:
         device: where it runs.
         first_step: number of steps done before.
         steps: number of steps in all.
+        predicted_bytes: what a step is predicted to allocate on a GPU, or None.
     """
 
     recipe: str
@@ -36,6 +37,7 @@ class Banner:
     device: str
     first_step: int
     steps: int
+    predicted_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class RunSummary:
         seconds: of this call.
         peak_bytes: device memory at its peak; resident memory of the process on a CPU.
         stopped_early: whether evaluation stopped improving.
+        predicted_bytes: what was predicted for a GPU; comparable where the run was on one.
+        on_gpu: whether it was.
     """
 
     folder: Path
@@ -101,6 +105,8 @@ class RunSummary:
     seconds: float
     peak_bytes: int
     stopped_early: bool
+    predicted_bytes: int | None = None
+    on_gpu: bool = False
 
 
 class Listener(Protocol):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -167,7 +168,11 @@ class Run:
             progress.step,
             write_weights=write_weights,
             optimizer=self.optimizer,
-            state={"progress": asdict(progress), "loader": self.data.loader.state_dict()},
+            state={
+                "progress": asdict(progress),
+                "loader": self.data.loader.state_dict(),
+                "effective_batch": self.effective_batch,
+            },
         )
         self._write_progress(path.name)
         rotate(self.folder.checkpoints, self.recipe.train.keep_checkpoints, progress.best)
@@ -212,6 +217,12 @@ class Run:
             self.progress = Progress(**state["progress"])
         except (TypeError, KeyError) as error:
             raise CheckpointError(f"{checkpoint}: its state.json is of another version of vlaft ({error})") from None
+        before = state.get("effective_batch", self.effective_batch)
+        if before != self.effective_batch:
+            self.listener.warned(
+                f"{checkpoint}: a step had {before} examples and now has {self.effective_batch}, because the number of"
+                " processes is another; the run goes on, but not as it would have"
+            )
         best = self.progress.best
         if best is not None and not (self.folder.checkpoints / best).is_dir():
             self.listener.warned(f"{self.folder.path}: the best checkpoint, {best}, is gone; the next best counts")
@@ -277,6 +288,25 @@ class Run:
     def _seed(self, step: int, micro: int) -> int:
         key = (self.recipe.train.seed, step, micro, self.accelerator.process_index)
         return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little")
+
+    @torch.no_grad()
+    def check_batches(self) -> None:
+        """Look at two held-out batches before the long run, so that what is wrong shows at once and not in an hour.
+
+        Raises:
+            VlaftError: their loss is not finite.
+        """
+        if not self.data.val_examples:
+            return
+        model = bare(self.model)
+        model.eval()
+        for batch, _ in islice(self._validation(), 2):
+            output = forward(model, to_inputs(batch, self.device), self.normalization, self.compute)
+            if output.loss is None or not bool(torch.isfinite(output.loss)):
+                raise VlaftError(
+                    f"{self.base}: the loss on held-out examples is not finite before the first step; are the base's"
+                    " weights whole, and does precision.compute suit this device?"
+                )
 
     @torch.no_grad()
     def evaluate(self) -> Metrics | None:

@@ -33,7 +33,13 @@ from vlaft.training.trackers import check_trackers, tracked
 
 
 def train(
-    recipe: RecipeConfig, out: Path, listener: Listener, *, resume: bool = False, overwrite: bool = False
+    recipe: RecipeConfig,
+    out: Path,
+    listener: Listener,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    predicted_bytes: int | None = None,
 ) -> RunSummary:
     """Train as `recipe` says and write the run to `out`.
 
@@ -42,6 +48,7 @@ def train(
         out: the run's folder.
         listener: told what happens, in the main process.
         resume: continue from the newest whole checkpoint in `out`.
+        predicted_bytes: what a step is predicted to allocate on a GPU, for the record.
         overwrite: replace what is in `out`, once the model is loaded and the new run begins.
 
     Raises:
@@ -63,7 +70,8 @@ def train(
         with out_of_memory_told(recipe, "loading the base"):
             _begin(run, resume=resume, overwrite=overwrite)
         signals.defer()
-        run.listener.started(_banner(run))
+        run.check_batches()
+        run.listener.started(_banner(run, predicted_bytes))
         try:
             told = out_of_memory_told(recipe, f"a step of train.batch_size={recipe.train.batch_size}")
             with told, tracked(run.listener, recipe, out, run.progress.step) as run.listener:
@@ -73,7 +81,7 @@ def train(
                 with suppress(VlaftError):  # the disk may be what failed
                     run.folder.write_status(status="failed")
             raise
-    summary = _finish(run, time.monotonic() - began, stopped_early)
+    summary = _finish(run, time.monotonic() - began, stopped_early, predicted_bytes)
     run.listener.finished(summary)
     run.accelerator.end_training()
     return summary
@@ -132,11 +140,11 @@ def _begin(run: Run, *, resume: bool, overwrite: bool) -> None:
         run.restore(checkpoint)
 
 
-def _finish(run: Run, seconds: float, stopped_early: bool) -> RunSummary:
+def _finish(run: Run, seconds: float, stopped_early: bool, predicted_bytes: int | None) -> RunSummary:
     peak = peak_memory(run.device)
     progress = run.progress
     run.folder.write_status(status="stopped early" if stopped_early else "finished")
-    run.folder.replace_json("report.json", _report(run, peak, seconds))
+    run.folder.replace_json("report.json", _report(run, peak, seconds, predicted_bytes))
     return RunSummary(
         folder=run.folder.path,
         steps=progress.step,
@@ -146,6 +154,8 @@ def _finish(run: Run, seconds: float, stopped_early: bool) -> RunSummary:
         seconds=seconds,
         peak_bytes=peak,
         stopped_early=stopped_early,
+        predicted_bytes=predicted_bytes,
+        on_gpu=run.device.type == "cuda",
     )
 
 
@@ -232,7 +242,7 @@ def _evaluate(run: Run) -> None:
     run.listener.evaluated(line)
 
 
-def _banner(run: Run) -> Banner:
+def _banner(run: Run, predicted_bytes: int | None) -> Banner:
     return Banner(
         recipe=run.recipe.name or "(unnamed)",
         base=run.recipe.base,
@@ -245,10 +255,11 @@ def _banner(run: Run) -> Banner:
         device=str(run.device),
         first_step=run.progress.step,
         steps=run.recipe.train.steps,
+        predicted_bytes=predicted_bytes,
     )
 
 
-def _report(run: Run, peak: int, seconds: float) -> dict:
+def _report(run: Run, peak: int, seconds: float, predicted_bytes: int | None) -> dict:
     on_gpu = run.device.type == "cuda"
     return {
         "recipe": run.recipe.name,
@@ -257,6 +268,7 @@ def _report(run: Run, peak: int, seconds: float) -> dict:
         "steps": run.progress.step,
         "seconds": seconds,
         "memory": {
+            "predicted_gpu_peak_bytes": predicted_bytes,
             "measured_peak_bytes": peak,
             "measured_as": "torch.cuda.max_memory_allocated" if on_gpu else "resident memory of the process",
         },
