@@ -35,6 +35,7 @@ def push(folder: Path, repository: str, *, api: Any = None) -> str:
     Raises:
         VlaftError: the Hub cannot be reached or refuses; the folder stays.
     """
+    from httpx import HTTPError  # what the Hub's client speaks with
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
@@ -48,7 +49,7 @@ def push(folder: Path, repository: str, *, api: Any = None) -> str:
     except (HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise VlaftError(f"not uploaded: the Hub says: {reason}. {again}") from error
-    except (OSError, RuntimeError) as error:  # offline: no route, no name, HF_HUB_OFFLINE
+    except (HTTPError, OSError, RuntimeError) as error:  # no route, no name, HF_HUB_OFFLINE
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise VlaftError(f"not uploaded: the Hub cannot be reached ({reason}). {again}") from error
     return str(result)

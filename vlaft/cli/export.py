@@ -74,6 +74,7 @@ def _run(source: str, out: Path, to: str, dtype: str | None, checkpoint: str | N
     from vlaft.export import export_huggingface, stored_bytes
     from vlaft.model.checkpoint import resolve_checkpoint, tensor_table
     from vlaft.output_folder import free_bytes
+    from vlaft.release import open_source
 
     if to == "adapter":
         from vlaft.export_adapter import export_adapter
@@ -81,6 +82,7 @@ def _run(source: str, out: Path, to: str, dtype: str | None, checkpoint: str | N
 
         return export_adapter(find_trained(Path(source), checkpoint), out)
     folder = Path(source) if Path(source).is_dir() else resolve_checkpoint(source)
+    open_source(folder)  # what is wrong with it is said first
     size = stored_bytes(tensor_table(folder).values())
     say(f"{size / 1e9:.2f} GB to read; {free_bytes(out) / 1e9:.1f} GB are free at {out}")
     with bytes_progress("exporting", size) as advance:

@@ -255,11 +255,6 @@ def load_model(folder: Path, *, dtype: Any = None, device: Any = "cpu", quantiza
     finally:
         if bar:
             logging.enable_progress_bar()
-    for module in model.modules():
-        # On some CPUs bitsandbytes repacks 4-bit weights for a kernel that fails on widths that 64 does not divide,
-        # SigLIP's 4304 among them.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
     if stored and dtype is not None:  # transformers leaves what is not quantised as it lies there
         for parameter in model.parameters():
             if parameter.is_floating_point():

@@ -80,6 +80,19 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         elif isinstance(module, AttentionPool):
             init.normal_(module.latent, std=0.02)
 
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
+        """Load a checkpoint as transformers does, and keep 4-bit weights as they are stored.
+
+        On some CPUs bitsandbytes repacks them for a kernel that fails on widths that 64 does not divide, SigLIP's 4304
+        among them.
+        """
+        loaded = super().from_pretrained(*arguments, **options)
+        for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+        return loaded
+
     def get_input_embeddings(self) -> nn.Module:
         """Return the token embedding."""
         return self.language_model.get_input_embeddings()
