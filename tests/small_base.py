@@ -100,8 +100,8 @@ def write_examples(
             "instruction": "chosen",
             "image": {"bytes": encode_image(image, "png"), "path": None},
             "state": None,
-            "action": np.zeros(len(ids), np.float32),
-            "normalized_action": np.zeros(len(ids), np.float32),
+            "action": np.zeros(7, np.float32),
+            "normalized_action": np.zeros(7, np.float32),
             "prompt_token_ids": list(prompt),
             "action_token_ids": list(ids),
         }

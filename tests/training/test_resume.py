@@ -153,7 +153,7 @@ def test_killed_at_random_moments(small: Small, tmp_path: Path) -> None:
     assert log_lines(out) == log_lines(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_told_to_stop_it_saves_and_exits_with_130(small: Small, tmp_path: Path, number: signal.Signals) -> None:
     words = ("train.steps=100000", "train.save_every=100000", "train.evaluate_every=0")
     out = tmp_path / "run"
