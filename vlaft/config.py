@@ -68,6 +68,7 @@ class DataConfig:
     path: str | list[str] | None = None  # folder(s) that `vlaft convert` wrote, or null until --data names them
     augment: bool = True  # random crop and colour changes of training images
     val_examples: int | None = 512  # held-out examples per evaluation, evenly spread; null: all of them
+    reuse_features: Literal["auto", "always", "never"] = "auto"  # keep frozen ViTs' output on disk; auto: where it pays
     workers: int = 4  # threads that decode images ahead; 0: none
 
     @property
@@ -101,7 +102,8 @@ class TrainConfig:
     eps: float = 1e-8  # added to the second moment's root
     max_grad_norm: float | None = None  # clip the gradient's global norm to this; null: no clipping
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)  # learning rate over steps
-    gradient_checkpointing: int | Literal["none", "all"] = "none"  # blocks recomputed: none, all, or every k-th
+    # blocks recomputed in the backward pass: none, those of vision, k: these and every k-th decoder block, all
+    gradient_checkpointing: int | Literal["none", "vision", "all"] = "none"
     compile: bool = False  # torch.compile each decoder block; a minute at the start
     seed: int = 7  # of initialisation, order and augmentation
     log_every: int = 10  # steps

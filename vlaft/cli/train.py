@@ -128,6 +128,8 @@ class _Printer:
         say(f"params {banner.trainable:,} of {banner.total:,} are trained ({share:.2f} %)")
         if banner.predicted_bytes is not None:
             say(f"memory {banner.predicted_bytes / 1e9:.2f} GB allocated at the peak of a step, predicted for a GPU")
+        if banner.feature_cache is not None:
+            say(f"cache  features of the frozen ViTs are kept in {banner.feature_cache}")
         say(f"steps  {banner.first_step:,} of {banner.steps:,} done, {banner.effective_batch} examples each")
 
     def stepped(self, line: StepLine) -> None:

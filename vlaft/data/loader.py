@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 IGNORED = -100  # label of a position that the loss leaves out
-_PREFETCHED = 2  # batches decoded ahead
+_PREFETCHED = 2  # batches decoded ahead, or one per thread where there are more
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Batch:
         labels: int64 `[B, T]`: the A action tokens and the end of sequence; -100 elsewhere.
         images: uint8 `[B, H, W, 3]`, the main camera.
         action: float32 `[B, A]`, normalized.
+        rows: int64 `[B]`, the number of each example in its split, over all datasets.
         datasets: the name of each example's dataset, `[B]`, which is its key in the statistics.
     """
 
@@ -45,6 +46,7 @@ class Batch:
     labels: torch.Tensor
     images: torch.Tensor
     action: torch.Tensor
+    rows: torch.Tensor
     datasets: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -90,7 +92,7 @@ class ExampleLoader:
             seed: of the order.
             rank: of this process; ranks read different examples of the same order.
             world_size: number of processes.
-            workers: threads that decode ahead; 0 decodes in the caller's.
+            workers: threads that decode ahead, each a whole batch; 0 decodes in the caller's.
             split: `"train"` or `"val"`.
             limit: only the first so many rows, over and over; None takes all.
 
@@ -110,22 +112,27 @@ class ExampleLoader:
         self._consumed = 0  # examples that all ranks together have been given
         self._orders: dict[int, NDArray[np.int64]] = {}
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode") if workers else None
-        self._ahead: deque[tuple[list[int], list[Future[_Example]]]] = deque()
+        self._ahead: deque[Future[Batch]] = deque()
+        self._depth = max(_PREFETCHED, workers)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
+        step = self._batch_size * self._world_size
         if self._pool is None:
-            examples = [self._reader.read(row) for row in self._rows_of_batch(self._consumed)]
+            batch = self._read(self._rows_of_batch(self._consumed))
         else:
-            while len(self._ahead) <= _PREFETCHED:
-                start = self._consumed + len(self._ahead) * self._batch_size * self._world_size
-                rows = self._rows_of_batch(start)
-                self._ahead.append((rows, [self._pool.submit(self._reader.read, row) for row in rows]))
-            examples = [future.result() for future in self._ahead.popleft()[1]]
-        self._consumed += self._batch_size * self._world_size
-        return collate(examples, self._reader.pad_id)
+            while len(self._ahead) <= self._depth:
+                rows = self._rows_of_batch(self._consumed + len(self._ahead) * step)
+                self._ahead.append(self._pool.submit(self._read, rows))
+            batch = self._ahead[0].result()
+            self._ahead.popleft()  # not before: after an error the same batch comes again
+        self._consumed += step
+        return batch
+
+    def _read(self, rows: Sequence[int]) -> Batch:
+        return collate([self._reader.read(row) for row in rows], self._reader.pad_id)
 
     @property
     def epoch(self) -> float:
@@ -147,9 +154,8 @@ class ExampleLoader:
             raise DataError(
                 "the saved position belongs to other data or another seed; resume with the data and seed of the run"
             )
-        for _, futures in self._ahead:
-            for future in futures:
-                future.cancel()
+        for future in self._ahead:
+            future.cancel()
         self._ahead.clear()
         self._consumed = int(state["epoch"]) * self.epoch_length + int(state["offset"])
 
@@ -224,6 +230,7 @@ class _Example:
     tokens: list[int]  # action tokens and end of sequence
     image: NDArray[np.uint8]
     action: NDArray[np.float32]
+    row: int
     dataset: str
 
 
@@ -246,6 +253,7 @@ def collate(examples: Sequence[_Example], pad_id: int) -> Batch:
         labels=torch.from_numpy(labels),
         images=torch.from_numpy(np.stack([example.image for example in examples])),
         action=torch.from_numpy(np.stack([example.action for example in examples])),
+        rows=torch.tensor([example.row for example in examples], dtype=torch.int64),
         datasets=tuple(example.dataset for example in examples),
     )
 
@@ -348,6 +356,7 @@ class _Reader:
             tokens=[*columns.tokens[index], self.eos_id],
             image=pixels,
             action=columns.actions[index],
+            row=row,
             dataset=columns.names[columns.datasets[index]],
         )
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 Function = Callable[..., Tensor]
-Replay = Callable[[Sequence[Tensor]], Tensor]
+Replay = Callable[[Sequence[Tensor | None]], Tensor]
 _KEPT = 4  # recordings; each holds the activations of its prediction
 _REMEMBERED = 256  # shapes seen once
 _log = logging.getLogger(__name__)

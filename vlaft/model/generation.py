@@ -100,10 +100,7 @@ def read_prompt(
     embeddings = model.embed(input_ids, pixel_values)
     batch, positions = embeddings.shape[:2]
     visible = None if attention_mask is None else model.splice_mask(attention_mask).bool()
-    if visible is None:
-        lengths = torch.full((batch,), positions, device=embeddings.device)
-    else:
-        lengths = visible.sum(dim=1)
+    lengths = torch.full((batch,), positions, device=embeddings.device) if visible is None else visible.sum(dim=1)
     cache = KeyValues(positions + room)
     # Causal attention keeps what lies to the right of a prompt's last token out of it, padding included.
     last = model.decode(embeddings, cache=cache, rows=lengths[:, None] - 1)[:, 0]

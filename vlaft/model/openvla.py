@@ -106,17 +106,19 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         """Patch positions that every image takes in the sequence."""
         return self.vision_backbone.num_patches
 
-    def embed(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+    def embed(self, input_ids: Tensor, pixel_values: Tensor | None, vision_features: Tensor | None = None) -> Tensor:
         """Splice projected patches behind the first token.
 
         Args:
             input_ids: `[B, T]` int64, beginning with BOS.
             pixel_values: `[B, 3 * number of ViTs, H, W]`, normalised.
+            vision_features: `[B, P, V]`, what the vision backbone gave for them earlier; then no pixels are needed.
 
         Returns:
             `[B, 1 + P + (T - 1), D]`.
         """
-        patches = self.projector(self.vision_backbone(pixel_values))
+        features = self.vision_backbone(pixel_values) if vision_features is None else vision_features
+        patches = self.projector(features)
         text = self.get_input_embeddings()(input_ids)
         return torch.cat([text[:, :1], patches.to(text.dtype), text[:, 1:]], dim=1)
 
@@ -169,10 +171,11 @@ class OpenVLAForActionPrediction(PreTrainedModel):
     def forward(
         self,
         input_ids: Tensor,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         label_positions: Tensor | None = None,
+        vision_features: Tensor | None = None,
         **_: Any,
     ) -> OpenVLAOutput:
         """Compute logits, and the loss when there are labels.
@@ -184,8 +187,9 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             labels: `[B, T]` int64, `IGNORE_INDEX` where there is none; label t is predicted from what is before t.
             label_positions: `[B, K]` int64, columns of `labels` to use. Saves a look at `labels` and, on a GPU, the
                 synchronisation that comes with it. Columns that hold `IGNORE_INDEX` are skipped by the loss.
+            vision_features: in place of `pixel_values`, as `embed` takes them.
         """
-        embeddings = self.embed(input_ids, pixel_values)
+        embeddings = self.embed(input_ids, pixel_values, vision_features)
         if labels is None:
             mask = None
             if attention_mask is not None:

@@ -14,6 +14,7 @@ import os
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -65,6 +66,12 @@ def shard(model: OpenVLAForActionPrediction, device: torch.device) -> None:
 def bare(model: nn.Module) -> nn.Module:
     """Return the model without what copies it over processes."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def base_model(model: nn.Module) -> OpenVLAForActionPrediction:
+    """Return the OpenVLA model inside what copies and adapts it."""
+    inner = bare(model)
+    return inner.get_base_model() if isinstance(inner, PeftModel) else inner  # type: ignore[return-value]
 
 
 def is_sharded(model: nn.Module) -> bool:

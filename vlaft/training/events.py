@@ -24,6 +24,7 @@ class Banner:
         first_step: number of steps done before.
         steps: number of steps in all.
         predicted_bytes: what a step is predicted to allocate on a GPU, or None.
+        feature_cache: file that keeps the features of frozen ViTs, or None.
     """
 
     recipe: str
@@ -38,6 +39,7 @@ class Banner:
     first_step: int
     steps: int
     predicted_bytes: int | None = None
+    feature_cache: Path | None = None
 
 
 @dataclass(frozen=True)

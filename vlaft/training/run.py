@@ -18,8 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from vlaft.adapt import pissa
 from vlaft.adapt.adapter_files import load_adapter_weights, save_adapter
 from vlaft.config import RecipeConfig, resolve_precision
+from vlaft.data.augmentation import pixel_values
 from vlaft.data.loader import IGNORED, Batch
-from vlaft.errors import CheckpointError, VlaftError
+from vlaft.errors import CheckpointError, ConfigError, VlaftError
 from vlaft.model.checkpoint import fingerprint
 from vlaft.training.batches import TrainingData, to_inputs
 from vlaft.training.checkpoints import (
@@ -35,14 +36,15 @@ from vlaft.training.checkpoints import (
     write_checkpoint,
     write_trained,
 )
-from vlaft.training.distributed import bare, distribute, is_sharded, join_processes, mine, whole
+from vlaft.training.distributed import bare, base_model, distribute, is_sharded, join_processes, mine, whole
 from vlaft.training.events import Listener, Silence
+from vlaft.training.feature_cache import FeatureCache, cache_folder, cacheable, pays
 from vlaft.training.metrics import Metrics, MetricSums
 from vlaft.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
 from vlaft.training.run_folder import RunFolder
 from vlaft.training.session import DTYPES, load_trainable, trained_names
 from vlaft.training.signals import StopSignals
-from vlaft.training.step import Normalization, forward
+from vlaft.training.step import Inputs, Normalization, autocast, forward
 
 
 @dataclass
@@ -87,7 +89,47 @@ class Run:
         self.names = trained_names(model)
         self.pissa_start = pissa.initialise(model) if self._uses_pissa and start else None  # type: ignore[arg-type]
         self.model = distribute(model, self.recipe.adapt.method, self.device)
+        self.features = self._feature_cache()
         self.optimizer = build_optimizer(self.model, self.recipe.train, self.recipe.adapt.lora.plus_ratio)
+
+    def _feature_cache(self) -> FeatureCache | None:
+        """Return where the vision backbone's output is kept, or None where it changes or is not worth keeping."""
+        wanted = self.recipe.data.reuse_features
+        steady = cacheable(bare(self.model), augment=self.recipe.data.augment) and not is_sharded(self.model)
+        if wanted == "never" or not steady:
+            if wanted == "always":
+                raise ConfigError(
+                    "data.reuse_features=always needs a vision backbone that is not trained, and data.augment=false"
+                )
+            return None
+        vision = base_model(self.model).vision_backbone
+        images = torch.zeros(1, self.data.pipeline.size, self.data.pipeline.size, 3, dtype=torch.uint8)
+        sample = self._compute_features(images.to(self.device))
+        shape = (self.data.train_examples, vision.num_patches, vision.embed_dim)
+        folder = cache_folder()
+        examples = self.recipe.train.steps * self.effective_batch
+        bytes_per_row = shape[1] * shape[2] * sample.element_size()
+        if wanted == "auto" and not pays(shape[0], examples, bytes_per_row, folder):
+            return None
+        key = {
+            "base": self.base_fingerprint,
+            "data": self.data.fingerprint,
+            "pipeline": self.data.pipeline.to_json(),
+            "precision": [self.precision.frozen, self.precision.compute, self.recipe.adapt.quantize],
+            "device": self.device.type,
+        }
+        return FeatureCache(folder, key, shape, sample.dtype)
+
+    @torch.no_grad()
+    def _compute_features(self, images: torch.Tensor) -> torch.Tensor:
+        pixels = pixel_values(images, self.normalization.means, self.normalization.stds)
+        with autocast(self.device, self.compute):
+            return base_model(self.model).vision_backbone(pixels)
+
+    def _vision_features(self, batch: Batch, inputs: Inputs) -> torch.Tensor | None:
+        if self.features is None:
+            return None
+        return self.features.features(batch.rows, lambda: self._compute_features(inputs.images), self.device)
 
     @property
     def device(self) -> torch.device:
@@ -257,7 +299,8 @@ class Run:
             generator = torch.Generator().manual_seed(seed) if self.recipe.data.augment else None
             waits = isinstance(self.model, DistributedDataParallel) and micro < train.accumulation - 1
             with self.model.no_sync() if waits else nullcontext():  # type: ignore[operator]
-                output = forward(self.model, inputs, self.normalization, self.compute, generator)
+                features = self._vision_features(batch, inputs)
+                output = forward(self.model, inputs, self.normalization, self.compute, generator, features)
                 assert output.loss is not None
                 (share * output.loss).backward()
             sums.add(output)

@@ -31,6 +31,7 @@ _FREE_KEYS = {
     "name",
     "description",
     "data.workers",
+    "data.reuse_features",
     "train.log_every",
     "train.save_every",
     "train.evaluate_every",

@@ -51,6 +51,7 @@ def forward(
     normalization: Normalization,
     compute: torch.dtype,
     generator: torch.Generator | None = None,
+    vision_features: Tensor | None = None,
 ) -> OpenVLAOutput:
     """Run the model on a batch and return loss and logits at label positions.
 
@@ -60,7 +61,16 @@ def forward(
         normalization: of the base's pixels.
         compute: number format of matrix products.
         generator: augment the images with random numbers from here; None leaves them as they are.
+        vision_features: `[B, P, V]`, what the vision backbone gave for these images before; None computes them.
     """
+    if vision_features is not None:
+        with autocast(vision_features.device, compute):
+            return model(
+                input_ids=inputs.input_ids,
+                vision_features=vision_features,
+                labels=inputs.labels,
+                label_positions=inputs.label_positions,
+            )
     images = inputs.images if generator is None else augment(inputs.images, generator)
     pixels = pixel_values(images, normalization.means, normalization.stds)
     with autocast(pixels.device, compute):

@@ -256,6 +256,7 @@ def _banner(run: Run, predicted_bytes: int | None) -> Banner:
         first_step=run.progress.step,
         steps=run.recipe.train.steps,
         predicted_bytes=predicted_bytes,
+        feature_cache=run.features.path if run.features else None,
     )
 
 
