@@ -106,7 +106,7 @@ def test_words_are_yaml() -> None:
         ("train.batch_size=atuo",
          "train.batch_size must be a whole number or 'auto', not 'atuo'; did you mean 'auto'?"),
         ("train.gradient_checkpointing=some",
-         "train.gradient_checkpointing must be a whole number or one of none, all, not 'some'"),
+         "train.gradient_checkpointing must be a whole number or one of none, vision, all, not 'some'"),
         ("train.betas=[0.9]", "train.betas must be a list of 2 numbers, such as [0.9, 0.9], not '[0.9]'"),
         ("adapt.lora.targets=q", "adapt.lora.targets must be a list of texts, such as [a, b], not 'q'"),
         ("data.augment=maybe", "data.augment must be true or false, not 'maybe'"),
