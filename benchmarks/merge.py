@@ -126,8 +126,9 @@ def sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def measure(job: str, folder: Path) -> tuple[float, int]:
-    """Return seconds and bytes of peak memory of one job."""
+def measure(job: str, folder: Path) -> tuple[float, int, float]:
+    """Return seconds, bytes of peak memory, and seconds of processor time of one job."""
+    before = os.times()
     out = folder / f"out-{job}"
     started = time.perf_counter()
     if job == "cp":
@@ -142,8 +143,10 @@ def measure(job: str, folder: Path) -> tuple[float, int]:
         peak = int(result.stdout.split()[-1])
     sync(out)
     seconds = time.perf_counter() - started
+    after = os.times()
+    cpu = sum(after[index] - before[index] for index in range(4))  # its own and its children's
     shutil.rmtree(out)
-    return seconds, peak
+    return seconds, peak, cpu
 
 
 def free_memory() -> int:
@@ -167,7 +170,7 @@ def main() -> None:
         subprocess.run(words, check=True)
         size = sum(path.stat().st_size for path in (folder / "base").iterdir())
         print(f"checkpoint of {size / 1e9:.2f} GB, adapter of {_size(folder / 'adapter') / 1e9:.2f} GB", flush=True)
-        found: dict[str, list[tuple[float, int]]] = {"cp": [], "vlaft": [], "peft": []}
+        found: dict[str, list[tuple[float, int, float]]] = {"cp": [], "vlaft": [], "peft": []}
         if free_memory() < 1.7 * size:
             print(
                 f"peft needs about {1.7 * size / 1e9:.0f} GB of memory and {free_memory() / 1e9:.0f} are free: not run"
@@ -176,10 +179,13 @@ def main() -> None:
         for number in range(options.rounds):
             for job, results in found.items():
                 results.append(measure(job, folder))
-                seconds, peak = results[-1]
-                print(f"round {number + 1}: {job:5} {seconds:7.1f} s, {peak / 1e9:6.2f} GB resident", flush=True)
-    seconds = {job: statistics.median(time for time, _ in results) for job, results in found.items()}
-    memory = {job: statistics.median(peak for _, peak in results) for job, results in found.items()}
+                seconds, peak, cpu = results[-1]
+                line = (
+                    f"round {number + 1}: {job:5} {seconds:7.1f} s, {cpu:6.1f} s of CPU, {peak / 1e9:6.2f} GB resident"
+                )
+                print(line, flush=True)
+    seconds = {job: statistics.median(time for time, _, _ in results) for job, results in found.items()}
+    memory = {job: statistics.median(peak for _, peak, _ in results) for job, results in found.items()}
     ratios = {"time over cp": seconds["vlaft"] / seconds["cp"]}
     if "peft" in found:
         ratios["memory over peft"] = memory["vlaft"] / memory["peft"]

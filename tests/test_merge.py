@@ -6,6 +6,9 @@ import ctypes
 import gc
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -19,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlaft.adapt.adapter_files import WEIGHTS_FILE, read_adapter_tensors
+from vlaft.cli.main import main
 from vlaft.errors import CheckpointError, VlaftError
 from vlaft.merge import MERGE_FILE, merge
 from vlaft.model.checkpoint import INDEX_FILE, SINGLE_FILE, fingerprint, load_model, read_json, tensor_table
@@ -230,6 +234,45 @@ def test_an_interrupted_merge_leaves_nothing(
         merge(adapter, case.folder, tmp_path / "out", advance=interrupt)
     assert calls == 20
     assert list(tmp_path.iterdir()) == []
+
+
+KILL = """
+import os, pathlib, signal, sys
+from vlaft import merge as module
+from vlaft.trained import find_trained
+weights, base, out, moment = sys.argv[1:]
+die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+options = {}
+if moment == "check":
+    options["check"] = die
+elif moment == "record":
+    right = module.write_json
+    module.write_json = lambda path, content: die() if path.name == "merge.json" else right(path, content)
+elif moment == "rename":
+    pathlib.Path.rename = die
+else:
+    left = [int(moment)]
+    def options_advance(count):
+        left[0] -= 1
+        if left[0] == 0:
+            die()
+    options["advance"] = options_advance
+module.merge(find_trained(pathlib.Path(weights)), pathlib.Path(base), pathlib.Path(out), **options)
+"""
+
+
+@pytest.mark.parametrize("moment", ["1", "40", "check", "record", "rename"])
+def test_killed_at_any_moment(tmp_path: Path, moment: str) -> None:
+    case = golden("single")
+    weights, out = case.folder / "adapter_trained", tmp_path / "out"
+    words = [sys.executable, "-c", KILL, str(weights), str(case.folder), str(out), moment]
+    killed = subprocess.run(words, capture_output=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not out.exists()
+    assert all(path.name.startswith(".") for path in tmp_path.iterdir())  # nothing that looks like a result
+    assert main(["merge", str(weights), "--base", str(case.folder), "--out", str(out), "--no-verify"]) == 0
+    assert list(tmp_path.iterdir()) == [out]
+    assert len(tensor_table(out)) == len(tensor_table(case.folder))
 
 
 def test_what_was_there_stays_until_the_end(case: Golden, adapter: Trained, tmp_path: Path) -> None:
