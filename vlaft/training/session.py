@@ -43,6 +43,8 @@ def load_trainable(
     trainable = _adapt_and_cast(model, recipe, precision)
     count = count_parameters(trainable)
     _prepare_passes(model, recipe)
+    if recipe.train.compile:
+        compile_blocks(model)
     return trainable, count
 
 
@@ -77,6 +79,18 @@ def _prepare_passes(model: OpenVLAForActionPrediction, recipe: RecipeConfig) -> 
     policy = recipe.train.gradient_checkpointing
     if policy != "none":
         recompute_blocks(model, {"vision": None, "all": 1}[policy] if isinstance(policy, str) else policy)
+
+
+def compile_blocks(model: OpenVLAForActionPrediction) -> None:
+    """Compile each transformer block for itself, in place.
+
+    The blocks of a stack are alike, so one compilation serves them all and the start takes about a minute instead of
+    the whole model's many. Prompt lengths vary from batch to batch, hence dynamic shapes.
+    """
+    stacks = [vit.live_blocks for vit in model.vision_backbone.featurizers]
+    for stack in [*stacks, list(model.language_model.model.layers)]:
+        for block in stack:
+            block.compile(dynamic=True)
 
 
 def unreached_modules(model: OpenVLAForActionPrediction) -> Iterator[nn.Module]:
