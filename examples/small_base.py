@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from vlaft.export import preprocessor_config
+from vlaft.release import preprocessor_config
 from vlaft.model import OpenVLAConfig, OpenVLAForActionPrediction
 
 BINS = 256

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlaft.data.images import ImagePipeline
 from vlaft.errors import CheckFailed, CheckpointError, DataError
 from vlaft.model.checkpoint import read_json, tensor_table
 from vlaft.trained import Trained
@@ -91,20 +92,23 @@ def example_inputs(trained: Trained | None, base: Path, count: int = _EXAMPLES) 
         base: the model's folder.
         count: how many.
     """
-    from vlaft.data.images import ImagePipeline
-
     config = read_json(base / "config.json") | (dict(trained.inference) if trained else {})
     preprocessor = base / "preprocessor_config.json"
     pipeline = ImagePipeline.from_checkpoint(config, read_json(preprocessor) if preprocessor.is_file() else None)
     if trained is not None and (paths := data_paths(trained)):
         try:
-            return _from_data(paths, pipeline, count)
+            return data_inputs(paths, pipeline, count)
         except (DataError, CheckpointError, OSError):
             pass  # moved, changed or damaged since: the check needs inputs, not these
     return _synthetic(base, config, pipeline, count)
 
 
-def _from_data(paths: list[Path], pipeline: Any, count: int) -> Inputs:
+def data_inputs(paths: list[Path], pipeline: ImagePipeline, count: int) -> Inputs:
+    """Return held-out examples of converted datasets, evenly spread; training examples where none are held out.
+
+    Raises:
+        DataError: a dataset is missing or damaged.
+    """
     from vlaft.evaluation_examples import HeldOut
 
     try:
@@ -121,7 +125,7 @@ def _from_data(paths: list[Path], pipeline: Any, count: int) -> Inputs:
     )
 
 
-def _synthetic(base: Path, config: dict[str, Any], pipeline: Any, count: int) -> Inputs:
+def _synthetic(base: Path, config: dict[str, Any], pipeline: ImagePipeline, count: int) -> Inputs:
     import numpy as np
 
     prompt = [1, *range(3, 20)]  # for models that have no tokenizer
@@ -138,7 +142,9 @@ def _synthetic(base: Path, config: dict[str, Any], pipeline: Any, count: int) ->
     return _batch([prompt] * count, images, pipeline, max(sizes, default=_ACTION_SIZE), "synthetic")
 
 
-def _batch(prompts: list[list[int]], images: list[Any], pipeline: Any, num_tokens: int, origin: str) -> Inputs:
+def _batch(
+    prompts: list[list[int]], images: list[Any], pipeline: ImagePipeline, num_tokens: int, origin: str
+) -> Inputs:
     import numpy as np
 
     from vlaft.data.augmentation import pixel_values
