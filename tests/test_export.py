@@ -32,6 +32,7 @@ from vlaft.inference import load
 from vlaft.merge import MERGE_FILE
 from vlaft.model.checkpoint import load_model, plain_shapes, read_json, tensor_table
 from vlaft.model.openvla import OpenVLAForActionPrediction
+from vlaft.model_card import write_model_card
 from vlaft.push import check_repository, push
 
 KINDS = ("nf4", "int8")
@@ -458,3 +459,25 @@ def test_the_exported_checkpoint_acts_as_the_merged(
     assert actions(tmp_path / "out", image, capsys) == actions(merged, image, capsys)
     policy = load(tmp_path / "out", dtype="float32", device="cpu")
     assert policy.pipeline == load(merged, dtype="float32", device="cpu").pipeline
+
+
+def test_the_card_of_a_base_on_the_hub(tmp_path: Path) -> None:
+    action = {key: [0.5] for key in ("q01", "q99", "mean", "std")}
+    record = {
+        "base": "openvla/openvla-7b",
+        "base_licence": "mit",
+        "training": {"method": "sandwich", "recipe": "sandwich"},
+    }
+    write_model_card(
+        tmp_path, "huggingface", {"mine": {"action": action}}, record, {"llm_backbone_id": "llama2-7b-pure"}
+    )
+    card = (tmp_path / "README.md").read_text()
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert head["base_model"] == "openvla/openvla-7b"
+    assert head["license"] == "mit"
+    assert "[openvla/openvla-7b](https://huggingface.co/openvla/openvla-7b)" in card
+    assert "the vision backbone, the projector" in card
+    assert "| 0 | 0.5 | 0.5 | 0.5 | 0.5 | yes |" in card
+    (tmp_path / "README.md").unlink()
+    write_model_card(tmp_path, "huggingface", {"mine": {"action": action}}, {"training": None}, {})
+    assert not (tmp_path / "README.md").exists()

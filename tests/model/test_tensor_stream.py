@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from vlaft.errors import CheckpointError
+from vlaft.model import tensor_stream
 from vlaft.model.checkpoint import TensorEntry, read_header
-from vlaft.model.tensor_stream import DTYPES, ShardWriter, read_chunks, read_tensor
+from vlaft.model.tensor_stream import DTYPES, Scratch, ShardWriter, read_rows, read_tensor
 
 
 def random_tensor(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
@@ -44,10 +45,10 @@ def test_round_trip_with_the_library(
         ours = read_tensor(tmp, table[name])
         assert ours.dtype == tensor.dtype
         assert torch.equal(ours, tensor)
-    # copied as bytes, the file is the same again
+    # copied block by block, the file is the same again
     with ShardWriter(tmp / "copy.safetensors", layout) as writer:
         for name in layout:
-            writer.copy(name, read_chunks(tmp, table[name]))
+            writer.write_rows(name, (block for _, block in read_rows(tmp, table[name], Scratch())))
     assert (tmp / "copy.safetensors").read_bytes() == (tmp / "ours.safetensors").read_bytes()
 
 
@@ -76,6 +77,42 @@ def test_reading_beyond_the_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="truncated"):
         read_tensor(tmp_path, entry)
     with pytest.raises(CheckpointError, match="truncated"):
-        list(read_chunks(tmp_path, entry))
+        list(read_rows(tmp_path, entry, Scratch()))
     with pytest.raises(CheckpointError, match="F8_E4M3"):
         read_tensor(tmp_path, TensorEntry("x", "F8_E4M3", (4,), 0, 4))
+
+
+def test_blocks_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {
+        "a": torch.arange(70.0).view(10, 7),
+        "b": torch.arange(3.0),
+        "c": torch.tensor(5),
+        "d": torch.zeros(0, 4),
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    table = read_header(tmp_path / "x.safetensors")
+    monkeypatch.setattr(tensor_stream, "_CHUNK", 3 * 7 * 4)
+    scratch = Scratch()
+    blocks = [(first, block.clone()) for first, block in read_rows(tmp_path, table["a"], scratch)]
+    assert [(first, len(block)) for first, block in blocks] == [(0, 3), (3, 3), (6, 3), (9, 1)]
+    assert torch.equal(torch.cat([block for _, block in blocks]), tensors["a"])
+    for name in ("b", "c", "d"):
+        joined = [block.clone() for _, block in read_rows(tmp_path, table[name], scratch)]
+        assert torch.equal(
+            torch.cat(joined) if joined else torch.zeros(0, 4), tensors[name].view(-1, *tensors[name].shape[1:])
+        )
+    # a block stays as it is while the next is read
+    rows = read_rows(tmp_path, table["a"], scratch)
+    kept = next(rows)[1]
+    before = kept.clone()
+    next(rows)
+    assert torch.equal(kept, before)
+
+
+def test_a_failing_disk_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: ShardWriter, data: memoryview) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ShardWriter, "_write_all", full)
+    with pytest.raises(OSError, match="No space"), ShardWriter(tmp_path / "x", {"a": ("F32", (2,))}) as writer:
+        writer.write("a", torch.zeros(2))

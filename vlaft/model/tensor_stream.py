@@ -101,19 +101,6 @@ def read_rows(folder: Path, entry: TensorEntry, scratch: Scratch) -> Iterator[tu
             yield first, block
 
 
-def read_chunks(folder: Path, entry: TensorEntry) -> Iterator[bytes]:
-    """Read one tensor's bytes in pieces of a few megabytes."""
-    with (folder / entry.file).open("rb") as file:
-        file.seek(entry.begin)
-        left = entry.end - entry.begin
-        while left:
-            chunk = file.read(min(left, _CHUNK))
-            if not chunk:
-                raise CheckpointError(f"{folder / entry.file}: truncated")
-            left -= len(chunk)
-            yield chunk
-
-
 class ShardWriter:
     """Write a safetensors file whose names, types and shapes are known beforehand, tensor by tensor, in order.
 
@@ -159,12 +146,6 @@ class ShardWriter:
             self._put(data.numpy().data)
         if rows != (shape[0] if shape else 1):
             raise ValueError(f"'{name}' has {rows} rows, announced as {dtype} {shape}")
-
-    def copy(self, name: str, chunks: Iterator[bytes]) -> None:
-        """Write the next tensor from its bytes."""
-        self._next(name)
-        for chunk in chunks:
-            self._put(chunk)
 
     def _put(self, data: bytes | memoryview) -> None:
         self._wait()
