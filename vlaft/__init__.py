@@ -1,7 +1,22 @@
-"""Adapt OpenVLA models to a new robot from 10 to 150 demonstrations."""
+"""Adapt OpenVLA models to a new robot from 10 to 150 demonstrations.
+
+    import vlaft
+
+    policy = vlaft.load("model/")
+    policy.predict(image, "pick up the red block").action
+
+`load` is fetched when it is asked for, so that `import vlaft` needs no torch.
+"""
+
+from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from vlaft.inference import load
+
+__all__ = ["load"]
 __version__ = "0.1.0"
 
 # peft imports bitsandbytes, which on some CPUs warns that an optional kernel package is absent. Nothing here uses it.
@@ -12,3 +27,11 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
 logging.getLogger("bitsandbytes.autograd._functions").addFilter(
     lambda record: not record.getMessage().startswith("MatMul8bitLt: inputs will be cast")
 )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from vlaft import inference
+
+    return getattr(inference, name)

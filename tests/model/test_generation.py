@@ -8,7 +8,8 @@ from golden_models import NAMES, Golden, golden
 
 from vlaft.adapt.lora import attach_lora
 from vlaft.config import LoraConfig
-from vlaft.model.generation import generate_action_ids
+from vlaft.model.generation import feed, generate_action_ids, likeliest, read_prompt
+from vlaft.model.key_values import KeyValues
 from vlaft.model.openvla import OpenVLAForActionPrediction
 
 
@@ -97,3 +98,46 @@ def test_a_model_wrapped_by_peft_generates_too(case: Golden, model: OpenVLAForAc
     adapted = attach_lora(model, LoraConfig(rank=4))
     prompt, image = prompt_of(case)
     assert generate_action_ids(adapted, prompt, image, num_tokens=7).tolist() == case.expected["generated"][:1]
+
+
+def test_the_cache_is_as_long_as_needed_and_never_moves(case: Golden, model: OpenVLAForActionPrediction) -> None:
+    prompt, image = prompt_of(case)
+    with torch.inference_mode():
+        state = read_prompt(model, prompt, image, None, room=6)
+        blocks = state.cache._blocks
+        places = [tensor.data_ptr() for pair in blocks.values() for tensor in pair]
+        assert len(blocks) == model.config.text_config.num_hidden_layers
+        assert {pair[0].shape[2] for pair in blocks.values()} == {model.num_patches + prompt.shape[1] + 6}
+        token = likeliest(model, state.last)
+        for fed in range(6):
+            token = likeliest(model, feed(model, state, token[:, None], fed)[:, -1])
+        assert token.item() == case.expected["generated"][0][6]
+    assert [tensor.data_ptr() for pair in state.cache._blocks.values() for tensor in pair] == places
+
+
+def test_what_was_fed_can_be_overwritten(case: Golden, model: OpenVLAForActionPrediction) -> None:
+    prompt, image = prompt_of(case)
+    tokens = torch.tensor([case.expected["generated"][0][:3]])
+    with torch.inference_mode():
+        state = read_prompt(model, prompt, image, None, room=3)
+        together = feed(model, state, tokens, fed=0).clone()
+        feed(model, state, tokens.flip(1), fed=0)
+        single = torch.cat([feed(model, state, tokens[:, at : at + 1], fed=at) for at in range(3)], dim=1)
+    torch.testing.assert_close(single, together, rtol=0, atol=1e-5)
+
+
+def test_a_cache_returns_what_it_was_given() -> None:
+    cache = KeyValues(5)
+    first, second = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 1, 8)
+    keys, values = cache.update(first, first + 1, 0)
+    assert keys.equal(first) and values.equal(first + 1)
+    cache.length = 4
+    keys, values = cache.update(second, second + 1, 0)
+    assert keys.equal(torch.cat([first, second], dim=2)) and values.equal(torch.cat([first + 1, second + 1], dim=2))
+
+
+def test_action_logits_alone_choose_as_all_logits_do(case: Golden, model: OpenVLAForActionPrediction) -> None:
+    hidden = torch.randn(64, model.config.text_config.hidden_size)
+    logits = model.language_model.lm_head(hidden)
+    assert likeliest(model, hidden, action_ids_only=True).equal(logits[:, 256:512].argmax(dim=-1) + 256)
+    assert likeliest(model, hidden).equal(logits.argmax(dim=-1))

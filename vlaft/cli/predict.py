@@ -22,7 +22,10 @@ def predict(
     base: Base = None,
     checkpoint: Annotated[str | None, typer.Option("--checkpoint", help="Of a run: best, last or step-000500.")] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default by the device.")
+        str | None,
+        typer.Option(
+            "--dtype", help="float32, bfloat16, float16, int8 or nf4; by default by the device, or as it was saved."
+        ),
     ] = None,
     action_ids_only: Annotated[
         bool, typer.Option("--action-ids-only", help="Choose among action tokens only.")
