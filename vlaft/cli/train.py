@@ -29,12 +29,14 @@ def train(
 ) -> None:
     """Adapt a base to demonstrations.
 
+    With --recipe auto, recipe, recomputation and micro-batch are chosen for the GPU that is here, or for --gpu-memory.
+
     Example: vlaft train --recipe lora32 --data data/ --base openvla/openvla-7b --out run/ train.steps=2000
     """
     from vlaft.cli.arguments import check_output_folder, parse_size
 
     check_output_folder(out, overwrite=overwrite, resume=resume)
-    resolved = resolve_recipe(recipe, config, settings, data, base, run=out if resume else None)
+    resolved = resolve_recipe(recipe, config, settings, data, base, gpu_memory, run=out if resume else None)
     memory = parse_size(gpu_memory) if gpu_memory else None
     from vlaft.errors import ConfigError, VlaftError
     from vlaft.plan import plan_run, present_gpu
@@ -68,6 +70,7 @@ def resolve_recipe(
     settings: list[str] | None,
     data: list[Path] | None,
     base: str | None,
+    gpu_memory: str | None = None,
     run: Path | None = None,
 ) -> RecipeConfig:
     """Lay the command's words over the recipe; a run that is continued brings its own recipe."""
@@ -80,8 +83,10 @@ def resolve_recipe(
     if data:
         words.append(f"data.path=[{', '.join(repr(str(path)) for path in data)}]")
     name: str | Path | None = recipe
-    if recipe is None and run is not None and (run / RECIPE_FILE).is_file():
+    if recipe in (None, "auto") and run is not None and (run / RECIPE_FILE).is_file():
         name = run / RECIPE_FILE
+    elif recipe == "auto":
+        return _choose_recipe(config or [], words, gpu_memory)
     resolved = resolve(name or "lora32", config or [], words)
     if resolved.train.batch_size == "auto" and run is not None and (run / RECIPE_FILE).is_file():
         from dataclasses import replace
@@ -90,6 +95,26 @@ def resolve_recipe(
         train = replace(resolved.train, batch_size=before.batch_size, accumulation=before.accumulation)
         resolved = replace(resolved, train=train)
     return resolved
+
+
+def _choose_recipe(config: list[Path], words: list[str], gpu_memory: str | None) -> RecipeConfig:
+    """Choose for the card, and say why."""
+    from vlaft.accounting.choose import choose
+    from vlaft.cli.arguments import parse_size
+    from vlaft.cli.console import say
+    from vlaft.config import resolve
+    from vlaft.errors import UsageError
+    from vlaft.model.presets import base_config
+    from vlaft.plan import present_gpu
+
+    memory = parse_size(gpu_memory) if gpu_memory else present_gpu()
+    if memory is None:
+        raise UsageError("--recipe auto: no GPU is here; say for which one to choose with --gpu-memory, such as 24GB")
+    model = base_config(resolve("lora32", config, words).base)
+    choice = choose(lambda name, chosen: resolve(name, config, [*chosen, *words]), model, memory)
+    for reason in choice.reasons:
+        say(f"auto   {reason}")
+    return choice.recipe
 
 
 def _show_plan(plan: Plan) -> None:
