@@ -24,12 +24,12 @@ from vlaft.training.run import Run
 from vlaft.training.trainer import train
 
 RATES = {"full": 1e-3, "frozen-vision": 1e-3, "sandwich": 1e-3, "last-layer": 3e-3}
-LORA_RATE = 3e-3
+LORA_RATE = 2e-3
 
 
 def settings(name: str, options: argparse.Namespace, data: Path) -> list[str]:
     """Return the words that are laid over a recipe."""
-    words = [
+    return [
         f"base='{options.base}'",
         f"data.path='{data}'",
         "data.augment=false",
@@ -39,10 +39,10 @@ def settings(name: str, options: argparse.Namespace, data: Path) -> list[str]:
         f"train.batch_size={options.batch_size}",
         "train.accumulation=1",
         f"train.learning_rate={RATES.get(name, LORA_RATE)}",
+        "train.schedule.name=linear",
         f"train.evaluate_every={options.steps}",
         f"train.save_every={options.steps}",
     ]
-    return words
 
 
 def measure(name: str, options: argparse.Namespace, data: Path) -> dict:

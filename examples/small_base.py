@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from vlaft.release import preprocessor_config
 from vlaft.model import OpenVLAConfig, OpenVLAForActionPrediction
+from vlaft.release import preprocessor_config
 
 BINS = 256
 PADDING = 64  # rows of the vocabulary behind the action tokens, as the release has them

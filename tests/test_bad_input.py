@@ -139,9 +139,7 @@ def test_training_without_data(base: Path, tmp_path: Path, capsys: pytest.Captur
     assert not (tmp_path / "run").exists()
 
 
-def test_data_of_another_base(
-    shared: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_of_another_base(shared: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data"
     assert convert(shared / "data/rlds/bridge_dataset", base, data, "--limit", "1") == 0
     other = shared / "golden/mini/fused"
@@ -172,9 +170,7 @@ def test_adapter_that_is_none(base: Path, tmp_path: Path, capsys: pytest.Capture
     assert not (tmp_path / "out").exists()
 
 
-def test_adapter_of_another_base(
-    shared: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_adapter_of_another_base(shared: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter = shared / "golden/mini/fused/adapter_trained"
     assert main(["merge", str(adapter), "--base", str(base), "--out", str(tmp_path / "out")]) == 1
     assert "another base" in sentence(capsys)

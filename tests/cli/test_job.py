@@ -65,7 +65,9 @@ def test_the_run_folder_is_complete(run: Path, base: Path) -> None:
     assert environment["versions"]["torch"]
     assert environment["base_fingerprint"] == status["base_fingerprint"]
     assert json.loads((run / "dataset_statistics.json").read_text())["bridge_dataset"]["num_transitions"] == 400
-    assert json.loads((run / "report.json").read_text())["trainable_parameters"] == 395_616 * 4  # the golden count at rank 8, at rank 32
+    assert (
+        json.loads((run / "report.json").read_text())["trainable_parameters"] == 395_616 * 4
+    )  # the golden count at rank 8, at rank 32
     assert main(["train", "--recipe", str(run / "recipe.yaml"), "--out", str(run.parent / "unused"), "--dry-run"]) == 0
 
 
@@ -130,9 +132,7 @@ def test_a_base_with_other_parameters_is_refused_by_merge(
     assert not (tmp_path / "out").exists()
 
 
-def test_merging_twice_is_refused(
-    run: Path, merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_merging_twice_is_refused(run: Path, merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", str(run), "--base", str(merged), "--out", str(tmp_path / "out")]) == 1
     assert "merged into this checkpoint already" in capsys.readouterr().err
 
