@@ -102,8 +102,7 @@ class TrainConfig:
     eps: float = 1e-8  # added to the second moment's root
     max_grad_norm: float | None = None  # clip the gradient's global norm to this; null: no clipping
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)  # learning rate over steps
-    # blocks recomputed in the backward pass: none, those of vision, k: these and every k-th decoder block, all
-    gradient_checkpointing: int | Literal["none", "vision", "all"] = "none"
+    gradient_checkpointing: int | Literal["none", "vision", "all"] = "none"  # recomputed; k: vision, every k-th block
     compile: bool = False  # torch.compile each decoder block; a minute at the start
     seed: int = 7  # of initialisation, order and augmentation
     log_every: int = 10  # steps

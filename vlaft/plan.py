@@ -15,6 +15,8 @@ from vlaft.config import RecipeConfig
 from vlaft.data.store import ConvertedDataset
 from vlaft.model.presets import base_config
 from vlaft.training.auto_batch import EFFECTIVE_BATCH, divisors, with_batch
+from vlaft.training.optimizer import check_installed
+from vlaft.training.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,12 @@ def plan_run(recipe: RecipeConfig, gpu_memory: int | None = None) -> Plan:
         gpu_memory: bytes of the GPU; None means none is known, so that `auto` takes the whole batch at once.
 
     Raises:
+        MissingExtra: the recipe needs a package that is not installed.
         CheckpointError: the base is no OpenVLA model, or cannot be found.
         DataError: a dataset is missing or damaged.
     """
+    check_installed(recipe.train)
+    check_trackers(recipe.train.trackers)
     data = [describe(ConvertedDataset(Path(path))) for path in recipe.data.paths]
     config = base_config(recipe.base)
     recipe = settle_batch(recipe, gpu_memory)
