@@ -84,7 +84,7 @@ def _quantize(model: Any, recipe: RecipeConfig, device: torch.device) -> None:
         for child_name, child in list(module.named_children()):
             if type(child) is not nn.Linear or any(skipped in f"{name}.{child_name}" for skipped in SKIPPED):
                 continue
-            weight = torch.empty(child.weight.shape, dtype=child.weight.dtype).normal_(std=0.02)
+            weight = torch.empty(child.weight.shape, dtype=child.weight.dtype, device=device).normal_(std=0.02)
             bias = child.bias is not None
             layer: Any
             with torch.device("meta"):
@@ -111,7 +111,7 @@ def _quantize(model: Any, recipe: RecipeConfig, device: torch.device) -> None:
                     module=layer,
                 )
             else:
-                packed = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+                packed = Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)  # moving quantises
             layer.weight = packed.to(device)
             setattr(module, child_name, layer)
     setattr(model, "is_loaded_in_4bit" if four else "is_loaded_in_8bit", True)  # how peft chooses its layer

@@ -1,0 +1,119 @@
+"""Scripts for a GPU run from end to end on a CPU with a small base, so that the next GPU only has to run them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from golden_models import MINI
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BASE = str(MINI / "fused")
+
+
+@pytest.fixture
+def gpu_7b(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module("gpu_7b")
+    monkeypatch.setattr(module, "matrix_rate", lambda device, dtype: 1e12)  # of a GPU's size takes a CPU seconds
+    return module
+
+
+def options(batch_sizes: list[int]) -> argparse.Namespace:
+    return argparse.Namespace(base=BASE, batch_sizes=batch_sizes, steps=1)
+
+
+@pytest.mark.parametrize("part", [0, 1, 2, 3, 4])
+def test_steps_are_timed_and_their_memory_is_as_predicted(gpu_7b: ModuleType, part: int) -> None:
+    kind, name, words = gpu_7b.PARTS[part]
+    if name == "qlora32":
+        pytest.importorskip("bitsandbytes")
+    small, large = gpu_7b.steps_of(kind, name, words, options([1, 3]))
+    for row in (small, large):
+        assert row["measured_bytes"] == pytest.approx(row["predicted_bytes"], rel=0.02)
+        assert row["samples_per_second"] == pytest.approx(row["batch_size"] / row["seconds"])
+        assert 0 < row["share_of_rate"] <= row["share_of_rate_computed"]
+    assert large["measured_bytes"] > small["measured_bytes"]
+
+
+def test_the_small_card_is_tried_with_augmentation(gpu_7b: ModuleType) -> None:
+    pytest.importorskip("bitsandbytes")
+    found = gpu_7b.on_a_small_card(options([1]))
+    assert found["survived"] and not found["enforced"]  # there is nothing to enforce on a CPU
+    assert len(found["losses"]) == 3
+    assert found["limit_bytes"] + found["outside_bytes"] == found["card_bytes"] == 8 * 10**9
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8", "nf4"])
+def test_prediction_is_timed_in_every_precision(gpu_7b: ModuleType, precision: str) -> None:
+    if precision != "bf16":
+        pytest.importorskip("bitsandbytes")
+    found = gpu_7b.prediction_in(precision, options([1]))
+    assert found["prompt_seconds_launched"] > 0
+    assert found["actions_per_second_launched"] < 1 / found["prompt_seconds_launched"] * 1.5
+    assert 0 < found["token_floor_seconds"] < 0.01
+    plain = gpu_7b.prediction_in("bf16", options([1]))["weight_bytes"]
+    assert found["weight_bytes"] == plain if precision == "bf16" else found["weight_bytes"] < 0.7 * plain
+
+
+def test_the_tables_name_what_failed_and_what_did_not_fit(gpu_7b: ModuleType) -> None:
+    row = {"kind": "vlaft", "recipe": "lora32", "settings": [], "batch_size": 1}
+    times = {"predicted_bytes": 2e9, "measured_bytes": 1e9, "seconds": 2.0, "share_of_rate": 0.5}
+    plain = row | times | {"kind": "plain", "samples_per_second": 0.5, "share_of_rate_computed": 0.5}
+    found = {
+        "device": "a GPU",
+        "base": "b",
+        "torch": "t",
+        "date": "d",
+        "seconds": 1,
+        "card": {"survived": True},
+        "steps": [
+            plain | {"kind": "vlaft", "samples_per_second": 0.75},
+            plain,
+            row | {"note": "does not fit"},
+            {"failed": "out of luck"},
+        ],
+        "prediction": [{"failed": "no kernels"}],
+    }
+    text = gpu_7b.markdown(found)
+    assert (
+        "| vlaft lora32 | 1 | 2.00 GB | 1.00 GB | +100.0 % | 2.000 | 0.75 | 50 % (50 % with recomputation) | 1.50 |"
+        in text
+    )
+    assert "| plain lora32 | 1 |" in text
+    assert all(word in text for word in ("does not fit", "out of luck", "no kernels", "survived True"))
+
+
+@pytest.mark.slow
+def test_the_whole_gpu_script(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    words = [sys.executable, str(BENCHMARKS / "gpu_7b.py"), "--base", BASE, "--batch-sizes", "1", "2", "--steps", "1"]
+    done = subprocess.run([*words, "--out", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "gpu_7b.json").read_text())
+    assert len(found["steps"]) == 10 and found["card"]["survived"] and len(found["prediction"]) == 3
+    assert (tmp_path / "gpu_7b.md").read_text().count("\n| ") >= 15
+
+
+def test_a_base_of_7b_is_refused_without_a_gpu(gpu_7b: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_7b.py"])
+    monkeypatch.setattr(gpu_7b.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="there is no GPU here"):
+        gpu_7b.main()
+
+
+def test_scaling_is_measured_predicted_and_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    scaling = importlib.import_module("scaling")
+    monkeypatch.setitem(scaling.SIZES, "small", (64, 2, 64, 3))
+    row = scaling.measure("small", [1, 3], 1)
+    assert row["bytes"] == row["predicted_bytes"]
+    assert row["bytes"][0] < row["bytes"][1]
+    scaling.plot([row, row | {"parameters": 2 * row["parameters"]}], tmp_path / "scaling.png", "a test")
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
