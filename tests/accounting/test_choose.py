@@ -44,6 +44,7 @@ def test_openvla_7b_is_predicted_to_fit(words: str, batch_size: int, allocated: 
     assert sum(prediction.terms.values()) == prediction.peak
 
 
+@pytest.mark.slow
 def test_an_8_gb_card_gets_qlora_and_hears_why() -> None:
     choice = choose(made, base_config(SEVEN), 8 * GB)
     train = choice.recipe.train
