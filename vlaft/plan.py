@@ -74,7 +74,8 @@ def settle_batch(recipe: RecipeConfig, gpu_memory: int | None) -> RecipeConfig:
     effective = EFFECTIVE_BATCH * recipe.train.accumulation
     if gpu_memory is None:
         return with_batch(recipe, effective)
-    largest = memory_model(recipe, base_config(recipe.base)).largest_batch(gpu_memory)
+    # traced with accumulation, so that the gradients which wait for the next pass are counted
+    largest = memory_model(with_batch(recipe, 1), base_config(recipe.base)).largest_batch(gpu_memory)
     return with_batch(recipe, next((size for size in divisors(effective) if size <= largest), 1))
 
 
