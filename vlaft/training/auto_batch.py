@@ -1,7 +1,7 @@
 """`train.batch_size=auto`: the largest micro-batch that fits, at an unchanged number of examples per step.
 
-Which one fits, the memory model says (`vlaft.plan`). The update stays what `EFFECTIVE_BATCH` examples give, so only speed
-and memory depend on the card.
+Which one fits, the memory model says (`vlaft.plan`). The update stays what `EFFECTIVE_BATCH` examples give, so only
+speed and memory depend on the card.
 """
 
 from __future__ import annotations
