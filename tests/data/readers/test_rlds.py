@@ -682,6 +682,7 @@ def fake_readers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     calls: list[Any] = []
     lerobot, hdf5 = ModuleType("lerobot"), ModuleType("hdf5")
     vars(lerobot)["LeRobotSource"] = lambda path, options: calls.append(("lerobot", path, options))
+    vars(lerobot)["looks_like_lerobot"] = lambda path: (path / "meta" / "info.json").is_file()
     vars(lerobot)["download"] = lambda repo_id: Path("cache") / repo_id
     vars(hdf5)["open_hdf5"] = lambda path, options: calls.append(("hdf5", path, options))
     monkeypatch.setitem(sys.modules, "vlaft.data.readers.lerobot", lerobot)

@@ -96,10 +96,11 @@ def _open_folder(path: Path, options: dict[str, object]) -> Source:
         raise DataError(f"folder '{path}' cannot be read: {error.strerror}") from error
     if not entries:
         raise DataError(f"folder '{path}' is empty; {_UNDERSTOOD}")
-    if (path / "meta" / "info.json").is_file():
-        from vlaft.data.readers.lerobot import LeRobotSource
+    if (path / "meta").is_dir():
+        from vlaft.data.readers.lerobot import LeRobotSource, looks_like_lerobot
 
-        return LeRobotSource(path, options)
+        if looks_like_lerobot(path):  # also where info.json is what is missing, so that the reader says so
+            return LeRobotSource(path, options)
     if (path / "dataset.json").is_file():
         raise DataError(f"'{path}' is already converted (it has a dataset.json): train on it with --data {path}")
     if is_tfds_folder(path):
