@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
 import time
@@ -130,6 +131,18 @@ class Run:
         if self.features is None:
             return None
         return self.features.features(batch.rows, lambda: self._compute_features(inputs.images), self.device)
+
+    def close(self) -> None:
+        """Give back the model and leave the other processes, all at the same time.
+
+        A process that leaves while another still sends, or whose sharded model outlives the group that it sends
+        through, may be ended by gloo's threads (SIGABRT) after all its work is done.
+        """
+        self.data.loader.close()
+        self.accelerator.wait_for_everyone()
+        del self.model, self.optimizer
+        gc.collect()
+        self.accelerator.end_training()
 
     @property
     def device(self) -> torch.device:

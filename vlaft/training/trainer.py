@@ -83,7 +83,7 @@ def train(
             raise
     summary = _finish(run, time.monotonic() - began, stopped_early, predicted_bytes)
     run.listener.finished(summary)
-    run.accelerator.end_training()
+    run.close()
     return summary
 
 
