@@ -1,7 +1,7 @@
 """Rewrite a merged checkpoint in the release's layout, and look at the result.
 
-The folder has the names, keys and config fields of `openvla/openvla-7b`, so that upstream's code, vLLM and vlaft
-load it.
+The folder has the names, keys and config fields of `openvla/openvla-7b`, for upstream's code, vLLM and vlaft
+to load.
 """
 
 from __future__ import annotations
