@@ -1,4 +1,4 @@
-"""`vlaft evaluate`: how well models predict held-out demonstrations."""
+"""`vlaft evaluate`: how well models predict held-out demonstrations, or how often they succeed in an environment."""
 
 from __future__ import annotations
 
@@ -37,19 +37,32 @@ def evaluate(
         ),
     ],
     data: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Option("--data", help="Folder that `vlaft convert` wrote; may be given again.", show_default=False),
-    ],
+    ] = None,
+    env: Annotated[
+        str | None,
+        typer.Option(
+            "--env", help="Environment to act in: tabletop, tabletop-a, or module:factory.", show_default=False
+        ),
+    ] = None,
     split: Annotated[str, typer.Option("--split", help="val or train.")] = "val",
     limit: Annotated[
         int | None, typer.Option("--limit", help="At most so many examples, evenly spread.", min=1, show_default=False)
     ] = None,
     plots: Annotated[
         Path | None,
-        typer.Option("--plots", help="Folder for PNGs: trajectories, and errors per dimension.", show_default=False),
+        typer.Option("--plots", help="Folder for pictures: trajectories and errors, or films.", show_default=False),
     ] = None,
     overwrite: Overwrite = False,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Examples per forward pass.", min=1)] = 16,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", help="Examples per forward pass, or environments side by side.", min=1)
+    ] = 16,
+    episodes: Annotated[int, typer.Option("--episodes", help="With --env: how many.", min=1)] = 100,
+    seed: Annotated[int, typer.Option("--seed", help="With --env: of the first episode; the others follow.")] = 0,
+    unnorm_key: Annotated[
+        str | None, typer.Option("--unnorm-key", help="With --env: statistics to use.", show_default=False)
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", help="float32, bfloat16 or float16; by default by the device.", show_default=False),
@@ -58,21 +71,32 @@ def evaluate(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Compare what models predict for held-out demonstrations with what was demonstrated.
+    """Compare what models predict for held-out demonstrations with what was demonstrated, or let them act.
+
+    With --env, models act in a Gymnasium environment, and their successes are counted.
 
     Example: vlaft evaluate openvla/openvla-7b run/ model/ --data data/ --plots plots/
     """
     from vlaft.cli.console import print_json, progress, say, show, warn
-    from vlaft.errors import VlaftError
+    from vlaft.errors import UsageError, VlaftError
 
+    if (env is None) == (not data):
+        raise UsageError("evaluate on demonstrations with --data, or in an environment with --env: one of them")
     if plots is not None and plots.exists() and not plots.is_dir():
         raise VlaftError(f"{plots} is a file; --plots needs a folder")
     if plots is not None and not overwrite and plots.is_dir() and any(plots.iterdir()):
         raise VlaftError(f"{plots} is not empty; name another folder with --plots, or give --overwrite")
     from vlaft.evaluate import check_models
+
+    if env is not None:
+        check_models(models)
+        options = {"unnorm_key": unnorm_key, "dtype": dtype, "device": device, "base": base}
+        in_environment(models, env, episodes, seed, batch_size, plots, as_json, options)
+        return
     from vlaft.evaluate import evaluate as run_evaluation
     from vlaft.evaluation_examples import HeldOut
 
+    assert data is not None
     held_out = HeldOut.open(data, split, limit)
     check_models(models)
     evaluations = []
@@ -100,13 +124,61 @@ def evaluate(
                 f"{evaluation.model} has no statistics for every dataset here, so its actions are read in the data's"
                 " own range"
             )
-    episodes = len(held_out.evaluated)
-    examples = {"split": split, "examples": len(held_out), "episodes": episodes}
+    evaluated = len(held_out.evaluated)
+    examples = {"split": split, "examples": len(held_out), "episodes": evaluated}
     if as_json:
         print_json({"data": data, **examples, "models": [_as_dict(each) for each in evaluations]})
         return
-    say(f"{len(held_out):,} examples of {episodes:,} episode{'s' * (episodes != 1)} in split '{split}'")
+    say(f"{len(held_out):,} examples of {evaluated:,} episode{'s' * (evaluated != 1)} in split '{split}'")
     show(comparison(evaluations))
+
+
+def in_environment(
+    models: Sequence[str],
+    env: str,
+    episodes: int,
+    seed: int,
+    parallel: int,
+    plots: Path | None,
+    as_json: bool,
+    options: dict[str, Any],
+) -> None:
+    """Let models act in an environment, and print how often each succeeded."""
+    from rich.table import Table
+
+    from vlaft.cli.console import print_json, progress, say, show
+    from vlaft.evaluation_rollout import evaluate_in, write_pictures
+
+    done = []
+    with progress(f"acting in {env}", total=episodes * len(models), unit="episodes") as advance:
+        for model in models:
+            done.append(
+                evaluate_in(
+                    model,
+                    env,
+                    episodes=episodes,
+                    seed=seed,
+                    parallel=parallel,
+                    advance=partial(advance, note=model),
+                    **options,
+                )
+            )
+    if plots is not None:
+        files = write_pictures(plots, done)
+        say(f"{len(files)} pictures written to {plots}")
+    if as_json:
+        print_json({"env": env, "seed": seed, "models": [each.to_json() for each in done]})
+        return
+    table = Table("model", box=None, pad_edge=False)
+    for heading in ("success", "95 % interval", "episodes", "mean steps", "seconds"):
+        table.add_column(heading, justify="right")
+    for each in done:
+        low, high = each.rollout.interval
+        steps = sum(episode.steps for episode in each.rollout.episodes) / episodes
+        rate = f"{each.rollout.success_rate:.1%}"
+        interval = f"{low:.1%} to {high:.1%}"
+        table.add_row(each.model, rate, interval, f"{episodes}", f"{steps:.1f}", f"{each.rollout.seconds:.1f}")
+    show(table)
 
 
 def comparison(evaluations: Sequence[Evaluation]) -> Table:

@@ -1,0 +1,382 @@
+"""Pretrain the small base of `vlaft demo` on the simulator's first set-up: about half an hour on two CPU cores.
+
+    python tools/pretrain_tabletop.py --out vlaft/sim/tabletop_base
+
+The model has the release's architecture at a small scale (84 px, two ViTs side by side, Llama). It sees scenes drawn at
+random, with camera, light and colours varied around set-up A, each labelled by the scripted expert. Three things make
+it learn in minutes, and none of them is left in the checkpoint:
+
+- A frame is seen once and acted on for each of its three objects: three prompts share one image prefix, side by
+  side in one sequence, hidden from each other by the attention mask.
+- Targets are spread over neighbouring bins, which say more than a single one of 256; the last fifth has hard labels.
+- Auxiliary heads read positions off the projected patches and off the last prompt token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.random import Generator
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, IterableDataset
+
+from vlaft.data.actions import normalize
+from vlaft.data.augmentation import augment, pixel_values
+from vlaft.data.images import ImagePipeline
+from vlaft.data.prompts import BaseFiles, load_base_files
+from vlaft.data.statistics import compute_statistics
+from vlaft.model import OpenVLAConfig, OpenVLAForActionPrediction
+from vlaft.release import preprocessor_config
+from vlaft.sim.drawing import SIZE, draw
+from vlaft.sim.expert import expert_action
+from vlaft.sim.scene import CEILING, REACH, SETUP_A, Colour, Scene, SetUp, new_scene, place_objects
+
+BINS, PADDING = 256, 64
+PROMPT_WORDS = "In : What action should the robot take to ? Out"
+# what a person may ask for on a table; words that set-up A never shows keep the embedding that they began with
+VOCABULARY = """
+a an and at away back behind between block blue book bottle bowl box brown button can close cube cup cyan disc drawer
+drop faucet from front gray green gripper hand handle in into item it left lid lift magenta move near object of on one
+open orange out over pick pink place plate purple push put red release right rope slide square stack table tan tool top
+touch towel turn up white yellow
+"""
+ACTIONS, LABELS = 7, 8  # the action tokens, and the end of the sequence behind them
+
+
+# ------------------------------------------------------------------------------------------------- scenes and labels
+
+
+def jitter(generator: Generator) -> SetUp:
+    """Return set-up A seen by a slightly different camera in a slightly different light."""
+
+    def near(colour: Colour, width: float) -> Colour:
+        r, g, b = np.clip(np.asarray(colour) + generator.normal(0, width, 3), 0, 255)
+        return float(r), float(g), float(b)
+
+    lights = (near(SETUP_A.lights[0], 10), near(SETUP_A.lights[1], 10))
+    return replace(
+        SETUP_A,
+        objects={word: near(colour, 12) for word, colour in SETUP_A.objects.items()},
+        camera_angle=float(generator.uniform(-0.08, 0.08)),
+        scale=SETUP_A.scale * float(generator.uniform(0.95, 1.05)),
+        shift=(float(generator.uniform(-2.5, 2.5)), SETUP_A.shift[1] + float(generator.uniform(-2.5, 2.5))),
+        table=near(SETUP_A.table, 14),
+        checker=float(generator.uniform(0, 4)),
+        surroundings=near(SETUP_A.surroundings, 20),
+        gripper=near(SETUP_A.gripper, 10),
+        lights=lights,
+        brightness=float(generator.uniform(0.85, 1.15)),
+    )
+
+
+def random_scene(generator: Generator) -> Scene:
+    """Return a state that an episode may come through, and some that only a mistake leads to."""
+    scene = new_scene(jitter(generator), generator)
+    kind = generator.choice(["far", "near", "aligned", "holding", "empty"], p=[0.30, 0.30, 0.14, 0.16, 0.10])
+    at = scene.objects[scene.target_index, :2]
+    if kind == "far":
+        scene.gripper = np.array([*generator.uniform(-REACH, REACH, 2), generator.uniform(0.05, CEILING)])
+        return scene
+    if kind == "holding":
+        scene.is_open, scene.held = False, scene.target_index
+        height = generator.uniform(0.0, 0.12)
+        scene.gripper = np.array([*place_objects(generator, 1)[0, :2], height])
+        others = np.delete(scene.objects, scene.held, axis=0)[:, :2]
+        if np.linalg.norm(others - scene.gripper[:2], axis=1).min() < 0.08:
+            scene.gripper[:2] = at
+        scene.objects[scene.held] = scene.gripper
+        return scene
+    spread = {"near": 0.03, "aligned": 0.008, "empty": 0.03}[str(kind)]
+    place = np.clip(at + generator.normal(0, spread, 2), -REACH, REACH)
+    heights = {"near": (0.0, 0.13), "aligned": (0.0, 0.06), "empty": (0.0, 0.10)}[str(kind)]
+    scene.gripper = np.array([*place, generator.uniform(*heights)])
+    scene.is_open = kind != "empty"
+    return scene
+
+
+def expert_statistics(episodes: int = 300, seed: int = 0) -> dict[str, Any]:
+    """Return the dataset statistics of the expert's actions on set-up A."""
+    actions = []
+    for number in range(episodes):
+        scene = new_scene(SETUP_A, np.random.default_rng([seed, number]), noise=0.15)
+        rows = []
+        while scene.picked_up is None:
+            rows.append(expert_action(scene))
+            scene.step(rows[-1])
+        actions.append(np.stack(rows).astype(np.float32))
+    return compute_statistics(actions, mask=[True] * 6 + [False])
+
+
+@dataclass
+class Labeller(IterableDataset):
+    """An endless stream of labelled frames.
+
+    Each item: frame uint8 `[84, 84, 3]`; prompt ids int64 `[3, L]`; normalized actions float32 `[3, 7]`; what the
+    auxiliary heads are to tell: of the frame float32 `[17]` (see `_frame_facts`), of each prompt float32 `[3, 3]`.
+    """
+
+    files: BaseFiles
+    statistics: dict[str, Any]
+    seed: int
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        generator = np.random.default_rng(self.seed)
+        while True:
+            scene = random_scene(generator)
+            frame, facts = draw(scene), self._frame_facts(scene)
+            prompts, actions, offsets = [], [], []
+            for colour in generator.permutation(scene.colours):
+                scene.target = str(colour)
+                prompts.append(self.files.prompt_token_ids(scene.setup.instruction(scene.target)))
+                actions.append(normalize(expert_action(scene), self.statistics["action"]))
+                offsets.append((scene.objects[scene.target_index] - scene.gripper) / REACH)
+            yield frame, np.asarray(prompts), np.stack(actions), facts, np.asarray(offsets, np.float32)
+
+    @staticmethod
+    def _frame_facts(scene: Scene) -> np.ndarray:
+        """Gripper x, y, z, open, holding; then for each colour whether it is there, x and y."""
+        facts = [*(scene.gripper / REACH), float(scene.is_open), float(scene.held is not None)]
+        for colour in SETUP_A.objects:
+            there = colour in scene.colours
+            place = scene.objects[scene.colours.index(colour), :2] / REACH if there else (0.0, 0.0)
+            facts += [float(there), *place]
+        return np.asarray(facts, np.float32)
+
+
+# --------------------------------------------------------------------------------------------------------- the model
+
+
+def write_blank_base(folder: Path, seed: int) -> Path:
+    """Write the base with random weights, its tokenizer and its configuration to a new folder."""
+    words = set(re.findall(r"\w+|[^\w\s]", f"{PROMPT_WORDS} {VOCABULARY}".lower())) | {"?", ":"}
+    names = ["<unk>", "<s>", "</s>", "<PAD>", "\u2581", *sorted(words)]
+    rows = -(-(len(names) + BINS) // 64) * 64  # the action tokens are the last ids below a multiple of 64
+    folder.mkdir(parents=True)
+    _write_tokenizer(folder, names)
+    width = 128
+    vit = {"patch_size": 14, "embed_dim": 96, "depth": 4, "num_heads": 3}  # of four blocks, three are run
+    config = {
+        "model_type": "openvla",
+        "architectures": ["OpenVLAForActionPrediction"],
+        "arch_specifier": "no-align+fused-gelu-mlp",
+        "vision_backbone_id": "dinosiglip-vit-so-224px",
+        "llm_backbone_id": "llama2-7b-pure",
+        "use_fused_vision_backbone": True,
+        "image_resize_strategy": "resize-naive",
+        "image_sizes": [SIZE, SIZE],
+        "timm_model_ids": ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"],
+        "timm_override_act_layers": [None, None],
+        "vision_overrides": [vit | {"mlp_ratio": 4.0, "reg_tokens": 4}, vit | {"mlp_ratio": 3.7362}],
+        "text_config": {
+            "model_type": "llama",
+            "hidden_size": width,
+            "intermediate_size": width * 11 // 4,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "vocab_size": rows + PADDING,
+            "pad_token_id": names.index("<PAD>"),
+            "bos_token_id": names.index("<s>"),
+            "eos_token_id": names.index("</s>"),
+        },
+        "pad_token_id": names.index("<PAD>"),
+        "pad_to_multiple_of": PADDING,
+        "n_action_bins": BINS,
+        "norm_stats": {},
+        "torch_dtype": "float16",
+    }
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "preprocessor_config.json", preprocessor_config(config))
+    torch.manual_seed(seed)
+    save_weights(OpenVLAForActionPrediction(OpenVLAConfig.from_dict(dict(config))), folder)
+    return folder
+
+
+def save_weights(model: OpenVLAForActionPrediction, folder: Path) -> None:
+    """Write the weights in float16, in the release's names."""
+    from safetensors.torch import save_file
+
+    state = {name: tensor.to(torch.float16).contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _write_tokenizer(folder: Path, names: list[str]) -> None:
+    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]"), behavior="removed", invert=True)
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in ("<unk>", "<s>", "</s>", "<PAD>")])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<PAD>"}
+    settings = tokens | {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048}
+    _write_json(folder / "tokenizer_config.json", settings)
+    _write_json(folder / "special_tokens_map.json", tokens)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+class Branches(nn.Module):
+    """The model on three prompts for each frame, with the auxiliary heads.
+
+    Sequence: `[BOS] [patches] [prompt 1, actions 1] [prompt 2, actions 2] [prompt 3, actions 3]`. Each branch sees the
+    prefix and itself, at the positions that it would have alone, so its logits are those of the model alone.
+    """
+
+    def __init__(self, model: OpenVLAForActionPrediction, facts: int, offsets: int) -> None:
+        super().__init__()
+        self.model = model
+        width = model.config.text_config.hidden_size
+        self.frame_head = nn.Sequential(nn.Linear(model.num_patches * width, 192), nn.GELU(), nn.Linear(192, facts))
+        self.offset_head = nn.Linear(width, offsets)
+
+    def forward(self, pixels: Tensor, prompts: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits `[B, 3, 8, V]`, the frame's facts `[B, F]`, the prompts' offsets `[B, 3, 3]`.
+
+        Args:
+            pixels: `[B, 6, 84, 84]`.
+            prompts: int64 `[B, 3, L]`, each beginning with BOS.
+            tokens: int64 `[B, 3, 7]`.
+        """
+        model = self.model
+        patches = model.projector(model.vision_backbone(pixels))
+        batch, branches, _ = prompts.shape
+        text = model.get_input_embeddings()(torch.cat([prompts[:, :, 1:], tokens], dim=2))  # [B, 3, L - 1 + 7, D]
+        start = model.get_input_embeddings()(prompts[:, :1, :1])[:, 0]
+        length, prefix = text.shape[2], 1 + patches.shape[1]
+        sequence = torch.cat([start, patches, text.flatten(1, 2)], dim=1)
+        branch = torch.cat([torch.zeros(prefix), torch.arange(1, branches + 1).repeat_interleave(length)])
+        causal = torch.ones(len(branch), len(branch), dtype=torch.bool).tril()
+        mask = causal & ((branch[:, None] == branch[None]) | (branch[None] == 0))
+        positions = torch.cat([torch.arange(prefix), (prefix + torch.arange(length)).repeat(branches)])
+        hidden = model.decode(sequence, mask=mask[None, None].expand(batch, 1, -1, -1), position_ids=positions[None])
+        wanted = hidden[:, prefix:].unflatten(1, (branches, length))[:, :, -LABELS:]
+        logits = model.language_model.lm_head(wanted)
+        return logits, self.frame_head(patches.flatten(1)), self.offset_head(wanted[:, :, 0])
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+def spread_targets(actions: Tensor, tokens: Tensor, files: BaseFiles, rows: int, width: float) -> Tensor:
+    """Return probabilities `[B, 3, 8, V]`: movements spread over neighbouring bins, all else on one token.
+
+    Args:
+        actions: normalized, `[B, 3, 7]`.
+        tokens: of these, with the end of the sequence behind: `[B, 3, 8]`.
+        files: whose action tokens.
+        rows: V.
+        width: standard deviation in bins; 0 for hard labels.
+    """
+    target = F.one_hot(tokens, rows).float()
+    if width:
+        centers = torch.tensor(files.actions.centers, dtype=torch.float32)
+        step = 2.0 / (files.actions.n_bins - 1)
+        weights = torch.softmax(-0.5 * ((actions[:, :, :3, None] - centers) / (width * step)) ** 2, dim=-1)
+        ids = files.actions.vocab_size - 1 - torch.arange(len(centers))
+        target[:, :, :3] = 0
+        target[:, :, :3, ids] = weights
+    return target
+
+
+def pretrain(folder: Path, *, steps: int, batch: int, rate: float, seed: int, bf16: bool) -> None:
+    """Train the blank base in `folder` and write its weights, its statistics and what was done."""
+    files = load_base_files(str(folder))
+    statistics = expert_statistics()
+    config = json.loads((folder / "config.json").read_text()) | {"norm_stats": {SETUP_A.name: statistics}}
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "dataset_statistics.json", config["norm_stats"])
+    model = OpenVLAForActionPrediction.from_pretrained(folder, dtype=torch.float32).train()
+    pipeline = ImagePipeline.from_checkpoint(files.config, files.preprocessor)
+    torch.manual_seed(seed)
+    network = Branches(model, facts=5 + 3 * len(SETUP_A.objects), offsets=3)
+    decayed = [parameter for parameter in network.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in network.parameters() if parameter.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
+    average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    stream = iter(DataLoader(Labeller(files, statistics, seed), batch_size=batch, num_workers=1, prefetch_factor=4))
+    rows, began = config["text_config"]["vocab_size"], time.monotonic()
+    for step in range(1, steps + 1):
+        done = step / steps
+        warm = min(1.0, step / 200)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * warm * (0.5 * (1 + np.cos(np.pi * done)) * 0.98 + 0.02)
+        frames, prompts, actions, facts, offsets = next(stream)
+        # a third of the frames as training on demonstrations shows them, cropped and recoloured
+        frames[: batch // 3] = augment(frames[: batch // 3])
+        tokens = torch.from_numpy(files.actions.encode(actions.numpy())).long()
+        end = torch.full_like(tokens[:, :, :1], files.tokenizer.eos_id)
+        width = 0.0 if done > 0.8 else 3.0 if done < 0.5 else 1.0
+        target = spread_targets(actions, torch.cat([tokens, end], dim=2), files, rows, width)
+        # plain products: the fused attention of CPUs is slow backwards at this size
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16), sdpa_kernel(SDPBackend.MATH):
+            pixels = pixel_values(frames, pipeline.means, pipeline.stds)
+            logits, seen, told = network(pixels, prompts, tokens)
+        loss = F.cross_entropy(logits.float().flatten(0, 2), target.flatten(0, 2))
+        auxiliary = F.mse_loss(seen.float(), facts) + F.mse_loss(told.float(), offsets)
+        optimizer.zero_grad(set_to_none=True)
+        (loss + auxiliary).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            keep = min(0.998, step / (step + 10))
+            for name, tensor in model.state_dict().items():
+                average[name].lerp_(tensor, 1 - keep)
+        if step % 50 == 0 or step == steps:
+            predicted = logits[:, :, :3].argmax(-1)
+            error = float((predicted - tokens[:, :, :3]).abs().float().mean()) * 2 / BINS
+            grip = float((logits[:, :, 6].argmax(-1) == tokens[:, :, 6]).float().mean())
+            seconds = time.monotonic() - began
+            print(
+                f"step {step}/{steps} loss {loss:.4f} aux {auxiliary:.4f} L1 {error:.4f} grip {grip:.3f}"
+                f" {3 * batch * step / seconds:.0f} labels/s {seconds:.0f} s",
+                flush=True,
+            )
+        if step % 500 == 0 or step == steps:
+            kept = model.state_dict()
+            kept = {name: tensor.clone() for name, tensor in kept.items()}
+            model.load_state_dict(average)
+            save_weights(model, folder)
+            model.load_state_dict(kept)
+
+
+def main() -> None:
+    """Run the pretraining."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=48, help="frames per step; each has three prompts")
+    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
+    options = parser.parse_args()
+    if options.out.exists():
+        sys.exit(f"{options.out} exists; name another folder")
+    write_blank_base(options.out, options.seed)
+    pretrain(
+        options.out,
+        steps=options.steps,
+        batch=options.batch,
+        rate=options.rate,
+        seed=options.seed,
+        bf16=options.bf16,
+    )
+
+
+if __name__ == "__main__":
+    main()

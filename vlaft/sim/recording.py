@@ -1,0 +1,119 @@
+"""Demonstrations of the scripted expert, written as an HDF5 file in robomimic's layout.
+
+    python -m vlaft.sim.recording --out demos.hdf5 --episodes 50
+
+`vlaft convert demos.hdf5 --preset tabletop` reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from vlaft.errors import VlaftError
+from vlaft.sim.expert import expert_action
+from vlaft.sim.scene import SETUP_B, SETUPS, SetUp
+from vlaft.sim.tabletop import CONTROL_RATE, MAX_STEPS, TabletopEnv
+
+RECORDING_NOISE = 0.15  # more than in evaluation, so that demonstrations show how to come back to the way
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One episode of the expert.
+
+    Attributes:
+        instruction: what was done.
+        frames: uint8 `[T, 84, 84, 3]`.
+        actions: float32 `[T, 7]`, as commanded, before the noise.
+        states: float32 `[T, 4]`, as `TabletopEnv` observes them.
+    """
+
+    instruction: str
+    frames: NDArray[np.uint8]
+    actions: NDArray[np.float32]
+    states: NDArray[np.float32]
+
+
+def demonstrate(setup: SetUp, seed: int, noise: float = RECORDING_NOISE) -> Demonstration:
+    """Return the expert's episode of a seed: the same one each time."""
+    env = TabletopEnv(setup, noise)
+    observation, info = env.reset(seed=seed)
+    frames, actions, states = [], [], []
+    for _ in range(MAX_STEPS):
+        assert env.scene is not None
+        action = expert_action(env.scene).astype(np.float32)
+        frames.append(observation["image"])
+        states.append(observation["state"])
+        actions.append(action)
+        observation, _, terminated, truncated, _ = env.step(action)
+        if terminated or truncated:
+            break
+    return Demonstration(info["instruction"], np.stack(frames), np.stack(actions), np.stack(states))
+
+
+def record(path: Path, setup: SetUp, seeds: list[int]) -> int:
+    """Write one demonstration per seed; the file appears whole or not at all.
+
+    Returns:
+        The number of frames.
+
+    Raises:
+        VlaftError: the file exists or cannot be written.
+    """
+    if path.exists():
+        raise VlaftError(f"{path} exists; name another file, or remove it first")
+    partial = path.with_name(f".{path.name}.partial")
+    frames = 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with h5py.File(partial, "w") as file:
+            data = file.create_group("data")
+            env = {"env_name": setup.name, "env_kwargs": {"control_freq": CONTROL_RATE}}
+            data.attrs["env_args"] = json.dumps(env)
+            for number, seed in enumerate(seeds):
+                demonstration = demonstrate(setup, seed)
+                demo = data.create_group(f"demo_{number}")
+                demo.attrs["num_samples"] = len(demonstration.actions)
+                demo.attrs["seed"] = seed
+                demo.attrs["language_instruction"] = demonstration.instruction
+                demo["actions"] = demonstration.actions
+                demo["obs/robot_state"] = demonstration.states
+                images = demonstration.frames
+                demo.create_dataset("obs/agentview_image", data=images, chunks=(1, *images.shape[1:]), compression=4)
+                frames += len(demonstration.actions)
+            data.attrs["total"] = frames
+        partial.rename(path)
+    except OSError as error:
+        raise VlaftError(f"{path} cannot be written ({error.strerror or error})") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return frames
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Record from the command line; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m vlaft.sim.recording", description="Record demonstrations.")
+    parser.add_argument("--out", type=Path, required=True, help="HDF5 file to write")
+    parser.add_argument("--setup", choices=list(SETUPS), default=SETUP_B.name, help="which robot")
+    parser.add_argument("--episodes", type=int, default=50, help="how many demonstrations")
+    parser.add_argument("--seed", type=int, default=0, help="of the first; the others follow")
+    options = parser.parse_args(arguments)
+    try:
+        frames = record(options.out, SETUPS[options.setup], list(range(options.seed, options.seed + options.episodes)))
+    except VlaftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"{options.episodes} demonstrations of {options.setup}, {frames} frames: {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
