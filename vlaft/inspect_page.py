@@ -5,12 +5,11 @@ It is self-contained: pictures are inside, and nothing is loaded from elsewhere.
 
 from __future__ import annotations
 
-import base64
 import io
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,32 +17,18 @@ from vlaft.data.episode import Image
 from vlaft.data.inspection import Inspection
 from vlaft.data.inspection_advice import flow
 from vlaft.data.inspection_frames import FRAMES_PER_EPISODE, THUMBNAIL_HEIGHT, thumbnail
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from vlaft.html_page import ACCENT, SECOND, embedded, new_figure, page, plot
 
 _EPISODES_DRAWN = 40  # lines per plot; more are a smear
 _COLUMNS = 4  # of small plots side by side
 _NAME = 40  # letters of an episode's name before it is cut to its last part
 _GAP = 4  # pixels between the frames of a strip
 _STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c2733; background: #fff; margin: 0 auto; max-width: 1080px;
-       padding: 24px 20px 80px; }
-h1 { font-size: 26px; margin: 0 0 2px; } h2 { font-size: 19px; margin: 40px 0 10px; }
-h3 { font-size: 15px; margin: 24px 0 6px; } p { margin: 6px 0; } .quiet { color: #5d6b7a; }
-table { border-collapse: collapse; font-size: 14px; } td, th { padding: 3px 14px 3px 0; text-align: left;
-       vertical-align: top; } th { color: #5d6b7a; font-weight: 600; }
-.wide { overflow-x: auto; } .numbers td, .numbers th { text-align: right; font-variant-numeric: tabular-nums;
-       border-bottom: 1px solid #e6eaee; white-space: nowrap; } .numbers .name { text-align: left; }
 ol.warnings { background: #fff7e6; border: 1px solid #f0d79a; border-radius: 6px; padding: 12px 16px 12px 40px;
        margin: 0; } ol.warnings li { margin: 5px 0; overflow-wrap: anywhere; }
-code { font: 13px/1.45 ui-monospace, monospace; background: #f1e6c8; border-radius: 3px; padding: 0 4px; }
-img { display: block; max-width: 100%; } .plot { margin: 6px 0; }
 .strip { display: grid; grid-template-columns: 150px 1fr; gap: 12px; align-items: center; padding: 4px 0;
        border-top: 1px solid #e6eaee; font-size: 13px; } .strip div { overflow-wrap: anywhere; }
-.pair { display: flex; gap: 24px; flex-wrap: wrap; } figure { margin: 0 0 10px; } figcaption { font-size: 13px; }
+@media (max-width: 600px) { .strip { grid-template-columns: 1fr; gap: 4px; } }
 """
 
 
@@ -69,10 +54,7 @@ def render(inspection: Inspection, summary: Mapping[str, Any]) -> str:
     if standardized is not None:
         steps = ", ".join(flow(step) for step in standardized["steps"]) or "no standardizing steps"
         sections.append(_figures("The action as converted", standardized, f"{standardized['rows']} steps; {steps}."))
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<link rel="icon" href="data:,"><style>{_STYLE}</style></head><body>{"".join(sections)}</body></html>\n'
-    )
+    return page(title, "".join(sections), _STYLE)
 
 
 def _overview(summary: Mapping[str, Any]) -> str:
@@ -179,28 +161,22 @@ def _jpeg(image: Image, description: str) -> str:
     PillowImage.fromarray(np.ascontiguousarray(image)).save(data, "JPEG", quality=80)
     height, width = image.shape[:2]
     shown = round(width * THUMBNAIL_HEIGHT / height)  # small frames are enlarged by the browser
-    return _embedded(data.getvalue(), "jpeg", description, f"width={shown} height={THUMBNAIL_HEIGHT}")
-
-
-def _embedded(data: bytes, kind: str, description: str, more: str = "") -> str:
-    encoded = base64.b64encode(data).decode("ascii")
-    # height:auto lets a picture that is wider than the page keep its shape
-    return f'<img alt="{escape(description)}" {more} style="height:auto" src="data:image/{kind};base64,{encoded}">'
+    return embedded(data.getvalue(), "jpeg", description, f"width={shown} height={THUMBNAIL_HEIGHT}")
 
 
 def _lengths(inspection: Inspection) -> str:
     from matplotlib.ticker import MaxNLocator
 
     lengths = [episode.steps for episode in inspection.episodes]
-    figure, [[axes]] = _figure(1, 1, height=2.0)
-    axes.bar(range(len(lengths)), lengths, color="#3c78b4", width=0.8)
+    figure, [[axes]] = new_figure(1, 1, height=2.0)
+    axes.bar(range(len(lengths)), lengths, color=ACCENT, width=0.8)
     median = float(np.median(lengths))
-    axes.axhline(median, color="#b45309", linewidth=1, linestyle="--")
+    axes.axhline(median, color=SECOND, linewidth=1, linestyle="--")
     axes.set_title(f"dashed: median, {median:g}", fontsize=9, loc="left")
     axes.set_xlabel("episode")
     axes.set_ylabel("steps")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return "<h2>Lengths</h2>" + _plot(figure, "steps of every episode")
+    return "<h2>Lengths</h2>" + plot(figure, "steps of every episode")
 
 
 def _actions(inspection: Inspection) -> str:
@@ -208,7 +184,7 @@ def _actions(inspection: Inspection) -> str:
     shown = list(inspection.episodes)[:_EPISODES_DRAWN]
     size = shown[0].action.shape[1]
     rows = -(-size // _COLUMNS)
-    figure, grid = _figure(rows, min(size, _COLUMNS), height=1.75)
+    figure, grid = new_figure(rows, min(size, _COLUMNS), height=1.75)
     cells = [axes for row in grid for axes in row]
     for dim, axes in enumerate(cells):
         if dim >= size:
@@ -221,7 +197,7 @@ def _actions(inspection: Inspection) -> str:
     return (
         "<h2>Actions over time</h2>"
         f"<p class=quiet>As stored, over the steps of an episode; one line per episode{more}.</p>"
-        + _plot(figure, "actions over time")
+        + plot(figure, "actions over time")
     )
 
 
@@ -230,7 +206,7 @@ def _figures(title: str, action: Mapping[str, Any], note: str = "") -> str:
     from matplotlib.ticker import MaxNLocator
 
     size = action["dim"]
-    figure, grid = _figure(-(-size // _COLUMNS), min(size, _COLUMNS), height=1.6)
+    figure, grid = new_figure(-(-size // _COLUMNS), min(size, _COLUMNS), height=1.6)
     cells = [axes for row in grid for axes in row]
     for dim, axes in enumerate(cells):
         if dim >= size:
@@ -238,9 +214,9 @@ def _figures(title: str, action: Mapping[str, Any], note: str = "") -> str:
             continue
         histogram = action["histograms"][dim]
         edges = np.asarray(histogram["edges"])
-        axes.bar(edges[:-1], histogram["counts"], width=np.diff(edges), align="edge", color="#3c78b4")
+        axes.bar(edges[:-1], histogram["counts"], width=np.diff(edges), align="edge", color=ACCENT)
         for name in ("q01", "q99"):
-            axes.axvline(action["stats"][name][dim], color="#b45309", linewidth=1, linestyle="--")
+            axes.axvline(action["stats"][name][dim], color=SECOND, linewidth=1, linestyle="--")
         axes.set_yscale("symlog", linthresh=1)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.set_ylim(bottom=0)
@@ -257,7 +233,7 @@ def _figures(title: str, action: Mapping[str, Any], note: str = "") -> str:
     return (
         f"<h2>{escape(title)}</h2><p class=quiet>{escape(note)} Counts on a logarithmic scale; dashed: q01 and q99,"
         " between which training clips.</p>"
-        + _plot(figure, title)
+        + plot(figure, title)
         + f"<div class=wide><table class=numbers><tr><th>#<th class=name>name{head}{''.join(body)}</table></div>"
     )
 
@@ -275,22 +251,3 @@ def _colour(number: int, count: int) -> tuple[float, float, float, float]:
 
     red, green, blue, _ = colormaps["viridis"](number / max(count - 1, 1) * 0.9)
     return float(red), float(green), float(blue), 1.0
-
-
-def _figure(rows: int, columns: int, height: float) -> tuple[Figure, list[list[Axes]]]:
-    """Return a figure without pyplot, whose state is global and whose backend may want a display."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.4, height * rows + 0.3), dpi=110, layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for row in grid:
-        for axes in row:
-            axes.tick_params(labelsize=8)
-            axes.spines[["top", "right"]].set_visible(False)
-    return figure, [list(row) for row in grid]
-
-
-def _plot(figure: Figure, description: str) -> str:
-    data = io.BytesIO()
-    figure.savefig(data, format="png")
-    return f"<div class=plot>{_embedded(data.getvalue(), 'png', description)}</div>"
