@@ -10,9 +10,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from vlaft import demo_comparison
-from vlaft.demo_comparison import overlapping
+from vlaft import demo_page_comparison
 from vlaft.demo_figures import CURVES, curve_figure
+from vlaft.demo_page_comparison import overlapping
 from vlaft.demo_results import DemoResult, RecipeResult, SeedResult, Success, mean_interval
 from vlaft.errors import DataError
 from vlaft.html_page import ACCENT, between, counted, duration, embedded, page, percent, plot, table
@@ -62,7 +62,7 @@ def render(result: DemoResult, comparison: Sequence[RecipeResult] = ()) -> str:
         _cost(result),
         _curves(result.seeds),
         _held_out(result.seeds),
-        demo_comparison.section(comparison) if comparison else "",
+        demo_page_comparison.section(comparison) if comparison else "",
         _commands(result),
         _next(result),
     ]
