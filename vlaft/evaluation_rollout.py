@@ -6,21 +6,31 @@ evaluation.rollout.success_rate
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlaft.errors import UsageError, VlaftError, did_you_mean
-from vlaft.inference import Policy, load
-from vlaft.sim.rollout import Environment, Rollout, roll_out
-from vlaft.sim.scene import SETUP_A, SETUP_B, SETUPS
+import torch
+from numpy.typing import NDArray
 
+from vlaft.data.episode import Image
+from vlaft.data.statistics import choose_key
+from vlaft.errors import DataError, UsageError, VlaftError, did_you_mean
+from vlaft.inference import Policy, load
+from vlaft.sim.environment import Environment, described, opened
+from vlaft.sim.rollout import Rollout, check_counts, run_episodes
+from vlaft.sim.scene import SETUP_A, SETUP_B
+
+KEPT = 6  # episodes that pictures show
 _SHIPPED = {"tabletop": SETUP_B, "tabletop-a": SETUP_A, "tabletop-b": SETUP_B}
-KEPT = 6  # episodes whose frames are kept for pictures
+_FACTORY = re.compile(r"(?P<module>\w+(\.\w+)*):(?P<factory>\w+)")
+_PICTURES = re.compile(r"episodes(-\d+-.+)?\.(gif|png)")
 
 
 @dataclass(frozen=True)
@@ -31,11 +41,15 @@ class RolloutEvaluation:
         model: as it was named.
         unnorm_key: whose statistics turned its tokens into actions.
         rollout: its episodes.
+        tokens: how many it predicted.
+        non_action_tokens: how many of these stand for no action; each was acted on as a full move.
     """
 
     model: str
     unnorm_key: str
     rollout: Rollout
+    tokens: int
+    non_action_tokens: int
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the frames."""
@@ -47,6 +61,8 @@ class RolloutEvaluation:
             "successes": rollout.successes,
             "success_rate": rollout.success_rate,
             "interval": list(rollout.interval),
+            "tokens": self.tokens,
+            "non_action_tokens": self.non_action_tokens,
             "seconds": rollout.seconds,
             "outcomes": [
                 {"seed": each.seed, "instruction": each.instruction, "success": each.success, "steps": each.steps}
@@ -61,37 +77,60 @@ def environment_maker(name: str) -> Callable[[], Environment]:
 
     Args:
         name: `tabletop` (or `tabletop-b`, the demo's new robot; `tabletop-a`, where its base comes from), or
-            `module:factory`, a callable without arguments that returns an environment (see `vlaft.sim.rollout`);
+            `module:factory`, a callable without arguments that returns an environment (see `vlaft.sim.environment`);
             the module is looked for in the working folder too.
 
     Raises:
         UsageError: there is none of that name.
+        VlaftError: its module cannot be imported.
     """
     if name in _SHIPPED:
         from vlaft.sim.tabletop import TabletopEnv
 
         return lambda: TabletopEnv(_SHIPPED[name])
-    module_name, colon, factory = name.partition(":")
-    if not (colon and module_name and factory):
+    match = _FACTORY.fullmatch(name)
+    if match is None:
         raise UsageError(
             f"--env {name}: there is no such environment{did_you_mean(name, [*_SHIPPED])}"
-            " (tabletop, tabletop-a, or one's own as module:factory)"
+            " (tabletop, tabletop-a, or your own as module:factory)"
         )
+    if match["module"].endswith(".py"):
+        raise UsageError(f"--env {name}: name the module, not its file: {match['module'][:-3]}:{match['factory']}")
+    module = _imported(match["module"], name)
+    made = getattr(module, match["factory"], None)
+    if made is None:
+        hint = did_you_mean(match["factory"], [word for word in vars(module) if not word.startswith("_")])
+        raise UsageError(f"--env {name}: the module has no '{match['factory']}'{hint}")
+    if not callable(made):
+        raise UsageError(
+            f"--env {name}: '{match['factory']}' cannot be called; name a function or class that makes the environment"
+        )
+    return made
+
+
+def _imported(module: str, name: str) -> Any:
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
-        made = getattr(importlib.import_module(module_name), factory)
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise UsageError(f"--env {name}: there is no module '{error.name}'; run from the folder that has it") from error
-    except AttributeError as error:
-        raise UsageError(f"--env {name}: the module has no '{factory}'") from error
+        missing = error.name or module
+        if module == missing or module.startswith(f"{missing}."):
+            raise UsageError(
+                f"--env {name}: there is no module '{missing}'; run from the folder that has it"
+            ) from error
+        raise VlaftError(f"--env {name}: the module needs '{missing}', which is not installed") from error
+    except VlaftError:
+        raise
+    except Exception as error:
+        raise VlaftError(
+            f"--env {name}: the module failed to load: {described(error)} (--debug shows where)"
+        ) from error
     finally:
-        sys.path.remove(here)
-    if not callable(made):
-        raise UsageError(
-            f"--env {name}: '{factory}' cannot be called; name a function or class that makes the environment"
-        )
-    return made
+        with contextlib.suppress(ValueError):  # the module may have changed the path itself
+            sys.path.remove(here)
+        if here not in sys.path:
+            sys.path.append(here)  # what the factory imports later; at the end, where it hides nothing
 
 
 def evaluate_in(
@@ -101,6 +140,7 @@ def evaluate_in(
     episodes: int = 100,
     seed: int = 0,
     parallel: int = 50,
+    keep: int = 0,
     unnorm_key: str | None = None,
     dtype: str | None = None,
     device: str = "auto",
@@ -115,6 +155,7 @@ def evaluate_in(
         episodes: how many; they are reset with the seeds `seed`, `seed + 1`, ...
         seed: of the first.
         parallel: environments at a time.
+        keep: keep the frames of so many first episodes, for pictures.
         unnorm_key: name of the statistics; None takes the environment's where the model has them, else its only one.
         dtype: as `vlaft.load` takes it.
         device: likewise.
@@ -123,26 +164,33 @@ def evaluate_in(
 
     Raises:
         UsageError: no such environment.
+        ConfigError: `episodes` or `parallel` is not positive, or `seed` is negative.
         CheckpointError: the model is missing or damaged.
         DataError: the statistics cannot be told, or the environment does not keep to the interface.
+        VlaftError: the environment fails, or the GPU's memory is full.
     """
-    make = environment_maker(env)
-    policy = load(model, dtype=dtype, device=device, base=base)
-    key = unnorm_key or _own_key(policy, env)
-
-    def act(frames: list[Any], instructions: list[str]) -> list[Any]:
-        return [each.action for each in policy.predict(frames, instructions, unnorm_key=key)]
-
-    seeds = range(seed, seed + episodes)
-    rollout = roll_out(act, make, seeds=seeds, parallel=parallel, keep=KEPT, advance=advance)
-    used = key or next(iter(policy.statistics))
-    del policy, act
-    gc.collect()
-    return RolloutEvaluation(model, used, rollout)
+    make, seeds = environment_maker(env), range(seed, seed + episodes)
+    check_counts(seeds, parallel)
+    try:
+        with opened(make, min(parallel, episodes)) as environments:  # first, for a model may take minutes to load
+            policy = load(model, dtype=dtype, device=device, base=base)
+            actor = _Actor(policy, _statistics_key(policy, model, env, unnorm_key))
+            rollout = run_episodes(actor, environments, seeds=seeds, keep=keep, advance=advance)
+        return RolloutEvaluation(model, actor.key, rollout, actor.tokens, actor.non_action_tokens)
+    except torch.cuda.OutOfMemoryError as error:
+        raise VlaftError(f"the GPU's memory is full at --batch-size {parallel}: halve it") from error
+    finally:
+        policy = actor = None  # type: ignore[assignment]
+        gc.collect()  # the next model needs the place of this one
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def write_pictures(folder: Path, evaluations: Sequence[RolloutEvaluation]) -> list[Path]:
-    """Write a film (GIF) and a contact sheet (PNG) of each model's first episodes; return the files.
+    """Write a film (GIF) and a contact sheet (PNG) of each model's kept episodes; earlier ones are removed.
+
+    Returns:
+        The files.
 
     Raises:
         VlaftError: the folder cannot be written.
@@ -152,8 +200,12 @@ def write_pictures(folder: Path, evaluations: Sequence[RolloutEvaluation]) -> li
     files = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for number, evaluation in enumerate(evaluations):
-            name = "episodes" if len(evaluations) == 1 else f"{number + 1}-{Path(evaluation.model).name}"
+        for path in folder.iterdir():
+            if _PICTURES.fullmatch(path.name):
+                path.unlink()
+        for number, evaluation in enumerate(evaluations, 1):
+            model = Path(evaluation.model).resolve().name
+            name = "episodes" if len(evaluations) == 1 else f"episodes-{number}-{model}"
             shown = [episode for episode in evaluation.rollout.episodes if episode.frames]
             files += [folder / f"{name}.gif", folder / f"{name}.png"]
             write_film(files[-2], shown)
@@ -163,6 +215,24 @@ def write_pictures(folder: Path, evaluations: Sequence[RolloutEvaluation]) -> li
     return files
 
 
-def _own_key(policy: Policy, env: str) -> str | None:
-    name = _SHIPPED[env].name if env in _SHIPPED else None
-    return name if name in policy.statistics and name in SETUPS else None
+@dataclass
+class _Actor:
+    policy: Policy
+    key: str
+    tokens: int = 0
+    non_action_tokens: int = 0
+
+    def __call__(self, frames: list[Image], instructions: list[str]) -> list[NDArray[Any]]:
+        predictions = self.policy.predict(frames, instructions, unnorm_key=self.key)
+        self.tokens += sum(len(each.action_token_ids) for each in predictions)
+        self.non_action_tokens += sum(each.non_action_tokens for each in predictions)
+        return [each.action for each in predictions]
+
+
+def _statistics_key(policy: Policy, model: str, env: str, wanted: str | None) -> str:
+    """Return what was asked for, else the environment's own where the model has it, else the model's only one."""
+    own = _SHIPPED[env].name if env in _SHIPPED else None
+    try:
+        return choose_key(policy.statistics, wanted or (own if own in policy.statistics else None))
+    except DataError as error:
+        raise DataError(f"{model}: {error}" + ("" if wanted else " (--unnorm-key)")) from None

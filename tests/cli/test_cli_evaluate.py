@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import two_steps
 from small_base import convert_small, write_small_base
 
 from vlaft.cli.main import main
@@ -75,8 +77,21 @@ def test_refused(small: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureF
         ([str(used), "--data", data], 1, "no config.json here"),
         ([base, str(used / "absent"), "--data", data], 1, "no such folder"),
         ([base, base, "--data", data], 1, "is named twice"),
-        ([base], 2, "Missing option '--data'"),
+        ([base], 2, "evaluate on demonstrations with --data, or in an environment with --env: one of them"),
+        ([base, "--data", data, "--env", "tabletop"], 2, "with --data, or in an environment with --env: one of them"),
+        ([base, "--data", data, "--unnorm-key", "mini"], 2, "--unnorm-key is for --env"),
         (["--data", data], 2, "Missing argument"),
+        ([base, "--env", "tabeltop"], 2, "there is no such environment; did you mean 'tabletop'?"),
+        ([base, "--env", "absent_module:make"], 2, "there is no module 'absent_module'"),
+        ([base, "--env", "two_steps:make"], 2, "the module has no 'make'"),
+        ([base, "--env", "two_steps:broken"], 1, "factory failed: OSError: no robot on /dev/ttyUSB0"),
+        ([base, "--env", "tabletop", "--limit", "3"], 2, "--limit is for --data"),
+        ([base, "--env", "tabletop", "--episodes", "0"], 2, "Invalid value for '--episodes'"),
+        ([base, "--env", "tabletop", "--seed", "-1"], 2, "Invalid value for '--seed'"),
+        ([base, "--env", "tabletop", "--plots", str(used)], 1, "is not empty; name another folder with --plots"),
+        ([base, "--env", "tabletop", "--dtype", "int3"], 1, "dtype 'int3' is not known"),
+        ([base, str(used / "absent"), "--env", "tabletop"], 1, "no such folder"),
+        ([base, base, "--env", "tabletop"], 1, "is named twice"),
     ]
     for words, code, sentence in cases:
         assert main(["evaluate", *words]) == code, words
@@ -86,3 +101,70 @@ def test_refused(small: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureF
     assert main(["evaluate", base, "--data", data, "--limit", "2", "--plots", str(used), "--overwrite"]) == 0
     assert "2 plots written to" in capsys.readouterr().err
     assert (used / "notes.txt").is_file() and (used / "errors.png").is_file()
+
+
+def acting(*models: str, env: str = "two_steps:TwoSteps") -> list[str]:
+    return ["evaluate", *models, "--env", env, "--episodes", "4", "--batch-size", "3"]
+
+
+def test_acting(small: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, _ = small
+    films = tmp_path / "films"
+    assert main([*acting(base), "--seed", "7", "--plots", str(films)]) == 0
+    captured = capsys.readouterr()
+    heading, row = (line.split() for line in captured.out.splitlines())
+    assert heading == ["model", "success", "95", "%", "interval", "episodes", "mean", "steps", "seconds"]
+    assert row[:-1] == [base, "50.0%", "15.0%", "to", "85.0%", "4", "2.0"]
+    assert "acting in two_steps:TwoSteps: 4/4 episodes" in captured.err
+    assert f"2 pictures written to {films}" in captured.err
+    assert sorted(path.name for path in films.iterdir()) == ["episodes.gif", "episodes.png"]
+    assert main([*acting(base), "--plots", str(films)]) == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert main([*acting(base), "--plots", str(films), "--overwrite"]) == 0
+
+
+def test_acting_as_json(small: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two models, one of which has the environment's own statistics; what an environment prints is kept apart."""
+    base, _ = small
+    other = Path(shutil.copytree(base, tmp_path / "other"))
+    known = json.loads((other / "config.json").read_text())["norm_stats"]
+    (other / "dataset_statistics.json").write_text(json.dumps(known | {"tabletop_a": known["mini"]}))
+    assert main([*acting(base, str(other), env="tabletop-a"), "--json", "--seed", "2"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["env"], report["seed"]) == ("tabletop-a", 2)
+    first, second = report["models"]
+    assert (first["model"], first["unnorm_key"]) == (base, "mini")
+    assert (second["model"], second["unnorm_key"]) == (str(other), "tabletop_a")
+    for model in (first, second):
+        assert model["episodes"] == len(model["outcomes"]) == 4
+        assert model["successes"] == sum(each["success"] for each in model["outcomes"])
+        assert model["interval"][0] <= model["success_rate"] <= model["interval"][1]
+        assert [each["seed"] for each in model["outcomes"]] == [2, 3, 4, 5]
+        assert all(each["info"]["instruction"] == each["instruction"] for each in model["outcomes"])
+    assert first["outcomes"] == second["outcomes"]  # the same weights, episodes and ranges
+    assert main([*acting(base, env="two_steps:Chatty"), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["models"][0]["successes"] == 2
+    assert captured.err.count("the motors hum") == 8
+    tokens = json.loads(captured.out)["models"][0]["non_action_tokens"]
+    warning = f"{tokens} of 56 tokens stand for no action, and were acted on as full moves"
+    assert (warning in captured.err) == (tokens > 0)
+
+
+def test_acting_that_fails(small: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, _ = small
+    two_steps.MADE.clear()
+    films = tmp_path / "films"
+    cases = [
+        ("two_steps:Failing", 1, "step() 1 of the episode with seed 1 failed: RuntimeError: a motor is hot (--debug"),
+        ("two_steps:NoSuccess", 1, "step() gives no info['success']"),
+        ("two_steps:Interrupted", 130, "interrupted"),
+    ]
+    for env, code, sentence in cases:
+        assert main([*acting(base, env=env), "--json", "--plots", str(films)]) == code
+        captured = capsys.readouterr()
+        assert captured.out == "" and captured.err.count("error: ") == 1 and sentence in captured.err
+    assert "Traceback" not in captured.err and not films.exists()
+    assert [env.closed for env in two_steps.MADE] == [1] * 9
+    assert main(["--debug", *acting(base, env="two_steps:Failing")]) == 1
+    assert 'raise RuntimeError("a motor\\nis hot")' in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
     from vlaft.evaluate import Evaluation
     from vlaft.evaluation_metrics import DecodingMetrics, DimensionMetrics
+    from vlaft.evaluation_rollout import RolloutEvaluation
 
 _METRICS = {  # attribute to the heading of its column
     "token_accuracy": "accuracy",
@@ -59,7 +62,9 @@ def evaluate(
         int, typer.Option("--batch-size", help="Examples per forward pass, or environments side by side.", min=1)
     ] = 16,
     episodes: Annotated[int, typer.Option("--episodes", help="With --env: how many.", min=1)] = 100,
-    seed: Annotated[int, typer.Option("--seed", help="With --env: of the first episode; the others follow.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", help="With --env: of the first episode; the others follow.", min=0)
+    ] = 0,
     unnorm_key: Annotated[
         str | None, typer.Option("--unnorm-key", help="With --env: statistics to use.", show_default=False)
     ] = None,
@@ -82,6 +87,10 @@ def evaluate(
 
     if (env is None) == (not data):
         raise UsageError("evaluate on demonstrations with --data, or in an environment with --env: one of them")
+    if env is not None and limit is not None:
+        raise UsageError("--limit is for --data; with --env, say how many with --episodes")
+    if env is None and unnorm_key is not None:
+        raise UsageError("--unnorm-key is for --env; with --data, statistics are those of the dataset's name")
     if plots is not None and plots.exists() and not plots.is_dir():
         raise VlaftError(f"{plots} is a file; --plots needs a folder")
     if plots is not None and not overwrite and plots.is_dir() and any(plots.iterdir()):
@@ -144,13 +153,15 @@ def in_environment(
     options: dict[str, Any],
 ) -> None:
     """Let models act in an environment, and print how often each succeeded."""
-    from rich.table import Table
-
-    from vlaft.cli.console import print_json, progress, say, show
-    from vlaft.evaluation_rollout import evaluate_in, write_pictures
+    from vlaft.cli.console import print_json, progress, say, show, warn
+    from vlaft.evaluation_rollout import KEPT, evaluate_in, write_pictures
 
     done = []
-    with progress(f"acting in {env}", total=episodes * len(models), unit="episodes") as advance:
+    # what an environment prints must not come between the results
+    with (
+        progress(f"acting in {env}", total=episodes * len(models), unit="episodes") as advance,
+        contextlib.redirect_stdout(sys.stderr),
+    ):
         for model in models:
             done.append(
                 evaluate_in(
@@ -159,26 +170,40 @@ def in_environment(
                     episodes=episodes,
                     seed=seed,
                     parallel=parallel,
+                    keep=KEPT if plots is not None else 0,
                     advance=partial(advance, note=model),
                     **options,
                 )
             )
+    for each in done:
+        if each.non_action_tokens:
+            warn(
+                f"{each.model}: {each.non_action_tokens:,} of {each.tokens:,} tokens stand for no action, and were"
+                " acted on as full moves"
+            )
+    if as_json:
+        print_json({"env": env, "seed": seed, "models": [each.to_json() for each in done]})
+    else:
+        show(_successes(done))
     if plots is not None:
         files = write_pictures(plots, done)
         say(f"{len(files)} pictures written to {plots}")
-    if as_json:
-        print_json({"env": env, "seed": seed, "models": [each.to_json() for each in done]})
-        return
+
+
+def _successes(evaluations: Sequence[RolloutEvaluation]) -> Table:
+    from rich.table import Table
+
     table = Table("model", box=None, pad_edge=False)
     for heading in ("success", "95 % interval", "episodes", "mean steps", "seconds"):
         table.add_column(heading, justify="right")
-    for each in done:
-        low, high = each.rollout.interval
-        steps = sum(episode.steps for episode in each.rollout.episodes) / episodes
-        rate = f"{each.rollout.success_rate:.1%}"
-        interval = f"{low:.1%} to {high:.1%}"
-        table.add_row(each.model, rate, interval, f"{episodes}", f"{steps:.1f}", f"{each.rollout.seconds:.1f}")
-    show(table)
+    for each in evaluations:
+        rollout = each.rollout
+        low, high = rollout.interval
+        count = len(rollout.episodes)
+        steps = sum(episode.steps for episode in rollout.episodes) / count
+        rate, interval = f"{rollout.success_rate:.1%}", f"{low:.1%} to {high:.1%}"
+        table.add_row(each.model, rate, interval, f"{count}", f"{steps:.1f}", f"{rollout.seconds:.1f}")
+    return table
 
 
 def comparison(evaluations: Sequence[Evaluation]) -> Table:

@@ -6,6 +6,9 @@ the table it is. Edges are antialiased, so that a fraction of a pixel shows.
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,13 +21,27 @@ _NEARER = 1.6  # growth of what is higher, per metre
 _ROWS, _COLUMNS = np.mgrid[:SIZE, :SIZE].astype(np.float32)
 
 
+@dataclass(frozen=True)
 class Camera:
-    """The projection of a set-up: table coordinates to pixels."""
+    """The projection of a set-up: table coordinates to pixels.
 
-    def __init__(self, setup: SetUp) -> None:
-        self.scale = setup.scale
-        self.middle = ((SIZE - 1) / 2 + setup.shift[0], (SIZE - 1) / 2 + setup.shift[1])
-        self.cosine, self.sine = float(np.cos(setup.camera_angle)), float(np.sin(setup.camera_angle))
+    Attributes:
+        scale: pixels per metre.
+        middle: column and row of the table's middle.
+        cosine: of the angle by which it is turned.
+        sine: likewise.
+    """
+
+    scale: float
+    middle: tuple[float, float]
+    cosine: float
+    sine: float
+
+    @classmethod
+    def of(cls, setup: SetUp) -> Camera:
+        """Return a set-up's camera."""
+        middle = ((SIZE - 1) / 2 + setup.shift[0], (SIZE - 1) / 2 + setup.shift[1])
+        return cls(setup.scale, middle, float(np.cos(setup.camera_angle)), float(np.sin(setup.camera_angle)))
 
     def pixel(self, x: float, y: float, z: float = 0.0) -> tuple[float, float]:
         """Return column and row of a point."""
@@ -35,8 +52,8 @@ class Camera:
 
 def draw(scene: Scene) -> Image:
     """Return the frame that the camera sees: uint8 `[84, 84, 3]`, RGB."""
-    setup, camera = scene.setup, Camera(scene.setup)
-    image = _table(setup, camera)
+    setup, camera = scene.setup, Camera.of(scene.setup)
+    image = _table(camera, setup.table, setup.checker, setup.surroundings).copy()
     order = np.argsort([-camera.pixel(x, y)[1] for x, y, _ in scene.objects])[::-1]  # what is further away first
     for index in order:
         if index != scene.held:
@@ -45,16 +62,17 @@ def draw(scene: Scene) -> Image:
     return np.clip(image * setup.brightness, 0, 255).astype(np.uint8)
 
 
-def _table(setup: SetUp, camera: Camera) -> NDArray[np.float32]:
+@functools.lru_cache(maxsize=8)  # the same for every frame of a set-up
+def _table(camera: Camera, plain: Colour, checker: float, around: Colour) -> NDArray[np.float32]:
     right = (_COLUMNS - camera.middle[0]) / camera.scale
     away = (camera.middle[1] - _ROWS) / camera.scale
     x = camera.cosine * right + camera.sine * away
     y = camera.cosine * away - camera.sine * right
     inside = np.clip((REACH + 0.05 - np.maximum(abs(x), abs(y))) * camera.scale + 0.5, 0, 1)[..., None]
-    table = np.asarray(setup.table, np.float32)
-    if setup.checker:
-        table = table + setup.checker * (((x // 0.075 + y // 0.075) % 2) * 2 - 1)[..., None]
-    surroundings = np.asarray(setup.surroundings, np.float32)
+    table = np.asarray(plain, np.float32)
+    if checker:
+        table = table + checker * (((x // 0.075 + y // 0.075) % 2) * 2 - 1)[..., None]
+    surroundings = np.asarray(around, np.float32)
     return (surroundings + (table - surroundings) * inside).astype(np.float32)
 
 

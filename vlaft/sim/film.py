@@ -17,6 +17,7 @@ from vlaft.sim.rollout import EpisodeOutcome
 _SIDE = 252  # pixels of a frame's longer side in a film, and half of that on a contact sheet
 _CAPTION = 30  # pixels below a frame
 _COLUMNS = 8  # frames of one episode on a contact sheet
+_LONGEST = 150  # frames of a film; of longer episodes, every second or third frame is shown
 _INK, _PAPER = (28, 39, 51), (255, 255, 255)
 _OUTCOME = {True: ((26, 127, 75), "done"), False: ((180, 60, 40), "failed")}
 
@@ -33,23 +34,29 @@ def write_film(path: Path, episodes: Sequence[EpisodeOutcome], *, fps: int = 5, 
     Raises:
         UsageError: another ending.
     """
-    length = max(len(episode.frames) for episode in episodes) + fps  # the last frame stays for a second
-    shots = [_grid([_shot(episode, index) for episode in episodes], columns) for index in range(length)]
+    if path.suffix not in (".gif", ".mp4"):
+        raise UsageError(f"{path}: a film ends in .gif or .mp4")
+    longest = max(len(episode.frames) for episode in episodes)
+    every = -(-longest // _LONGEST)
+    size = _size(episodes, _SIDE)
+    columns = min(columns, len(episodes))
+    # the last frame stays for a second
+    indices = [*range(0, longest - 1, every), *[longest - 1] * (fps + 1)]
+    shots = [_grid([_shot(episode, index, size) for episode in episodes], columns) for index in indices]
     if path.suffix == ".gif":
         pictures = [PillowImage.fromarray(shot).quantize(96, dither=PillowImage.Dither.NONE) for shot in shots]
         pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0, optimize=True)
-    elif path.suffix == ".mp4":
-        _write_mp4(path, shots, fps)
     else:
-        raise UsageError(f"{path}: a film ends in .gif or .mp4")
+        _write_mp4(path, shots, fps)
 
 
 def write_contact_sheet(path: Path, episodes: Sequence[EpisodeOutcome]) -> None:
     """Write a PNG with a row per episode: up to eight frames from the first to the last, evenly spread."""
+    size = _size(episodes, _SIDE // 2)
     rows = []
     for episode in episodes:
         chosen = np.linspace(0, len(episode.frames) - 1, min(_COLUMNS, len(episode.frames))).round().astype(int)
-        frames = [_enlarged(episode.frames[index], _SIDE // 2) for index in chosen]
+        frames = [_enlarged(episode.frames[index], size) for index in chosen]
         blank = np.full_like(frames[0], 255)
         frames += [blank] * (_COLUMNS - len(frames))
         strip = np.concatenate([part for frame in frames for part in (frame, _gap(frame))][:-1], axis=1)
@@ -57,21 +64,26 @@ def write_contact_sheet(path: Path, episodes: Sequence[EpisodeOutcome]) -> None:
     PillowImage.fromarray(np.concatenate(rows)).save(path)
 
 
-def _shot(episode: EpisodeOutcome, index: int) -> Image:
-    frame = _enlarged(episode.frames[min(index, len(episode.frames) - 1)], _SIDE)
+def _shot(episode: EpisodeOutcome, index: int, size: tuple[int, int]) -> Image:
+    frame = _enlarged(episode.frames[min(index, len(episode.frames) - 1)], size)
     return np.concatenate([frame, _caption(frame.shape[1], episode, ended=index >= len(episode.frames) - 1)])
 
 
-def _enlarged(frame: Image, side: int) -> Image:
-    factor = side / max(frame.shape[:2])
-    size = (round(frame.shape[1] * factor), round(frame.shape[0] * factor))
+def _size(episodes: Sequence[EpisodeOutcome], side: int) -> tuple[int, int]:
+    """Return width and height of every frame: those of the first one, with `side` pixels along the longer."""
+    height, width = episodes[0].frames[0].shape[:2]
+    factor = side / max(height, width)
+    return max(round(width * factor), 1), max(round(height * factor), 1)
+
+
+def _enlarged(frame: Image, size: tuple[int, int]) -> Image:
     return np.asarray(PillowImage.fromarray(frame).resize(size, PillowImage.Resampling.BICUBIC))
 
 
 def _caption(width: int, episode: EpisodeOutcome, *, ended: bool) -> Image:
     canvas = PillowImage.new("RGB", (width, _CAPTION), _PAPER)
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
-    pen.text((4, 6), episode.instruction, _INK, font)
+    pen.text((4, 6), " ".join(episode.instruction.split()), _INK, font)
     if ended:
         colour, word = _OUTCOME[episode.success]
         left = width - 4 - pen.textlength(word, font)

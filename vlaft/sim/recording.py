@@ -8,8 +8,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from vlaft.errors import VlaftError
+from vlaft.errors import ConfigError, VlaftError
 from vlaft.sim.expert import expert_action
 from vlaft.sim.scene import SETUP_B, SETUPS, SetUp
 from vlaft.sim.tabletop import CONTROL_RATE, MAX_STEPS, TabletopEnv
@@ -59,15 +61,20 @@ def demonstrate(setup: SetUp, seed: int, noise: float = RECORDING_NOISE) -> Demo
     return Demonstration(info["instruction"], np.stack(frames), np.stack(actions), np.stack(states))
 
 
-def record(path: Path, setup: SetUp, seeds: list[int]) -> int:
+def record(path: Path, setup: SetUp, seeds: Sequence[int]) -> int:
     """Write one demonstration per seed; the file appears whole or not at all.
 
     Returns:
         The number of frames.
 
     Raises:
+        ConfigError: there are no seeds, or one is negative.
         VlaftError: the file exists or cannot be written.
     """
+    if not seeds:
+        raise ConfigError("no demonstrations were asked for; give at least 1")
+    if min(seeds) < 0:
+        raise ConfigError(f"{min(seeds)} is no seed; seeds begin at 0")
     if path.exists():
         raise VlaftError(f"{path} exists; name another file, or remove it first")
     partial = path.with_name(f".{path.name}.partial")
@@ -94,12 +101,13 @@ def record(path: Path, setup: SetUp, seeds: list[int]) -> int:
     except OSError as error:
         raise VlaftError(f"{path} cannot be written ({error.strerror or error})") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder may be a file, which has been said
+            partial.unlink()
     return frames
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Record from the command line; return the exit code."""
+    """Record from the command line; return the exit code: 0 done, 1 user error, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="python -m vlaft.sim.recording", description="Record demonstrations.")
     parser.add_argument("--out", type=Path, required=True, help="HDF5 file to write")
     parser.add_argument("--setup", choices=list(SETUPS), default=SETUP_B.name, help="which robot")
@@ -107,10 +115,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first; the others follow")
     options = parser.parse_args(arguments)
     try:
-        frames = record(options.out, SETUPS[options.setup], list(range(options.seed, options.seed + options.episodes)))
+        frames = record(options.out, SETUPS[options.setup], range(options.seed, options.seed + options.episodes))
     except VlaftError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return 130
     print(f"{options.episodes} demonstrations of {options.setup}, {frames} frames: {options.out}")
     return 0
 

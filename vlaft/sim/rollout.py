@@ -1,37 +1,23 @@
-"""Let a policy act in environments, and count how often it succeeds.
-
-Any Gymnasium environment will do that keeps to this:
-
-* an observation is a mapping with the frame under `image`, or the frame itself: uint8 `[H, W, 3]`;
-* `info["instruction"]` says what is to be done, at `reset` and, where it changes, at `step`;
-* `info["success"]` (or `info["is_success"]`) says whether it has been done; once is enough;
-* `step` takes the action in the units of the model's statistics, float32 `[A]`.
-"""
+"""Let a policy act in environments (`vlaft.sim.environment` says what these are), and count how often it succeeds."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlaft.data.episode import Image
-from vlaft.errors import DataError
+from vlaft.errors import ConfigError
+from vlaft.sim.environment import Environment, begin, opened, step
+
+LARGEST_KEPT = 504  # pixels: a film is smaller, and a thousand large frames do not fit in memory
 
 Act = Callable[[list[Image], list[str]], Sequence[NDArray[Any]]]  # frames and instructions to actions `[A]`
-
-
-class Environment(Protocol):
-    """What of Gymnasium's interface the loop uses."""
-
-    def reset(self, *, seed: int | None = None) -> tuple[Any, dict[str, Any]]:
-        """Begin an episode."""
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Do an action."""
 
 
 @dataclass
@@ -44,7 +30,8 @@ class EpisodeOutcome:
         success: whether it was.
         steps: how many actions were taken.
         info: the environment's last `info`, without what is not text, number or truth value.
-        frames: uint8 `[H, W, 3]` each, from the first to the last; empty where they were not kept.
+        frames: uint8 `[H, W, 3]` each, from the first to the last; empty where they were not kept. Of frames larger
+            than `LARGEST_KEPT`, every second or third pixel.
         actions: `[A]` each, likewise.
     """
 
@@ -63,7 +50,7 @@ class Rollout:
 
     Attributes:
         episodes: in the order of their seeds.
-        seconds: of the whole loop.
+        seconds: of the whole loop, without making the environments.
     """
 
     episodes: tuple[EpisodeOutcome, ...]
@@ -94,8 +81,8 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
     """
     share, square = successes / trials, z * z / trials
     middle = (share + square / 2) / (1 + square)
-    half = z * np.sqrt(share * (1 - share) / trials + square / (4 * trials)) / (1 + square)
-    return max(float(middle - half), 0.0), min(float(middle + half), 1.0)
+    half = z * math.sqrt(share * (1 - share) / trials + square / (4 * trials)) / (1 + square)
+    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def roll_out(
@@ -111,7 +98,8 @@ def roll_out(
     """Let a policy act until every episode has ended.
 
     Environments run side by side and the policy predicts for all of them at once; an environment whose episode has
-    ended begins the next. Which episodes share a batch changes an action by rounding at most.
+    ended begins the next. Which episodes share a batch changes an action by rounding at most. The environments are
+    closed in the end, also when something fails.
 
     Args:
         act: the policy.
@@ -123,14 +111,42 @@ def roll_out(
         advance: told of each episode that has ended.
 
     Raises:
-        DataError: there are no seeds, or an environment does not keep to the interface (see the module).
+        ConfigError: there are no seeds, or one is negative, or `parallel` is.
+        DataError: an environment does not keep to the interface.
+        VlaftError: an environment fails.
+    """
+    check_counts(seeds, parallel)
+    with opened(make, min(parallel, len(seeds))) as environments:
+        return run_episodes(act, environments, seeds=seeds, max_steps=max_steps, keep=keep, advance=advance)
+
+
+def check_counts(seeds: Sequence[int], parallel: int) -> None:
+    """Refuse to run no episodes, or none at a time, or with seeds that Gymnasium refuses.
+
+    Raises:
+        ConfigError: so it is.
     """
     if not seeds:
-        raise DataError("no episodes were asked for")
+        raise ConfigError("no episodes were asked for; give at least 1")
+    if parallel < 1:
+        raise ConfigError(f"{parallel} environments at a time are too few; give at least 1")
+    if min(seeds) < 0:
+        raise ConfigError(f"{min(seeds)} is no seed; seeds begin at 0")
+
+
+def run_episodes(
+    act: Act,
+    environments: Sequence[Environment],
+    *,
+    seeds: Sequence[int],
+    max_steps: int = 1000,
+    keep: int = 0,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Rollout:
+    """Do what `roll_out` does, in environments that are there; they are left open."""
     began = time.monotonic()
     waiting = iter(enumerate(seeds))
     outcomes: dict[int, EpisodeOutcome] = {}
-    environments = [make() for _ in range(min(parallel, len(seeds)))]
     running = [slot for slot in (_begin(env, waiting, outcomes, keep) for env in environments) if slot is not None]
     while running:
         actions = act([slot.frame for slot in running], [slot.instruction for slot in running])
@@ -144,9 +160,6 @@ def roll_out(
             if following is not None:
                 going.append(following)
         running = going
-    for environment in environments:
-        if hasattr(environment, "close"):
-            environment.close()
     return Rollout(tuple(outcomes[number] for number in range(len(seeds))), time.monotonic() - began)
 
 
@@ -162,17 +175,18 @@ class _Slot:
 
     def step(self, action: NDArray[np.float32], max_steps: int) -> bool:
         """Do an action; return whether the episode goes on."""
-        observation, _, terminated, truncated, info = self.environment.step(action)
         outcome = self.outcome
         outcome.steps += 1
-        outcome.success = outcome.success or _success(info)
-        outcome.info = {key: value for key, value in info.items() if isinstance(value, str | int | float | None)}
-        self.frame = _frame(observation)
-        self.instruction = str(info.get("instruction", self.instruction))
         if self.keep:
-            outcome.frames.append(self.frame)
-            outcome.actions.append(action)
-        return not (terminated or truncated or outcome.success or outcome.steps >= max_steps)
+            outcome.actions.append(action.copy())
+        answer = step(self.environment, action, outcome.seed, outcome.steps)
+        outcome.success = answer.success
+        outcome.info = answer.info
+        self.frame = answer.frame
+        self.instruction = answer.instruction or self.instruction
+        if self.keep:
+            outcome.frames.append(_kept(self.frame))
+        return not (answer.ended or answer.success or outcome.steps >= max_steps)
 
 
 def _begin(
@@ -181,29 +195,11 @@ def _begin(
     number, seed = next(waiting, (None, 0))
     if number is None:
         return None
-    observation, info = environment.reset(seed=seed)
-    instruction = info.get("instruction")
-    if not isinstance(instruction, str):
-        raise DataError("the environment's reset() gives no info['instruction']; the policy must be told what to do")
-    frame = _frame(observation)
-    outcomes[number] = EpisodeOutcome(seed, instruction, frames=[frame] if number < keep else [])
+    frame, instruction = begin(environment, seed)
+    outcomes[number] = EpisodeOutcome(seed, instruction, frames=[_kept(frame)] if number < keep else [])
     return _Slot(environment, outcomes[number], frame, instruction, number < keep)
 
 
-def _frame(observation: Any) -> Image:
-    if isinstance(observation, Mapping):
-        if "image" not in observation:
-            keys = ", ".join(map(str, observation)) or "none"
-            raise DataError(f"the environment's observations have no 'image' (keys: {keys})")
-        observation = observation["image"]
-    if not isinstance(observation, np.ndarray) or observation.dtype != np.uint8 or observation.ndim != 3:
-        shape = f"{observation.dtype} {observation.shape}" if hasattr(observation, "dtype") else type(observation)
-        raise DataError(f"the environment's image must be uint8 [height, width, 3], not {shape}")
-    return observation
-
-
-def _success(info: Mapping[str, Any]) -> bool:
-    for key in ("success", "is_success"):
-        if key in info:
-            return bool(info[key])
-    raise DataError("the environment's step() gives no info['success']; without it there is nothing to count")
+def _kept(frame: Image) -> Image:
+    every = -(-max(frame.shape[:2]) // LARGEST_KEPT)
+    return frame if every == 1 else frame[::every, ::every].copy()

@@ -20,7 +20,7 @@ REACH = 0.25  # the gripper and the objects stay within this distance of the mid
 CEILING = 0.16  # highest z of the fingertips
 OBJECT_RADIUS = 0.03  # half an object's width
 OBJECT_HEIGHT = 0.035
-GRASP_RADIUS = 0.018  # fingers that close within this horizontal distance of an object's middle hold it
+GRASP_RADIUS = 0.022  # fingers that close within this horizontal distance of an object's middle hold it
 GRASP_HEIGHT = 0.035  # and if they are below this height
 LIFTED = 0.10  # an object is picked up when it is held this high
 SPACING = 0.11  # smallest distance between the middles of two objects
@@ -105,6 +105,8 @@ class Scene:
         gripper: float64 `[3]`, position of the fingertips.
         is_open: whether the fingers are open.
         held: index of the object between the fingers, or None.
+        noise: standard deviation of each coordinate of a move, as a share of the move's length.
+        generator: source of the noise.
     """
 
     setup: SetUp

@@ -44,7 +44,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     def __init__(self, setup: SetUp = SETUP_B, noise: float = MOTION_NOISE) -> None:
         self.setup = setup
         self.noise = noise
-        self.observation_space = spaces.Dict(
+        self.observation_space = spaces.Dict(  # type: ignore[assignment]  # its values are arrays, which its type does not say
             {
                 "image": spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8),
                 "state": spaces.Box(
@@ -81,7 +81,8 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         scene = self._scene()
         values = np.asarray(action, np.float64)
         if values.shape != (7,) or not np.isfinite(values).all():
-            raise DataError(f"the tabletop takes actions of seven finite numbers, not {values.tolist()}")
+            found = values.tolist() if values.size <= 7 else f"an array {[*values.shape]}"
+            raise DataError(f"the tabletop takes actions of seven finite numbers, not {found}")
         scene.step(values)
         self._steps += 1
         info = self._info()

@@ -1,0 +1,118 @@
+"""Demonstrations of the expert, recorded and converted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from small_base import write_small_base
+
+from vlaft.cli.main import main as vlaft
+from vlaft.data.store import ConvertedDataset
+from vlaft.errors import ConfigError, VlaftError
+from vlaft.sim import recording
+from vlaft.sim.recording import demonstrate, main, record
+from vlaft.sim.scene import SETUP_A, SETUP_B
+from vlaft.sim.tabletop import TabletopEnv
+
+
+def test_a_demonstration_can_be_done_again() -> None:
+    for setup in (SETUP_A, SETUP_B):
+        for seed in range(20):
+            shown, again = demonstrate(setup, seed), demonstrate(setup, seed)
+            assert (shown.frames == again.frames).all() and (shown.actions == again.actions).all()
+            env = TabletopEnv(setup, recording.RECORDING_NOISE)
+            observation, info = env.reset(seed=seed)
+            assert shown.instruction == info["instruction"]
+            for frame, state, action in zip(shown.frames, shown.states, shown.actions, strict=True):
+                assert (observation["image"] == frame).all() and (observation["state"] == state).all()
+                observation, _, terminated, _, info = env.step(action)
+            assert terminated and info["success"]
+
+
+def test_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "new/demos.hdf5"
+    frames = record(path, SETUP_A, [7, 3])
+    assert [each.name for each in path.parent.iterdir()] == ["demos.hdf5"]
+    with h5py.File(path) as file:
+        data = file["data"]
+        assert list(data) == ["demo_0", "demo_1"] and data.attrs["total"] == frames
+        assert json.loads(data.attrs["env_args"])["env_kwargs"]["control_freq"] == 5
+        for demo, seed in zip(data.values(), (7, 3), strict=True):
+            shown = demonstrate(SETUP_A, seed)
+            assert demo.attrs["num_samples"] == len(shown.actions) and demo.attrs["seed"] == seed
+            assert demo.attrs["language_instruction"] == shown.instruction
+            assert (demo["actions"][:] == shown.actions).all() and demo["actions"].dtype == np.float32
+            assert (demo["obs/agentview_image"][:] == shown.frames).all()
+            assert (demo["obs/robot_state"][:] == shown.states).all()
+
+
+def test_recorded_and_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, data = tmp_path / "tabletop_b.hdf5", tmp_path / "data"
+    assert main(["--out", str(file), "--episodes", "6", "--seed", "40"]) == 0
+    assert capsys.readouterr().out.startswith("6 demonstrations of tabletop_b, ")
+    base = write_small_base(tmp_path / "base", "fused")
+    words = ["convert", str(file), "--preset", "tabletop", "--base", str(base), "--out", str(data), "--workers", "1"]
+    assert vlaft(words) == 0
+    converted = ConvertedDataset(data)
+    assert list(converted.statistics) == ["tabletop_b"]  # the name under which `evaluate --env tabletop` looks
+    statistics = converted.statistics["tabletop_b"]["action"]
+    assert statistics["mask"] == [True] * 6 + [False]
+    rows = [row for shard in sorted(data.glob("*.parquet")) for row in pq.read_table(shard).to_pylist()]
+    shown = [demonstrate(SETUP_B, seed) for seed in range(40, 46)]
+    assert len(rows) == sum(len(each.actions) for each in shown)
+    for number, demonstration in enumerate(shown):
+        own = sorted(
+            (row for row in rows if row["source"].endswith(f"demo_{number}")), key=lambda row: row["frame_index"]
+        )
+        assert {row["instruction"] for row in own} == {demonstration.instruction}
+        assert np.array([row["action"] for row in own], np.float32) == pytest.approx(demonstration.actions, abs=1e-6)
+        assert np.array([row["state"] for row in own], np.float32) == pytest.approx(demonstration.states, abs=1e-6)
+
+
+def test_an_existing_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "demos.hdf5"
+    path.write_text("mine")
+    assert main(["--out", str(path), "--episodes", "1"]) == 1
+    assert capsys.readouterr().err == f"error: {path} exists; name another file, or remove it first\n"
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError, OSError])
+def test_a_partial_file_is_never_left(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(setup: object, seed: int) -> recording.Demonstration:
+        if seed == 2:
+            raise error
+        return demonstrate(SETUP_B, seed)
+
+    monkeypatch.setattr(recording, "demonstrate", failing)
+    with pytest.raises(VlaftError if error is OSError else error):
+        record(tmp_path / "demos.hdf5", SETUP_B, range(4))
+    assert not list(tmp_path.iterdir())
+    if error is KeyboardInterrupt:
+        assert main(["--out", str(tmp_path / "demos.hdf5"), "--episodes", "4"]) == 130
+        assert not list(tmp_path.iterdir())
+
+
+def test_bad_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("x")
+    cases = [
+        (["--episodes", "0"], tmp_path / "a.hdf5", "no demonstrations were asked for"),
+        (["--seed", "-3"], tmp_path / "a.hdf5", "-3 is no seed"),
+        ([], tmp_path / "file/a.hdf5", "cannot be written"),
+    ]
+    for words, out, told in cases:
+        assert main(["--out", str(out), *words]) == 1
+        captured = capsys.readouterr()
+        assert captured.err.startswith("error: ") and told in captured.err and captured.err.count("\n") == 1
+    with pytest.raises(ConfigError):
+        record(tmp_path / "a.hdf5", SETUP_B, [])
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["--out", str(tmp_path / "a.hdf5"), "--setup", "tabletop_c"])

@@ -1,0 +1,69 @@
+"""A user's environment that ends after two steps, and how it goes wrong: what tests of `--env module:factory` name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+MADE: list[TwoSteps] = []
+
+
+class TwoSteps:
+    """Frames of 100 x 140 pixels, brighter with the seed; done at the second step where the seed is even."""
+
+    def __init__(self) -> None:
+        self.closed = 0
+        self.seeds: list[int] = []
+        self.actions: list[np.ndarray] = []
+        self.steps = 0
+        MADE.append(self)
+
+    def reset(self, *, seed: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        assert seed is not None
+        self.seeds.append(seed)
+        self.steps = 0
+        return self.observation(), {"instruction": f"push the red cube {seed}"}
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        self.actions.append(action)
+        done = self.steps == 2
+        return self.observation(), 0.0, done, False, {"success": done and self.seeds[-1] % 2 == 0, "dry": np.bool_(1)}
+
+    def observation(self) -> dict[str, Any]:
+        frame = np.full((100, 140, 3), 10 * (self.seeds[-1] % 20) + self.steps, np.uint8)
+        return {"image": frame, "state": np.zeros(3)}
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class Chatty(TwoSteps):
+    def step(self, action: np.ndarray) -> Any:
+        print("the motors hum")
+        return super().step(action)
+
+
+class Failing(TwoSteps):
+    def step(self, action: np.ndarray) -> Any:
+        if self.seeds[-1] == 1:
+            raise RuntimeError("a motor\nis hot")
+        return super().step(action)
+
+
+class NoSuccess(TwoSteps):
+    def step(self, action: np.ndarray) -> Any:
+        return *super().step(action)[:4], {}
+
+
+class Interrupted(TwoSteps):
+    def step(self, action: np.ndarray) -> Any:
+        raise KeyboardInterrupt
+
+
+def broken() -> TwoSteps:
+    raise OSError("no robot on /dev/ttyUSB0")
+
+
+NUMBER = 3
