@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -15,23 +16,53 @@ from vlaft.cli.main import main as vlaft
 from vlaft.data.store import ConvertedDataset
 from vlaft.errors import ConfigError, VlaftError
 from vlaft.sim import recording
+from vlaft.sim.expert import expert_action
 from vlaft.sim.recording import demonstrate, main, record
-from vlaft.sim.scene import SETUP_A, SETUP_B
+from vlaft.sim.scene import SETUP_A, SETUP_B, Scene, SetUp
 from vlaft.sim.tabletop import TabletopEnv
 
 
-def test_a_demonstration_can_be_done_again() -> None:
-    for setup in (SETUP_A, SETUP_B):
-        for seed in range(20):
-            shown, again = demonstrate(setup, seed), demonstrate(setup, seed)
-            assert (shown.frames == again.frames).all() and (shown.actions == again.actions).all()
-            env = TabletopEnv(setup, recording.RECORDING_NOISE)
-            observation, info = env.reset(seed=seed)
-            assert shown.instruction == info["instruction"]
-            for frame, state, action in zip(shown.frames, shown.states, shown.actions, strict=True):
-                assert (observation["image"] == frame).all() and (observation["state"] == state).all()
-                observation, _, terminated, _, info = env.step(action)
-            assert terminated and info["success"]
+@pytest.mark.parametrize("setup", [SETUP_A, SETUP_B], ids=lambda setup: setup.name)
+def test_a_demonstration_without_disturbances_can_be_done_again(setup: SetUp) -> None:
+    for seed in range(20):
+        shown = demonstrate(setup, seed, disturbed=0.0)
+        env = TabletopEnv(setup, recording.RECORDING_NOISE)
+        observation, info = env.reset(seed=seed)
+        assert shown.instruction == info["instruction"]
+        for frame, state, action in zip(shown.frames, shown.states, shown.actions, strict=True):
+            assert (observation["image"] == frame).all() and (observation["state"] == state).all()
+            observation, _, terminated, _, info = env.step(action)
+        assert terminated and info["success"]
+
+
+@pytest.mark.parametrize("setup", [SETUP_A, SETUP_B], ids=lambda setup: setup.name)
+def test_what_is_recorded_is_what_the_expert_wanted(setup: SetUp, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, outcomes = [], []
+
+    def expert(scene: Scene) -> np.ndarray:
+        wanted.append(expert_action(scene).astype(np.float32))
+        return wanted[-1].astype(np.float64)
+
+    class Watched(TabletopEnv):
+        def step(self, action: np.ndarray) -> Any:
+            outcomes.append((action, super().step(action)))
+            return outcomes[-1][1]
+
+    monkeypatch.setattr(recording, "expert_action", expert)
+    monkeypatch.setattr(recording, "TabletopEnv", Watched)
+    done = changed = 0
+    for seed in range(40):
+        wanted.clear()
+        outcomes.clear()
+        shown = demonstrate(setup, seed)
+        assert (shown.actions == np.stack(wanted)).all() and len(shown.frames) == len(outcomes)
+        for (_, answer), frame, state in zip(outcomes, shown.frames[1:], shown.states[1:], strict=False):
+            assert (answer[0]["image"] == frame).all() and (answer[0]["state"] == state).all()
+        done += outcomes[-1][1][4]["success"]
+        changed += sum(bool((action != want).any()) for (action, _), want in zip(outcomes, wanted, strict=True))
+        again = demonstrate(setup, seed)
+        assert (shown.frames == again.frames).all() and (shown.actions == again.actions).all()
+    assert done >= 39 and 20 < changed < 100  # about one step in eight of 400
 
 
 def test_the_file(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     def __init__(self, setup: SetUp = SETUP_B, noise: float = MOTION_NOISE) -> None:
         self.setup = setup
         self.noise = noise
-        self.observation_space = spaces.Dict(  # type: ignore[assignment]  # its values are arrays, which its type does not say
+        self.observation_space = spaces.Dict(  # type: ignore[assignment]
             {
                 "image": spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8),
                 "state": spaces.Box(
