@@ -12,7 +12,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/python examples/quick_demo.py --out demo-out --overwrite
+	$(BIN)/vlaft demo --out demo-out --overwrite
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto vlaft tests

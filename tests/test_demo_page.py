@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vlaft.demo_comparison import order, pairs
 from vlaft.demo_page import render
+from vlaft.demo_page_comparison import order, pairs
 from vlaft.demo_results import PAPER_SUCCESS, Command, Cost, DemoResult, RecipeResult, SeedResult, Success
 
 VOID = {"meta", "link", "img", "br"}

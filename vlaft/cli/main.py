@@ -15,7 +15,21 @@ from typing import Annotated
 import typer
 
 from vlaft import __version__
-from vlaft.cli import convert, doctor, evaluate, export, inspect, merge, plot, predict, recipes, report, serve, train
+from vlaft.cli import (
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    inspect,
+    merge,
+    plot,
+    predict,
+    recipes,
+    report,
+    serve,
+    train,
+)
 from vlaft.errors import ConfigError, VlaftError
 
 app = typer.Typer(
@@ -25,6 +39,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(recipes.app, name="recipes")
+app.command("demo")(demo.demo)
 app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.command("report")(report.report)

@@ -24,7 +24,10 @@ from vlaft.sim.expert import expert_action
 from vlaft.sim.scene import SETUP_B, SETUPS, SetUp
 from vlaft.sim.tabletop import CONTROL_RATE, MAX_STEPS, TabletopEnv
 
-RECORDING_NOISE = 0.15  # more than in evaluation, so that demonstrations show how to come back to the way
+# More noise than in evaluation, and now and then a disturbance, so that demonstrations show how to come back to the way
+# (as DART does: Laskey et al. 2017, arXiv 1703.09327): what is recorded is what the expert wanted.
+RECORDING_NOISE = 0.15
+DISTURBED = 0.12  # share of steps
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,17 @@ class Demonstration:
     states: NDArray[np.float32]
 
 
-def demonstrate(setup: SetUp, seed: int, noise: float = RECORDING_NOISE) -> Demonstration:
-    """Return the expert's episode of a seed: the same one each time."""
+def demonstrate(setup: SetUp, seed: int, noise: float = RECORDING_NOISE, disturbed: float = DISTURBED) -> Demonstration:
+    """Return the expert's episode of a seed: the same one each time.
+
+    Args:
+        setup: which robot.
+        seed: of the scene, the noise and the disturbances.
+        noise: as `TabletopEnv` takes it.
+        disturbed: share of steps at which the robot does something else than it was told.
+    """
     env = TabletopEnv(setup, noise)
+    generator = np.random.default_rng([seed, 1])
     observation, info = env.reset(seed=seed)
     frames, actions, states = [], [], []
     for _ in range(MAX_STEPS):
@@ -55,10 +66,22 @@ def demonstrate(setup: SetUp, seed: int, noise: float = RECORDING_NOISE) -> Demo
         frames.append(observation["image"])
         states.append(observation["state"])
         actions.append(action)
+        if generator.random() < disturbed:
+            action = _disturb(action, generator, setup.max_step)
         observation, _, terminated, truncated, _ = env.step(action)
         if terminated or truncated:
             break
     return Demonstration(info["instruction"], np.stack(frames), np.stack(actions), np.stack(states))
+
+
+def _disturb(action: NDArray[np.float32], generator: np.random.Generator, limit: float) -> NDArray[np.float32]:
+    """Return an action that was knocked aside, or whose fingers did the opposite."""
+    changed = action.copy()
+    if generator.random() < 0.5:
+        changed[6] = 1.0 - changed[6]
+    else:
+        changed[:3] += generator.normal(0.0, 0.5 * limit, 3).astype(np.float32)
+    return changed
 
 
 def record(path: Path, setup: SetUp, seeds: Sequence[int]) -> int:
