@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -78,9 +79,9 @@ def test_the_search_takes_the_best_rate_and_the_lowest_of_equals(tmp_path: Path)
 
 def test_every_recipe_is_searched_alike(tmp_path: Path) -> None:
     stream = demo_recipes.comparison_steps(tmp_path, tmp_path / "base", 50, seeds=1)
-    lines = {recipe: [] for recipe in demo_recipes.RECIPES}
+    lines: dict[str, list[str]] = {recipe: [] for recipe in demo_recipes.RECIPES}
     count = len(demo_recipes.RECIPES) * (1 + 2 * len(demo_recipes.RATES)) + 5
-    for step, _ in zip(stream, range(count), strict=False):
+    for step in islice(stream, count):
         if step.words[0] == "train":
             recipe = step.words[step.words.index("--recipe") + 1]
             lines[recipe].append(step.line.replace(recipe, "RECIPE"))

@@ -20,7 +20,7 @@ import vlaft
 from vlaft.adapt.lora import attach_lora
 from vlaft.config import LoraConfig
 from vlaft.data.actions import unnormalize
-from vlaft.errors import CheckpointError, DataError
+from vlaft.errors import CheckpointError, DataError, UsageError
 from vlaft.export_quantized import export_quantized
 from vlaft.inference import Policy, Prediction, load
 from vlaft.merge import merge
@@ -257,3 +257,10 @@ def test_a_head_with_an_adapter_chooses_among_action_tokens_too(base: Path, fram
     )
     expected = policy.predict(frames, TEXTS, action_ids_only=True)
     assert ids_of(adapted.predict(frames, TEXTS, action_ids_only=True)) == ids_of(expected)
+
+
+@pytest.mark.parametrize("device", ["banana", "cuda:99"])
+def test_a_device_that_is_not_there(device: str, tmp_path: Path) -> None:
+    base = write_small_base(tmp_path / "base")
+    with pytest.raises(UsageError, match=f"--device {device}"):
+        load(base, device=device)

@@ -1,10 +1,10 @@
-"""Pretrain the small base of `vlaft demo` on the simulator's first set-up: about half an hour on two CPU cores.
+"""Pretrain the small base of `vlaft demo` on the simulator's first set-up: an hour on two CPU cores.
 
     python tools/pretrain_tabletop.py --out vlaft/sim/tabletop_base
 
 The model has the release's architecture at a small scale (84 px, two ViTs side by side, Llama). It sees scenes drawn at
-random, with camera, light and colours varied around set-up A, each labelled by the scripted expert. Three things make
-it learn in minutes, and none of them is left in the checkpoint:
+random, each labelled by the scripted expert, with camera, light and colours of set-up A varied: a little at first,
+widely then. Three things make it learn within the hour, and none of them is left in the checkpoint:
 
 - A frame is seen once and acted on for each of its three objects: three prompts share one image prefix, side by
   side in one sequence, hidden from each other by the attention mask.
@@ -43,6 +43,7 @@ from vlaft.sim.drawing import SIZE, draw
 from vlaft.sim.expert import expert_action
 from vlaft.sim.scene import CEILING, REACH, SETUP_A, Colour, Scene, SetUp, new_scene, place_objects
 
+BATCH = 48  # frames per update; each has three prompts
 BINS, PADDING = 256, 64
 PROMPT_WORDS = "In : What action should the robot take to ? Out"
 # what a person may ask for on a table; words that set-up A never shows keep the embedding that they began with
@@ -113,6 +114,7 @@ class Stage:
 
     Attributes:
         look: draws what a scene looks like.
+        steps: updates.
         rate: highest learning rate; it falls to a fiftieth along a cosine.
         shares: of scenes with the gripper anywhere, near an object, over it, holding it, and closed around nothing.
         low: highest z of those over an object.
@@ -122,6 +124,7 @@ class Stage:
     """
 
     look: Callable[[Generator], SetUp]
+    steps: int
     rate: float
     shares: tuple[float, float, float, float, float]
     low: float
@@ -130,10 +133,14 @@ class Stage:
     seed: int
 
 
-LEARNING = Stage(nearby, 1.5e-3, (0.30, 0.30, 0.14, 0.16, 0.10), 0.06, (3.0, 1.0), 1.0, seed=0)
-# Closing and lifting are a tenth of an episode's steps each, but decide it: the second part sees more of them. And a
+# Closing and lifting are a tenth of an episode's steps each, but decide it: the later parts see more of them. And a
 # model that has seen rooms of one colour only is hard to bring to another one with fifty demonstrations.
-VARYING = Stage(varied, 1.2e-3, (0.22, 0.26, 0.22, 0.18, 0.12), 0.05, (2.0, 1.0), 0.5, seed=1)
+_OFTEN_CLOSE = (0.22, 0.26, 0.22, 0.18, 0.12)
+STAGES = (
+    Stage(nearby, 6000, 1.5e-3, (0.30, 0.30, 0.14, 0.16, 0.10), 0.06, (3.0, 1.0), 1.0, seed=0),
+    Stage(varied, 4000, 1.2e-3, _OFTEN_CLOSE, 0.05, (2.0, 1.0), 0.5, seed=1),
+    Stage(varied, 4500, 1.0e-3, _OFTEN_CLOSE, 0.05, (2.0, 1.0), 0.5, seed=2),
+)
 
 
 def random_scene(generator: Generator, stage: Stage) -> Scene:
@@ -348,7 +355,7 @@ def spread_targets(actions: Tensor, tokens: Tensor, files: BaseFiles, rows: int,
     return target
 
 
-def pretrain(folder: Path, stage: Stage, *, steps: int, batch: int) -> None:
+def pretrain(folder: Path, stage: Stage) -> None:
     """Train the base in `folder`, and write the running average of its weights and the expert's statistics there."""
     files = load_base_files(str(folder))
     statistics = expert_statistics()
@@ -364,8 +371,8 @@ def pretrain(folder: Path, stage: Stage, *, steps: int, batch: int) -> None:
     groups = [{"params": decayed, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=stage.rate, betas=(0.9, 0.98))
     average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    stream = iter(DataLoader(Labeller(files, statistics, stage), batch_size=batch, num_workers=1, prefetch_factor=4))
-    rows, began = config["text_config"]["vocab_size"], time.monotonic()
+    stream = iter(DataLoader(Labeller(files, statistics, stage), batch_size=BATCH, num_workers=1, prefetch_factor=4))
+    rows, steps, began = config["text_config"]["vocab_size"], stage.steps, time.monotonic()
     for step in range(1, steps + 1):
         done = step / steps
         warm = min(1.0, step / 200)
@@ -373,7 +380,7 @@ def pretrain(folder: Path, stage: Stage, *, steps: int, batch: int) -> None:
             group["lr"] = stage.rate * warm * (0.5 * (1 + np.cos(np.pi * done)) * 0.98 + 0.02)
         frames, prompts, actions, facts, offsets = next(stream)
         # a third of the frames as training on demonstrations shows them, cropped and recoloured
-        frames[: batch // 3] = augment(frames[: batch // 3])
+        frames[: BATCH // 3] = augment(frames[: BATCH // 3])
         tokens = torch.from_numpy(files.actions.encode(actions.numpy())).long()
         end = torch.full_like(tokens[:, :, :1], files.tokenizer.eos_id)
         width = 0.0 if done > 0.8 else stage.spread[done >= 0.5]
@@ -399,7 +406,7 @@ def pretrain(folder: Path, stage: Stage, *, steps: int, batch: int) -> None:
             seconds = time.monotonic() - began
             print(
                 f"step {step}/{steps} loss {loss:.4f} aux {auxiliary:.4f} L1 {error:.4f} grip {grip:.3f}"
-                f" {3 * batch * step / seconds:.0f} labels/s {seconds:.0f} s",
+                f" {3 * BATCH * step / seconds:.0f} labels/s {seconds:.0f} s",
                 flush=True,
             )
         if step % 500 == 0 or step == steps:
@@ -422,9 +429,10 @@ two ViTs side by side (width 96; three blocks are run), a projector, a Llama of 
 tokens. It picks up the object of the named colour from the table of vlaft's simulator, set-up A (`tabletop-a`). Its
 files are those of an OpenVLA release, in float16.
 
-- Made by `tools/pretrain_tabletop.py` in vlaft's repository: {learning} and {varying} steps of {batch} frames, each
-  labelled by the scripted expert for three instructions. It has seen nothing but pictures that the simulator drew: no
-  robot, no photograph, no text but the prompts.
+- Made by `tools/pretrain_tabletop.py` in vlaft's repository: {steps:,} updates of {batch} frames, each labelled by the
+  scripted expert for three instructions, {labels:,} labels in all. After the first 6,000 updates, camera, colours and
+  shapes of set-up A vary widely. It has seen nothing but pictures that the simulator drew: no robot, no photograph, no
+  text but the prompts.
 - Measured by that script, on 200 episodes each that it was not trained on: success on set-up A {rate_a:.1%} (95 %
   interval {low_a:.1%} to {high_a:.1%}), on set-up B, the demo's new robot, {rate_b:.1%} ({low_b:.1%} to {high_b:.1%}).
 - It is for trying out vlaft, for its tests and for its demo. It is no use on a robot, and says little of how a model
@@ -434,7 +442,7 @@ files are those of an OpenVLA release, in float16.
 """
 
 
-def write_card(folder: Path, *, learning: int, varying: int, batch: int) -> None:
+def write_card(folder: Path) -> None:
     """Let the base act in both set-ups, and write the model card with what came out."""
     from safetensors import safe_open
 
@@ -447,7 +455,8 @@ def write_card(folder: Path, *, learning: int, varying: int, batch: int) -> None
         rollout = evaluate_in(str(folder), f"tabletop-{letter}", episodes=200, seed=800_000).rollout
         found |= {f"rate_{letter}": rollout.success_rate}
         found |= dict(zip((f"low_{letter}", f"high_{letter}"), rollout.interval, strict=True))
-    card = CARD.format(parameters=parameters, learning=learning, varying=varying, batch=batch, **found)
+    steps = sum(stage.steps for stage in STAGES)
+    card = CARD.format(parameters=parameters, steps=steps, batch=BATCH, labels=3 * BATCH * steps, **found)
     (folder / "README.md").write_text(card, encoding="utf-8")
     print(card)
 
@@ -456,16 +465,13 @@ def main() -> None:
     """Run the pretraining."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--varied-steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=48, help="frames per step; each has three prompts")
     options = parser.parse_args()
     if options.out.exists():
         sys.exit(f"{options.out} exists; name another folder")
-    write_blank_base(options.out, LEARNING.seed)
-    pretrain(options.out, LEARNING, steps=options.steps, batch=options.batch)
-    pretrain(options.out, VARYING, steps=options.varied_steps, batch=options.batch)
-    write_card(options.out, learning=options.steps, varying=options.varied_steps, batch=options.batch)
+    write_blank_base(options.out, seed=0)
+    for stage in STAGES:
+        pretrain(options.out, stage)
+    write_card(options.out)
 
 
 if __name__ == "__main__":

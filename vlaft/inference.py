@@ -26,7 +26,7 @@ from vlaft.data.episode import Image
 from vlaft.data.images import ImagePipeline
 from vlaft.data.prompts import BaseFiles, load_base_files, prompt_style_of
 from vlaft.data.statistics import choose_key
-from vlaft.errors import CheckpointError, DataError
+from vlaft.errors import CheckpointError, DataError, UsageError
 from vlaft.model.checkpoint import fingerprint, load_model, read_json, resolve_checkpoint
 from vlaft.model.cuda_graphs import CudaGraphs
 from vlaft.model.generation import generate_action_ids
@@ -184,8 +184,9 @@ def load(
     Raises:
         CheckpointError: something is missing, damaged, or does not fit together.
         MissingExtra: quantised weights, and bitsandbytes is not installed.
+        UsageError: there is no such device.
     """
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    place = _place(device)
     default = "bfloat16" if place.type == "cuda" else "float32"
     if dtype is not None and dtype not in (*_TYPES, *_QUANTIZED):
         raise CheckpointError(f"dtype '{dtype}' is not known: give {', '.join(_TYPES)}, int8 or nf4")
@@ -205,6 +206,18 @@ def load(
         pack_linears(model)
     statistics = (trained.statistics if trained is not None else None) or _statistics(folder, files.config)
     return Policy(model, files, _pipeline(files), statistics, place, _graphs(model, place))
+
+
+def _place(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"--device {device}: give auto, cpu, cuda or cuda:N") from error
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {device}: {torch.cuda.device_count()} GPUs are here; give auto or cpu")
+    return place
 
 
 def _quantization(kind: str | None, compute: torch.dtype) -> Any:

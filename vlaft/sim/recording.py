@@ -60,13 +60,13 @@ def demonstrate(setup: SetUp, seed: int, noise: float = RECORDING_NOISE, disturb
     generator = np.random.default_rng([seed, 1])
     observation, info = env.reset(seed=seed)
     frames, actions, states = [], [], []
-    for _ in range(MAX_STEPS):
+    for number in range(MAX_STEPS):
         assert env.scene is not None
         action = expert_action(env.scene).astype(np.float32)
         frames.append(observation["image"])
         states.append(observation["state"])
         actions.append(action)
-        if generator.random() < disturbed:
+        if number < MAX_STEPS // 2 and generator.random() < disturbed:  # what is left is enough to succeed
             action = _disturb(action, generator, setup.max_step)
         observation, _, terminated, truncated, _ = env.step(action)
         if terminated or truncated:

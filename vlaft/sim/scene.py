@@ -76,17 +76,19 @@ SETUP_A = SetUp(
 
 SETUP_B = SetUp(
     name="tabletop_b",
-    objects={"red": (190, 40, 60), "blue": (60, 110, 215), "purple": (135, 60, 165), "white": (238, 238, 232)},
+    objects={"red": (190, 40, 60), "blue": (60, 110, 215), "purple": (135, 60, 165), "orange": (236, 130, 36)},
     noun="disc",
     shape="disc",
     max_step=0.045,
     frame_angle=-0.12,
     camera_angle=0.25,
+    scale=114.0,
+    shift=(0.0, 3.0),
     table=(118, 132, 124),
     checker=7.0,
     surroundings=(58, 46, 42),
     gripper=(222, 206, 170),
-    lights=((90, 200, 250), (250, 160, 40)),
+    lights=((90, 200, 250), (255, 90, 200)),
     brightness=0.95,
 )
 
