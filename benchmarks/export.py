@@ -30,7 +30,7 @@ def main() -> None:
     options = parser.parse_args()
     model = options.demo / "model"
     pipeline = ImagePipeline.from_checkpoint(read_json(model / "config.json"))
-    inputs = data_inputs([options.demo / "data-b"], pipeline, options.examples)
+    inputs = data_inputs([options.demo / "data"], pipeline, options.examples)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         results: dict[str, ExportResult] = {

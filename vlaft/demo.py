@@ -142,9 +142,9 @@ def steps(out: Path, settings: Settings) -> Iterator[Step]:
         yield acting(base, folder, "before", _EPISODES + _PER_SEED * seed, films=True)
         yield training(recipe, LEARNING_RATES[recipe], seed, base, folder / "data", folder / "run")
         yield acting(folder / "run", folder, "after", _EPISODES + _PER_SEED * seed, films=True)
-    words = ("evaluate", str(base), str(out / "run"), "--data", str(out / "data"))
+    compared = ("evaluate", str(base), str(out / "run"), "--data", str(out / "data"))
     pictures = ("--plots", str(out / "held-out"), "--overwrite", "--json")
-    yield Step((*words, *pictures), out / "held-out.json", out / "held-out.json")
+    yield Step((*compared, *pictures), out / "held-out.json", out / "held-out.json")
     yield Step(("merge", str(out / "run"), "--out", str(out / "model")), out / "model")
     yield acting(out / "model", out, "merged", _EPISODES + _PER_SEED)
     if importlib.util.find_spec("bitsandbytes") is not None:
