@@ -268,10 +268,13 @@ def write_blank_base(folder: Path, seed: int) -> Path:
 
 def save_weights(model: OpenVLAForActionPrediction, folder: Path) -> None:
     """Write the weights in float16, in the release's names."""
+    _save({name: tensor.to(torch.float16).contiguous() for name, tensor in model.state_dict().items()}, folder)
+
+
+def _save(tensors: dict[str, Tensor], folder: Path) -> None:
     from safetensors.torch import save_file
 
-    state = {name: tensor.to(torch.float16).contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _write_tokenizer(folder: Path, names: list[str]) -> None:
@@ -417,6 +420,30 @@ def pretrain(folder: Path, stage: Stage) -> None:
             model.load_state_dict(kept)
 
 
+def lengthen_unused_words(folder: Path) -> None:
+    """Give the embeddings of words that set-up A never says the length of those that it says; keep their directions.
+
+    As they were drawn, they are a fifth as long, and drown in what the blocks add: to the model they are all one word.
+    """
+    from safetensors.torch import load_file
+
+    files = load_base_files(str(folder))
+    said = {
+        index
+        for colour in SETUP_A.objects
+        for noun in ("block", "disc")
+        for index in files.prompt_token_ids(replace(SETUP_A, noun=noun).instruction(colour))
+    }
+    weights = load_file(folder / "model.safetensors")
+    rows = weights["language_model.model.embed_tokens.weight"].float()
+    words = set(files.tokenizer.tokenizer.get_vocab().values())
+    length = rows[sorted(said)].norm(dim=1).mean()
+    for index in sorted(words - said):
+        rows[index] *= length / rows[index].norm().clamp(min=1e-6)
+    weights["language_model.model.embed_tokens.weight"] = rows.to(torch.float16)
+    _save(weights, folder)
+
+
 CARD = """---
 license: apache-2.0
 library_name: vlaft
@@ -438,7 +465,7 @@ files are those of an OpenVLA release, in float16.
 - It is for trying out vlaft, for its tests and for its demo. It is no use on a robot, and says little of how a model
   of 7 billion parameters behaves.
 - Of its 4 blocks per ViT the last is kept for the release's layout only; embeddings of words that set-up A does not
-  use are as they were drawn.
+  use have random directions.
 """
 
 
@@ -471,6 +498,7 @@ def main() -> None:
     write_blank_base(options.out, seed=0)
     for stage in STAGES:
         pretrain(options.out, stage)
+    lengthen_unused_words(options.out)
     write_card(options.out)
 
 

@@ -47,18 +47,25 @@ class Demonstration:
     states: NDArray[np.float32]
 
 
-def demonstrate(setup: SetUp, seed: int, noise: float = RECORDING_NOISE, disturbed: float = DISTURBED) -> Demonstration:
+def demonstrate(
+    setup: SetUp,
+    seed: int,
+    target: str | None = None,
+    noise: float = RECORDING_NOISE,
+    disturbed: float = DISTURBED,
+) -> Demonstration:
     """Return the expert's episode of a seed: the same one each time.
 
     Args:
         setup: which robot.
         seed: of the scene, the noise and the disturbances.
+        target: colour word of the object to pick up; None draws it.
         noise: as `TabletopEnv` takes it.
         disturbed: share of steps at which the robot does something else than it was told.
     """
     env = TabletopEnv(setup, noise)
     generator = np.random.default_rng([seed, 1])
-    observation, info = env.reset(seed=seed)
+    observation, info = env.reset(seed=seed, options={"target": target})
     frames, actions, states = [], [], []
     for number in range(MAX_STEPS):
         assert env.scene is not None
@@ -85,7 +92,7 @@ def _disturb(action: NDArray[np.float32], generator: np.random.Generator, limit:
 
 
 def record(path: Path, setup: SetUp, seeds: Sequence[int]) -> int:
-    """Write one demonstration per seed; the file appears whole or not at all.
+    """Write one demonstration per seed, of each object in turn; the file appears whole or not at all.
 
     Returns:
         The number of frames.
@@ -101,7 +108,7 @@ def record(path: Path, setup: SetUp, seeds: Sequence[int]) -> int:
     if path.exists():
         raise VlaftError(f"{path} exists; name another file, or remove it first")
     partial = path.with_name(f".{path.name}.partial")
-    frames = 0
+    frames, colours = 0, list(setup.objects)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with h5py.File(partial, "w") as file:
@@ -109,7 +116,7 @@ def record(path: Path, setup: SetUp, seeds: Sequence[int]) -> int:
             env = {"env_name": setup.name, "env_kwargs": {"control_freq": CONTROL_RATE}}
             data.attrs["env_args"] = json.dumps(env)
             for number, seed in enumerate(seeds):
-                demonstration = demonstrate(setup, seed)
+                demonstration = demonstrate(setup, seed, colours[number % len(colours)])
                 demo = data.create_group(f"demo_{number}")
                 demo.attrs["num_samples"] = len(demonstration.actions)
                 demo.attrs["seed"] = seed

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
+from vlaft.errors import DataError
+
 Colour = tuple[float, float, float]  # RGB, 0..255
 
 REACH = 0.25  # the gripper and the objects stay within this distance of the middle, along x and along y
@@ -76,7 +78,7 @@ SETUP_A = SetUp(
 
 SETUP_B = SetUp(
     name="tabletop_b",
-    objects={"red": (190, 40, 60), "blue": (60, 110, 215), "purple": (135, 60, 165), "orange": (236, 130, 36)},
+    objects={"red": (190, 40, 60), "blue": (60, 110, 215), "yellow": (225, 205, 70), "purple": (135, 60, 165)},
     noun="disc",
     shape="disc",
     max_step=0.045,
@@ -184,7 +186,9 @@ def place_objects(generator: Generator, count: int) -> NDArray[np.float64]:
             return np.concatenate([places, np.zeros((count, 1))], axis=1)
 
 
-def new_scene(setup: SetUp, generator: Generator, *, objects: int = 3, noise: float = 0.0) -> Scene:
+def new_scene(
+    setup: SetUp, generator: Generator, *, objects: int = 3, noise: float = 0.0, target: str | None = None
+) -> Scene:
     """Return the beginning of an episode: objects and gripper at random places, one object named.
 
     Args:
@@ -192,8 +196,16 @@ def new_scene(setup: SetUp, generator: Generator, *, objects: int = 3, noise: fl
         generator: source of the random numbers, kept for the motion noise of the episode's steps.
         objects: how many there are.
         noise: standard deviation of each coordinate of a move, as a share of the move's length.
+        target: colour word of the object to name; None draws it.
+
+    Raises:
+        DataError: the set-up has no object of that colour.
     """
+    if target is not None and target not in setup.objects:
+        raise DataError(f"{setup.name} has no {target} {setup.noun}; it has {', '.join(setup.objects)}")
     colours = tuple(str(colour) for colour in generator.choice(list(setup.objects), size=objects, replace=False))
+    if target is not None:
+        colours = (target, *[colour for colour in colours if colour != target][: objects - 1])
     places = place_objects(generator, objects)
     gripper = np.array([*generator.uniform(-0.2, 0.2, 2), generator.uniform(0.10, 0.14)])
     return Scene(setup, colours[0], colours, places, gripper, noise=noise, generator=generator)

@@ -65,10 +65,14 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
 
         Args:
             seed: as Gymnasium has it.
-            options: not used.
+            options: `target`, the colour word of the object to name; else it is drawn.
+
+        Raises:
+            DataError: the set-up has no object of that colour.
         """
         super().reset(seed=seed)
-        self.scene = new_scene(self.setup, self.np_random, noise=self.noise)
+        target = (options or {}).get("target")
+        self.scene = new_scene(self.setup, self.np_random, noise=self.noise, target=target)
         self._steps = 0
         return self._observation(), self._info()
 
