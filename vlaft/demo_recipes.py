@@ -25,6 +25,7 @@ from vlaft.demo import (
     recording,
     report_seeds,
     train_seconds,
+    trained,
     training,
     validation_seeds,
 )
@@ -32,7 +33,7 @@ from vlaft.demo_results import Cost, RecipeResult, Success
 
 RECIPES = ("last-layer", "frozen-vision", "sandwich", "lora32", "qlora32", "full")
 ZERO_SHOT = "zero-shot"
-RATES = (1e-3, 2e-3, 5e-3)
+RATES = (5e-4, 1e-3, 2e-3, 5e-3)
 
 
 def comparison_steps(out: Path, base: Path, demonstrations: int, seeds: int) -> Iterator[Step]:
@@ -60,13 +61,13 @@ def comparison_steps(out: Path, base: Path, demonstrations: int, seeds: int) -> 
         for rate in RATES:
             folder = search_folder(out, recipe, rate)
             yield training(recipe, rate, 0, base, root / "validation" / "data", folder / "run")
-            yield acting(folder / "run", folder, "validation", episodes_from)
+            yield acting(trained(folder), folder, "validation", episodes_from)
     for seed in range(1, seeds + 1):  # seed by seed, so that whatever there is compares all recipes
         for recipe in RECIPES:
             folder = root / recipe / f"seed-{seed}"
             data = root / f"seed-{seed}" / "data"
             yield training(recipe, best_rate(out, recipe), seed, base, data, folder / "run")
-            yield acting(folder / "run", folder, "report", report_seeds(seed)[1])
+            yield acting(trained(folder), folder, "report", report_seeds(seed)[1])
 
 
 def search_folder(out: Path, recipe: str, rate: float) -> Path:

@@ -16,6 +16,7 @@ LITTLE = ("train.steps=2", "train.batch_size=4", "train.evaluate_every=2", "trai
 @pytest.fixture
 def little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "TRAINING", LITTLE)
+    monkeypatch.setattr(demo, "STEPS", 2)
     monkeypatch.setattr(demo, "BATCH_WORD", LITTLE[1])
     monkeypatch.setattr(demo, "EVALUATION_EPISODES", 2)
 
