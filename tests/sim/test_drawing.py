@@ -55,7 +55,7 @@ def test_the_camera_is_oblique_and_turned() -> None:
     assert camera.pixel(0, 0, 0.1)[1] < camera.pixel(0, 0)[1]
     turned = Camera.of(SETUP_B)
     column, row = turned.pixel(0.1, 0.0)
-    assert (column - 41.5, 46.5 - row) == pytest.approx((12.4 * np.cos(0.25), 12.4 * np.sin(0.25)))
+    assert (column - 41.5, 44.5 - row) == pytest.approx((11.4 * np.cos(0.25), 11.4 * np.sin(0.25)))
 
 
 @BOTH
@@ -113,8 +113,9 @@ def test_what_is_nearer_hides_what_is_behind(setup: SetUp) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setup", "means"), [(SETUP_A, (167.3566, 161.3158, 148.6200)), (SETUP_B, (99.1344, 105.1190, 99.7439))]
+    ("setup", "means"), [(SETUP_A, (167.3566, 161.3158, 148.6200)), (SETUP_B, (93.3445, 96.9146, 91.1724))]
 )
-def test_pictures_are_those_that_the_base_learned_from(setup: SetUp, means: tuple[float, float, float]) -> None:
+def test_pictures_stay_what_they_are(setup: SetUp, means: tuple[float, float, float]) -> None:
+    """The base learned from set-up A's, and docs/demo.md tells of results on set-up B's."""
     frames = np.stack([draw(new_scene(setup, np.random.default_rng(seed))) for seed in range(20)])
     assert frames.mean(axis=(0, 1, 2)) == pytest.approx(means, abs=0.002)

@@ -73,8 +73,9 @@ def test_the_file(tmp_path: Path) -> None:
         data = file["data"]
         assert list(data) == ["demo_0", "demo_1"] and data.attrs["total"] == frames
         assert json.loads(data.attrs["env_args"])["env_kwargs"]["control_freq"] == 5
-        for demo, seed in zip(data.values(), (7, 3), strict=True):
-            shown = demonstrate(SETUP_A, seed)
+        for demo, seed, target in zip(data.values(), (7, 3), SETUP_A.objects, strict=False):
+            shown = demonstrate(SETUP_A, seed, target)
+            assert shown.instruction == f"pick up the {target} block"  # each object in turn
             assert demo.attrs["num_samples"] == len(shown.actions) and demo.attrs["seed"] == seed
             assert demo.attrs["language_instruction"] == shown.instruction
             assert (demo["actions"][:] == shown.actions).all() and demo["actions"].dtype == np.float32
@@ -94,7 +95,8 @@ def test_recorded_and_converted(tmp_path: Path, capsys: pytest.CaptureFixture[st
     statistics = converted.statistics["tabletop_b"]["action"]
     assert statistics["mask"] == [True] * 6 + [False]
     rows = [row for shard in sorted(data.glob("*.parquet")) for row in pq.read_table(shard).to_pylist()]
-    shown = [demonstrate(SETUP_B, seed) for seed in range(40, 46)]
+    targets = [*SETUP_B.objects, *SETUP_B.objects]
+    shown = [demonstrate(SETUP_B, 40 + number, targets[number]) for number in range(6)]
     assert len(rows) == sum(len(each.actions) for each in shown)
     for number, demonstration in enumerate(shown):
         own = sorted(
@@ -117,10 +119,10 @@ def test_an_existing_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_a_partial_file_is_never_left(
     error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(setup: object, seed: int) -> recording.Demonstration:
+    def failing(setup: object, seed: int, target: str) -> recording.Demonstration:
         if seed == 2:
             raise error
-        return demonstrate(SETUP_B, seed)
+        return demonstrate(SETUP_B, seed, target)
 
     monkeypatch.setattr(recording, "demonstrate", failing)
     with pytest.raises(VlaftError if error is OSError else error):
