@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 from pathlib import Path
@@ -42,8 +43,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.chdir(folder)
+def run(command: str, folder: Path) -> int:
     command = command.replace("openvla/openvla-7b", str(folder / "base")).replace("train.steps=2000", "train.steps=2")
     words = shlex.split(command)[1:]
     if words[0] == "report":  # on the small base: counting the large one is tested elsewhere
@@ -51,16 +51,21 @@ def run(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     return main(words)
 
 
-def test_the_commands_of_the_job(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = commands()
-    assert len(told) >= 9
-    for command in told:
-        if command.startswith(("vlaft serve", "vlaft demo")):
-            continue  # the one runs until it is stopped, the other for minutes: test_serve.py, cli/test_cli_demo.py
-        assert run(command, job, monkeypatch) == 0, command
+@pytest.fixture(scope="module")
+def done(job: Path) -> dict[str, int]:
+    """Exit codes of the README's commands, run in its order."""
+    with contextlib.chdir(job):
+        # `serve` runs until it is stopped, `demo` for minutes: test_serve.py, cli/test_cli_demo.py
+        return {told: run(told, job) for told in commands() if not told.startswith(("vlaft serve", "vlaft demo"))}
+
+
+def test_the_commands_of_the_job(job: Path, done: dict[str, int]) -> None:
+    assert len(done) >= 8
+    assert set(done.values()) == {0}, done
     assert (job / "model/config.json").is_file()
 
 
+@pytest.mark.usefixtures("done")
 def test_the_python_example(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(job)
     (code,) = blocks("python")

@@ -104,25 +104,26 @@ def _begin(out: Path, settings: Settings, *, resume: bool, overwrite: bool) -> N
 
 
 def _run(steps: Iterable[Step], out: Path) -> list[Command]:
-    """Run what has not been done yet; return all commands, with the times that they took when they ran."""
+    """Run what has not been done yet; return all commands as they were run, with the times that they took."""
     import json
 
     from vlaft.cli.console import say
     from vlaft.demo_results import Command
 
     file = out / "commands.json"
-    known: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known: dict[str, dict] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     commands = []
     for step in steps:
+        key = step.result.relative_to(out).as_posix()
         if step.done:
             say(f"\n$ {step.line}\n(done earlier)")
         else:
             say(f"\n$ {step.line}")
             began = time.monotonic()
             _run_step(step)
-            known[step.line] = time.monotonic() - began
+            known[key] = {"line": step.line, "seconds": time.monotonic() - began}
             file.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-        commands.append(Command(step.line, known.get(step.line, 0.0)))
+        commands.append(Command(**known.get(key, {"line": step.line, "seconds": 0.0})))
     return commands
 
 

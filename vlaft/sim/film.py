@@ -44,7 +44,13 @@ def write_film(path: Path, episodes: Sequence[EpisodeOutcome], *, fps: int = 5, 
     indices = [*range(0, longest - 1, every), *[longest - 1] * (fps + 1)]
     shots = [_grid([_shot(episode, index, size) for episode in episodes], columns) for index in indices]
     if path.suffix == ".gif":
-        pictures = [PillowImage.fromarray(shot).quantize(96, dither=PillowImage.Dither.NONE) for shot in shots]
+        # One palette for all, so that colours stay what they are from frame to frame; an octree keeps small bright
+        # things, which a median cut gives up for shades of the background.
+        some = PillowImage.fromarray(np.concatenate([shots[0], shots[len(shots) // 2], shots[-1]]))
+        palette = some.quantize(255, method=PillowImage.Quantize.FASTOCTREE)
+        pictures = [
+            PillowImage.fromarray(shot).quantize(palette=palette, dither=PillowImage.Dither.NONE) for shot in shots
+        ]
         pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0, optimize=True)
     else:
         _write_mp4(path, shots, fps)
