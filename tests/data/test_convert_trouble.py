@@ -22,7 +22,7 @@ import sys, time
 from vlaft.data import convert_shards
 encode = convert_shards.encode_image
 def slowly(*arguments):
-    time.sleep(0.005)
+    time.sleep(0.02)
     return encode(*arguments)
 convert_shards.encode_image = slowly
 """
