@@ -112,6 +112,7 @@ class LeRobotSource:
             fps=self._meta.fps,
             start=span.start,
             stop=span.stop,
+            place=span.place,
             warnings=self.warnings,
         )
 

@@ -34,14 +34,14 @@ class Files:
         root: the dataset's folder.
         by_episode: one file per episode (v2.x), else many episodes per file (v3.0).
         data: parquet files.
-        videos: video files by camera.
+        videos: video files by camera; of one number there may be several, in different folders.
         lfs_videos: number of video files that are git-LFS pointers (they are not in `videos`).
     """
 
     root: Path
     by_episode: bool
     data: dict[Number, str] = field(default_factory=dict)
-    videos: dict[str, dict[Number, str]] = field(default_factory=dict)
+    videos: dict[str, dict[Number, tuple[str, ...]]] = field(default_factory=dict)
     lfs_videos: int = 0
 
 
@@ -49,7 +49,7 @@ def list_files(root: Path) -> Files:
     """Walk over `data`, `videos` and `video`.
 
     Raises:
-        DataError: there are no data files, or git-LFS never fetched them.
+        DataError: there are no data files, two have the same number, or git-LFS never fetched them.
     """
     parquet = _walk(root, "data", ".parquet")
     if not (root / "data").is_dir():
@@ -67,8 +67,13 @@ def list_files(root: Path) -> Files:
     files = Files(root, by_episode, lfs_videos=len(lfs_videos))
     for path in parquet:
         number = _number(path, by_episode)
+        if number is not None and number in files.data:
+            raise DataError(
+                f"{root}: {files.data[number]} and {path} have the same number, so these are two recordings; give each"
+                " a folder with its own meta, data and videos, or remove one file"
+            )
         if number is not None:
-            files.data.setdefault(number, path)
+            files.data[number] = path
     if not files.data:
         raise DataError(
             f"{root}: the folder 'data' holds no episode_*.parquet and no file-*.parquet; was the download complete?"
@@ -78,7 +83,8 @@ def list_files(root: Path) -> Files:
         number = _number(path, by_episode)
         camera = "/".join(part for part in path.split("/")[1:-1] if not _CHUNK.match(part))
         if number is not None and camera and path not in unfetched:
-            files.videos.setdefault(camera, {}).setdefault(number, path)
+            found = files.videos.setdefault(camera, {})
+            found[number] = (*found.get(number, ()), path)
     return files
 
 
@@ -113,6 +119,40 @@ def inside(path: str, what: str) -> str:
     return plain
 
 
+def choose_video(root: Path, videos: tuple[str, ...], data: str, templates: tuple[str | None, str | None]) -> str:
+    """Return the video that belongs to an episode's rows: of the same chunk folder, where both lie in one.
+
+    Args:
+        root: the dataset's folder.
+        videos: those of the episode's number (v2.x), or of the number that its metadata name (v3.0).
+        data: the file of the rows; empty in v3.0, where the metadata name the video's own chunk.
+        templates: where info.json says that data and video are, or None.
+
+    Raises:
+        DataError: several could be it, or the only one lies in another chunk than the rows.
+    """
+    said_data, said_video = templates
+    chunk = _chunk_of(data)
+    near = [path for path in videos if None in (chunk, _chunk_of(path)) or _chunk_of(path) == chunk]
+    if len(near) == 1:
+        return near[0]
+    if said_video is not None and (said_video in near or (said_data == data and said_video in videos)):
+        return said_video
+    if near:
+        raise DataError(
+            f"{root}: {' and '.join(near)} are videos of the same camera and number; remove the one that does not"
+            f" belong to {data or 'the rows'}"
+        )
+    raise DataError(
+        f"{root}: the rows of an episode are {data}, its video is {' or '.join(videos)}, in another chunk; they may be"
+        " of different recordings: put those that belong together into the same chunk"
+    )
+
+
+def _chunk_of(path: str) -> int | None:
+    return next((int(match[1]) for part in path.split("/")[:-1] if (match := _CHUNK.match(part))), None)
+
+
 def _walk(root: Path, folder: str, suffix: str) -> list[str]:
     found = []
     for parent, folders, names in os.walk(root / folder):
@@ -127,8 +167,7 @@ def _number(path: str, by_episode: bool) -> Number | None:
     found = (_EPISODE_FILE if by_episode else _CHUNK_FILE).match(parts[-1])
     if not found:
         return None
-    chunk = next((match[1] for part in parts[:-1] if (match := _CHUNK.match(part))), "0")
-    return (0 if by_episode else int(chunk), int(found[1]))
+    return (0 if by_episode else _chunk_of(path) or 0, int(found[1]))
 
 
 def _is_pointer(path: Path) -> bool:

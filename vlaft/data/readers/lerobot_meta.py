@@ -9,24 +9,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from vlaft.data.readers.lerobot_files import Files, Number, fill_template, list_files
+from vlaft.data.readers.lerobot_files import Files, Number, choose_video, fill_template, list_files
 from vlaft.data.readers.lerobot_json import as_int, read_json, read_json_lines
 from vlaft.data.readers.lerobot_rows import read_records
-from vlaft.data.readers.video import count_frames
+from vlaft.data.readers.video_sharing import Place
 from vlaft.errors import DataError
 
 
 @dataclass(frozen=True)
 class Span:
-    """Where one episode lies in a video: path relative to the root; seconds, None when the file is the episode."""
+    """Where one episode lies in a video: path relative to the root; seconds, None when the file is the episode.
+
+    `place` is its place among the episodes that share the video.
+    """
 
     path: str
     start: float | None = None
     stop: float | None = None
+    place: Place | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +75,7 @@ def read_metadata(root: Path) -> Metadata:
     if files.by_episode:
         episodes = _episodes_v2(root, info, files, warnings)
     else:
-        episodes = _straighten(root, _episodes_v3(root, info, files, warnings), fps, warnings)
+        episodes = _episodes_v3(root, info, files, warnings)
     total = info.get("total_episodes")
     if total is not None and total != len(episodes):
         warnings.append(
@@ -154,13 +157,16 @@ def _read_tasks(root: Path, warnings: list[str]) -> dict[int, str]:
         rows = read_json_lines(lines)
     else:
         warnings.append("meta has no tasks table; instructions come from the episodes list")
-    tasks = {}
+    tasks: dict[int, str] = {}
     for row in rows:
         index = as_int(row.get("task_index"))
         texts = [row.get(key) for key in ("task", "__index_level_0__", "index")] + list(row.values())
         text = next((text for text in texts if isinstance(text, str)), None)
-        if index is not None and text is not None:
-            tasks[index] = text
+        if index is not None and text is not None and tasks.setdefault(index, text) != text:
+            raise DataError(
+                f"{table if table.is_file() else lines}: task_index {index} stands for '{tasks[index][:80]}' and for"
+                f" '{text[:80]}', so the rows do not tell which; correct the table, or take apart what was merged"
+            )
     return tasks
 
 
@@ -187,12 +193,13 @@ def _episodes_v2(root: Path, info: Mapping[str, Any], files: Files, warnings: li
     for number in present:
         chunk = number // max(size, 1)
         fields: dict[str, int | str] = {"episode_chunk": chunk, "chunk_index": chunk, "episode_index": number}
-        data = _resolve(files, files.data, (0, number), info.get("data_path"), fields, warnings)
+        data = files.data[0, number]
+        said = _said(info.get("data_path"), fields, data, warnings)
         videos = {}
         for camera, paths in files.videos.items():
             if (0, number) in paths:
                 named = {**fields, "video_key": camera}
-                videos[camera] = Span(_resolve(files, paths, (0, number), info.get("video_path"), named, warnings))
+                videos[camera] = Span(_find_video(info, files, paths[0, number], (data, said), named, warnings))
         row = listed.get(number, {})
         episodes.append(
             EpisodeMeta(
@@ -209,30 +216,36 @@ def _episodes_v2(root: Path, info: Mapping[str, Any], files: Files, warnings: li
 def _episodes_v3(root: Path, info: Mapping[str, Any], files: Files, warnings: list[str]) -> list[EpisodeMeta]:
     folder = root / "meta" / "episodes"
     tables = sorted(folder.rglob("*.parquet")) if folder.is_dir() else []
-    rows = {}
+    rows: dict[int, dict[str, Any]] = {}
+    listed_in: dict[int, Path] = {}
     for table in tables:
         wanted = ("episode_index", "tasks", "length", "data/", "videos/")
         for row in read_records(table, wanted):
             number = as_int(row.get("episode_index"))
-            if number is not None and number >= 0:
-                rows[number] = row
+            if number is None or number < 0:
+                continue
+            if number in rows:
+                raise DataError(
+                    f"{listed_in[number]} and {table} both list episode {number}, so these are two recordings; give"
+                    " each a folder with its own meta, data and videos, or remove one table"
+                )
+            rows[number], listed_in[number] = row, table
     if not rows:
         raise DataError(f"{folder}: no episode is listed here; was the download complete?")
-    episodes, lost = [], []
+    episodes = []
     for number, row in sorted(rows.items()):
         place = _place(row, "data/")
-        if place not in files.data:
-            lost.append(number)
-            continue
         fields: dict[str, int | str] = {"chunk_index": place[0], "file_index": place[1], "episode_index": number}
-        data = _resolve(files, files.data, place, info.get("data_path"), fields, warnings)
+        data = files.data.get(place, "")
+        if data:
+            _said(info.get("data_path"), fields, data, warnings)
         videos = {}
         for camera, paths in files.videos.items():
             place = _place(row, f"videos/{camera}/")
             start = row.get(f"videos/{camera}/from_timestamp")
             if place in paths and isinstance(start, int | float) and math.isfinite(start) and start >= 0:
                 named = {**fields, "chunk_index": place[0], "file_index": place[1], "video_key": camera}
-                path = _resolve(files, paths, place, info.get("video_path"), named, warnings)
+                path = _find_video(info, files, paths[place], ("", None), named, warnings)
                 stop = row.get(f"videos/{camera}/to_timestamp")
                 good = isinstance(stop, int | float) and start < stop < math.inf
                 videos[camera] = Span(path, float(start), float(stop) if good and stop is not None else None)
@@ -245,13 +258,15 @@ def _episodes_v3(root: Path, info: Mapping[str, Any], files: Files, warnings: li
                 videos=videos,
             )
         )
+    episodes = _with_places(episodes)  # those without data too: their frames lie between those of the others
+    lost = [episode.number for episode in episodes if not episode.data]
     if lost:
         warnings.append(f"{len(lost)} episodes of meta/episodes have no data file (the first is {lost[0]}); left out")
-    if not episodes:
+    if len(lost) == len(episodes):
         raise DataError(
             f"{root}: none of the {len(rows)} listed episodes has its data file; was the download complete?"
         )
-    return episodes
+    return [episode for episode in episodes if episode.data]
 
 
 def _place(row: Mapping[str, Any], prefix: str) -> Number:
@@ -259,50 +274,52 @@ def _place(row: Mapping[str, Any], prefix: str) -> Number:
     return (-1, -1) if chunk is None or file is None else (chunk, file)
 
 
-def _resolve(
+def _said(template: object, fields: Mapping[str, int | str], found: str, warnings: list[str]) -> str | None:
+    """Return the path that a template of info.json gives; a warning says if it is not the one that was found."""
+    path = fill_template(template, fields)
+    said = f"the path template '{str(template)[:120]}' of info.json does not fit; files were searched by number instead"
+    if path != found and said not in warnings:
+        warnings.append(said)
+    return path
+
+
+def _find_video(
+    info: Mapping[str, Any],
     files: Files,
-    paths: Mapping[Number, str],
-    number: Number,
-    template: object,
+    videos: tuple[str, ...],
+    rows: tuple[str, str | None],
     fields: Mapping[str, int | str],
     warnings: list[str],
 ) -> str:
-    """Return the path that the template gives when it exists, else the one that was found."""
-    path = fill_template(template, fields)
-    if path == paths[number] or (path is not None and (files.root / path).is_file()):
-        return path
-    said = f"the path template '{str(template)[:120]}' of info.json does not fit; files were searched by number instead"
-    if said not in warnings:
-        warnings.append(said)
-    return paths[number]
+    """Return one of `videos`, which all have an episode's number; `rows` is the file of its rows, found and said."""
+    template = info.get("video_path")
+    found = choose_video(files.root, videos, rows[0], (rows[1], fill_template(template, fields)))
+    _said(template, fields, found, warnings)
+    return found
 
 
-def _straighten(root: Path, episodes: list[EpisodeMeta], fps: float | None, warnings: list[str]) -> list[EpisodeMeta]:
-    """Correct start times that drifted (LeRobot issue #3177 sums them in floating point).
-
-    Episodes lie in a video one after the other. Where the start times are more than half a frame away from the
-    sum of the lengths before, and the video's header counts exactly that sum in all, the lengths are believed.
-    """
-    by_file: dict[tuple[str, str], list[tuple[int, Span]]] = {}
+def _with_places(episodes: list[EpisodeMeta]) -> list[EpisodeMeta]:
+    """Tell each episode which others share its videos."""
+    by_file: dict[tuple[str, str], list[tuple[float, int]]] = {}
     for position, episode in enumerate(episodes):
         for camera, span in episode.videos.items():
-            by_file.setdefault((camera, span.path), []).append((position, span))
-    for (camera, path), members in by_file.items():
-        members.sort(key=lambda member: member[1].start or 0.0)
-        lengths = [episodes[position].length or 0 for position, _ in members]
-        starts = [0, *accumulate(lengths[:-1])]
-        if fps is None or all(
-            abs((span.start or 0.0) * fps - start) <= 0.5 for (_, span), start in zip(members, starts, strict=True)
-        ):
-            continue
-        if 0 in lengths or count_frames(root / path) != sum(lengths):
-            continue  # frames were cut out of the dataset, or the metadata are wrong elsewhere: times it is
-        warnings.append(f"{path}: start times drifted from the episodes' lengths; the lengths were believed")
-        for (position, _), start, length in zip(members, starts, lengths, strict=True):
-            videos = dict(episodes[position].videos)
-            videos[camera] = Span(path, start / fps, (start + length) / fps)
-            episodes[position] = replace(episodes[position], videos=videos)
-    return episodes
+            by_file.setdefault((camera, span.path), []).append((span.start or 0.0, position))
+    placed = [dict(episode.videos) for episode in episodes]
+    for (camera, _), members in by_file.items():
+        members.sort()
+        place = Place(
+            starts=tuple(start for start, _ in members),
+            stops=tuple(episodes[position].videos[camera].stop for _, position in members),
+            lengths=tuple(_plausible(episodes[position].length) for _, position in members),
+            number=0,
+        )
+        for number, (_, position) in enumerate(members):
+            placed[position][camera] = replace(placed[position][camera], place=replace(place, number=number))
+    return [replace(episode, videos=videos) for episode, videos in zip(episodes, placed, strict=True)]
+
+
+def _plausible(length: int | None) -> int:
+    return length if length is not None and 0 < length < 2**31 else 0
 
 
 def _doubt_cameras(
@@ -328,12 +345,15 @@ def _doubt_cameras(
         # the only cameras there are: better fewer episodes than no picture
         best = max(partial, key=lambda camera: counts[camera])
         kept = [episode for episode in episodes if best in episode.videos]
+        counts = {camera: sum(camera in episode.videos for episode in kept) for camera in partial}
+        cameras = [camera for camera in partial if counts[camera] == len(kept)]
+        partial = [camera for camera in partial if camera not in cameras]
+        names = " and ".join(f"'{camera}'" for camera in cameras)
         warnings.append(
-            f"only {counts[best]} of {len(episodes)} episodes have a video of camera '{best}', and no other camera is"
-            " complete; the other episodes are left out"
+            f"only {len(kept)} of {len(episodes)} episodes have a video of camera {names}, and no camera"
+            " is complete; the other episodes are left out"
         )
-        partial.remove(best)
-        cameras, episodes = [best], kept
+        episodes = kept
     for camera in partial:
         warnings.append(
             f"camera '{camera}' has a video for only {counts[camera]} of {len(episodes)} episodes; left out"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,14 @@ from numpy.typing import NDArray
 
 from vlaft.data.codec import MAX_PIXELS
 from vlaft.data.episode import Image
+from vlaft.data.readers.video_matching import match_rows
+from vlaft.data.readers.video_sharing import Place
 from vlaft.errors import DataError
-
-# A row may lie this many frame durations away from its frame: half a duration is what LeRobot's issue #3177
-# shows to be needed, and a recorder that lost its last frame is one duration away at the last row.
-_TOLERATED_FRAMES = 1.5
 
 
 @dataclass(frozen=True)
 class VideoFrames:
-    """The frames of one episode, one per row; frame i belongs to row i where the counts agree, else by time.
+    """The frames of one episode, one per row; frame i belongs to row i where the counts agree, else by `match_rows`.
 
     Attributes:
         path: the video; any container and codec that FFmpeg reads.
@@ -36,8 +34,11 @@ class VideoFrames:
         times: time of each row in seconds from the episode's start, `[T]` float64.
         fps: rate that the metadata claim, or None.
         start: where the episode starts in the video, in seconds; None when the video holds this episode alone.
-        stop: where it ends (exclusive), or None for `start + T / fps`.
-        warnings: gets a sentence when frames had to be matched by time.
+        stop: where it ends (exclusive; the time of its last frame is taken for that too), or None for
+            `start + T / fps`.
+        place: its place among the episodes that share the video, where that is known: start and stop are then
+            doubted by the video's own times.
+        warnings: gets a sentence when start and stop were not believed, or the numbers of frames and rows differ.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class VideoFrames:
     fps: float | None = None
     start: float | None = None
     stop: float | None = None
+    place: Place | None = None
     warnings: list[str] = field(default_factory=list, compare=False, repr=False)
 
     def __len__(self) -> int:
@@ -84,57 +86,58 @@ class VideoFrames:
         """Presentation time of each row's frame in stream ticks `[T]`, and the tick to seek to (None: no seek)."""
         with _open_video(self.path, self.where) as (container, stream):
             tick = float(stream.time_base)
-            rate = self.fps or float(stream.average_rate or 0) or 1.0
             if self.start is None:
                 pts, seek = _demux(container, stream, None, None), None
             else:
-                stop = self.stop if self.stop is not None else self.start + len(self.times) / rate
-                first, last = (round((bound - 0.5 / rate) / tick) for bound in (self.start, stop))
-                pts, seek = _demux_window(container, stream, max(first, 0), last)
+                first, last = self._window(int(stream.frames), float(stream.average_rate or 0))
+                pts, seek = _demux_window(container, stream, max(round(first / tick), 0), round(last / tick))
         if len(pts) == 0:
             raise DataError(f"{self.path}: {self.where}: the video has no frames here; fetch the file again")
-        if len(pts) == len(self.times):
-            return pts, seek
-        return self._match_by_time(pts, (pts * tick).astype(np.float64), rate), seek
+        try:
+            chosen, told = match_rows(self.times, (pts * tick).astype(np.float64), self.start or 0.0)
+        except DataError as error:
+            raise DataError(f"{self.path}: {self.where}: {error}") from error
+        if told:
+            self.warnings.append(f"{self.where}: {told}")
+        return pts[chosen], seek
 
-    def _match_by_time(
-        self, pts: NDArray[np.int64], pts_seconds: NDArray[np.float64], rate: float
-    ) -> NDArray[np.int64]:
-        """Take for each row the frame nearest in time; rows may count from 0 or from the first frame."""
-        spacing = max(1 / rate, float(np.median(np.diff(pts_seconds))) if len(pts) > 1 else 0.0)
-        best: tuple[float, NDArray[np.int64], NDArray[np.float64]] | None = None
-        for origin in (self.start or 0.0, float(pts_seconds[0] - self.times[0])):
-            queries = self.times + origin
-            after = np.searchsorted(pts_seconds, queries).clip(1, max(len(pts) - 1, 1))
-            choice = np.stack([after - 1, np.minimum(after, len(pts) - 1)])
-            distance = np.abs(pts_seconds[choice] - queries)
-            nearest = np.take_along_axis(choice, distance.argmin(axis=0)[None], axis=0)[0]
-            error = distance.min(axis=0)
-            # the time as written wins unless the other reading is clearly nearer (GR00T rows start at 0.05 s)
-            if best is None or error.max() < best[0] - 0.25 * spacing:
-                best = (float(error.max()), nearest, error)
-        assert best is not None
-        largest, nearest, error = best
-        counts = f"{len(pts)} frames for {len(self.times)} rows"
-        if not largest <= _TOLERATED_FRAMES * spacing:
-            lost = np.flatnonzero(~(error <= _TOLERATED_FRAMES * spacing))
-            raise DataError(
-                f"{self.path}: {self.where}: the video has {counts}, and {len(lost)} steps from step {lost[0]} on have"
-                f" no frame within {_TOLERATED_FRAMES * spacing:.3g} s; fetch the file again or drop the episode"
-            )
-        self.warnings.append(
-            f"{self.where}: the video has {counts}; frames were matched by time, at most {largest:.3g} s away"
-        )
-        return pts[np.maximum.accumulate(nearest)]
+    def _window(self, frames: int, rate: float) -> tuple[float, float]:
+        """Return the times in the video between which the episode's frames are shown, in seconds.
+
+        Args:
+            frames: number of frames in the whole video, as its header says.
+            rate: frames per second, as its header says; 0 where it doesn't.
+
+        Raises:
+            DataError: the episodes that share this video cannot be told apart.
+        """
+        assert self.start is not None
+        rates = [rate for rate in (self.fps, rate) if rate] or [1.0]
+        stop = self.start + len(self.times) / rates[0] if self.stop is None else self.stop
+        steps = [(stop - self.start) * rate - len(self.times) for rate in rates]
+        if not any(abs(more) < 0.5 for more in steps):
+            # a stop one step short is the time of the last frame, which belongs to the episode
+            stop += next((1 / rate for rate, more in zip(rates, steps, strict=True) if abs(more + 1) < 0.5), 0.0)
+        if self.place is None:
+            margin = 0.5 / max(rates)
+            return self.start - margin, stop - margin
+        where = f"{self.path}: {self.where}"
+        first, last, told = self.place.window(stop, frames, rate, lambda: _list_times(self.path), where)
+        if told:
+            self.warnings.append(f"{self.path}: {told}")
+        return first, last
 
 
-def count_frames(path: Path) -> int:
-    """Return the number of frames that the video's header claims; 0 when it claims none or cannot be read."""
-    try:
-        with _open_video(path, "header") as (_, stream):
-            return int(stream.frames)
-    except DataError:
-        return 0
+def _list_times(path: Path) -> NDArray[np.float64]:
+    """Return the times in seconds at which a video shows its frames, `[F]` increasing."""
+    state = path.stat()
+    return _list_times_once(path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)  # the episodes of a shared video all ask for the same
+def _list_times_once(path: Path, size: int, modified_ns: int) -> NDArray[np.float64]:
+    with _open_video(path, "which several episodes share") as (container, stream):
+        return np.asarray(_demux(container, stream, None, None) * float(stream.time_base), np.float64)
 
 
 @contextmanager
