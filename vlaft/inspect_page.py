@@ -78,6 +78,7 @@ def _overview(summary: Mapping[str, Any]) -> str:
     counts: dict[str, int] = {}
     for text in summary["instruction_per_episode"]:
         counts[text or "(none)"] = counts.get(text or "(none)", 0) + 1
+    counts.update({text: 0 for text in summary["instructions"] if text not in counts})  # of some steps of an episode
     instructions = [escape(text) + (f" ({count} episodes)" if count > 1 else "") for text, count in counts.items()]
     rows = [
         ("format", escape(summary["format"] + (f", preset {summary['preset']}" if summary["preset"] else ""))),

@@ -163,8 +163,8 @@ def _survey_source(
             episode = source.read(ref)
             assert episode.action is not None
             _check_fits(episode, actions, states, cameras)
-            if episode.instruction not in prompts:
-                prompts[episode.instruction] = _prompt(base, episode)
+            texts = dict.fromkeys(episode.step_instructions)
+            prompts.update({text: _prompt(base, episode, text) for text in texts if text not in prompts})
         except DataError as error:
             if isinstance(error, MissingInstruction) and not kept:
                 _refuse_silent_source(source, refs)
@@ -177,7 +177,7 @@ def _survey_source(
         if episode.state is not None:
             states.append(episode.state)
         cameras.update(dict.fromkeys(episode.cameras))
-        instructions[episode.instruction] = None
+        instructions.update(texts)
         names = names or episode.action_names
         fps = episode.fps if fps is None else fps
     if not kept:
@@ -294,9 +294,9 @@ def _limited(refs: Sequence[EpisodeRef], limit: int | None) -> list[EpisodeRef]:
     return kept
 
 
-def _prompt(base: BaseFiles, episode: Episode) -> list[int]:
+def _prompt(base: BaseFiles, episode: Episode, instruction: str) -> list[int]:
     assert episode.action is not None
-    ids = base.prompt_token_ids(episode.instruction)
+    ids = base.prompt_token_ids(instruction)
     longest = int(base.config.get("llm_max_length", 2048))
     if len(ids) + episode.action.shape[1] + 1 > longest:
         raise DataError(f"episode '{episode.name}': its instruction has {len(ids)} tokens, the model takes {longest}")

@@ -129,12 +129,12 @@ class _Converter:
             self.opened[planned.source] = open_request(self.job.requests[planned.source])
         surveyed = self.job.survey.sources[planned.source]
         episode = self.opened[planned.source].read(planned.ref)
-        if episode.length != planned.rows or episode.instruction not in self.job.survey.prompts:
+        texts = episode.step_instructions
+        if episode.length != planned.rows or not self.job.survey.prompts.keys() >= set(texts):
             raise DataError(f"episode '{episode.name}' changed while it was converted; run the command again")
         assert episode.action is not None
         normalized = normalize(episode.action, surveyed.statistics["action"])
         tokens = self.job.actions.encode(normalized)
-        prompt = self.job.survey.prompts[episode.instruction]
         images: dict[str, list[bytes]] = {}
         for name, frames in episode.cameras.items():
             column = MAIN_CAMERA if name == surveyed.cameras[0] else camera_column(name)
@@ -153,12 +153,12 @@ class _Converter:
                 "frame_index": step,
                 "dataset": surveyed.name,
                 "source": planned.ref.name,
-                "instruction": episode.instruction,
+                "instruction": texts[step],
                 **{column: {"bytes": encoded[step], "path": None} for column, encoded in images.items()},
                 "state": None if episode.state is None else episode.state[step],
                 "action": episode.action[step],
                 "normalized_action": normalized[step],
-                "prompt_token_ids": prompt,
+                "prompt_token_ids": self.job.survey.prompts[texts[step]],
                 "action_token_ids": tokens[step],
             }
             for step in range(planned.rows)

@@ -87,7 +87,9 @@ class Episode:
         index: position in the source, from 0, over all of its splits.
         name: where it came from, for messages and for the `source` column: `"demo_3"`, `"train[12]"`.
         length: T.
-        instruction: what the demonstration does, as the source says it; empty when the source does not say.
+        instruction: what the demonstration does, as the source says it, most of the time where its steps differ;
+            empty when the source does not say.
+        instructions: that of each step, T texts, where they differ; empty when `instruction` holds for all.
         arrays: per-step arrays of the source, each `[T, ...]`, by the source's own names.
         cameras: frames by the source's own camera names.
         split: the source's own split, or None when it has none.
@@ -101,6 +103,7 @@ class Episode:
     name: str
     length: int
     instruction: str = ""
+    instructions: tuple[str, ...] = ()
     arrays: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
     cameras: Mapping[str, Frames] = field(default_factory=dict)
     split: str | None = None
@@ -109,11 +112,17 @@ class Episode:
     action_names: tuple[str, ...] = ()
     state: NDArray[np.float32] | None = None
 
+    @property
+    def step_instructions(self) -> tuple[str, ...]:
+        """The instruction of each step, T texts."""
+        return self.instructions or (self.instruction,) * self.length
+
     def select(self, indices: NDArray[np.int64]) -> Episode:
         """Return the episode with only the steps `indices` (`[T']`, increasing)."""
         return replace(
             self,
             length=len(indices),
+            instructions=tuple(self.instructions[index] for index in indices) if self.instructions else (),
             arrays=_SelectedArrays(self.arrays, indices),
             cameras={name: SelectedFrames(frames, indices) for name, frames in self.cameras.items()},
             action=None if self.action is None else self.action[indices],

@@ -48,6 +48,7 @@ class EpisodeFacts:
         split: the source's own split, or None.
         steps: T, as stored.
         instruction: empty when there is none.
+        instructions: all of them, where its steps have several.
         fps: control rate in Hz, or None.
         action: the raw action `[T, A]` float64: the arrays that the layout names, unchanged.
         standardized: the action after the layout's steps `[T', A']`, or None where these refuse the episode.
@@ -66,6 +67,7 @@ class EpisodeFacts:
     standardized: NDArray[np.float32] | None = None
     state: NDArray[np.float32] | None = None
     names: tuple[str, ...] = ()
+    instructions: tuple[str, ...] = ()
     refused: str = ""
     cameras: Mapping[str, CameraFacts] = field(default_factory=dict)
 
@@ -128,8 +130,7 @@ class Inspection:
     @property
     def instructions(self) -> list[str]:
         """The instructions in order of appearance; an empty one only beside others."""
-        found = list(dict.fromkeys(episode.instruction for episode in self.episodes))
-        return found if any(text.strip() for text in found) else []
+        return instructions_of(self.episodes)
 
     @property
     def standardized(self) -> list[EpisodeFacts]:
@@ -138,6 +139,12 @@ class Inspection:
         widths = Counter(episode.standardized.shape[1] for episode in usable if episode.standardized is not None)
         width = widths.most_common(1)[0][0] if widths else 0
         return [entry for entry in usable if entry.standardized is not None and entry.standardized.shape[1] == width]
+
+
+def instructions_of(episodes: Sequence[EpisodeFacts]) -> list[str]:
+    """Return the instructions in order of appearance; an empty one only beside others."""
+    found = list(dict.fromkeys(text for each in episodes for text in each.instructions or (each.instruction,)))
+    return found if any(text.strip() for text in found) else []
 
 
 def _silent(phase: str, done: int, total: int) -> None:
@@ -256,6 +263,7 @@ def _measure(episode: Episode, opened: OpenedSource) -> EpisodeFacts:
         split=episode.split,
         steps=episode.length,
         instruction=episode.instruction if layout.instruction is None else layout.instruction,
+        instructions=tuple(dict.fromkeys(episode.instructions)) if layout.instruction is None else (),
         fps=episode.fps if layout.fps is None else layout.fps,
         action=np.concatenate(columns, axis=1),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,6 +77,7 @@ def inspect_converted(
             rows_of.setdefault(number, []).append(row)
         for rows in list(rows_of.values())[:limit]:
             first = rows[0]
+            texts = [table["instruction"][row] or "" for row in rows]
             widths = {len(table["action"][row] or ()) for row in rows}
             if len(widths) != 1 or 0 in widths:
                 raise DataError(f"{path}: the actions of episode '{table['source'][first]}' differ in their width")
@@ -88,7 +90,8 @@ def inspect_converted(
                     name=f"{table['source'][first]}",
                     split=split,
                     steps=len(rows),
-                    instruction=table["instruction"][first] or "",
+                    instruction=Counter(texts).most_common(1)[0][0],
+                    instructions=tuple(dict.fromkeys(texts)) if len(set(texts)) > 1 else (),
                     fps=float(fps) if isinstance(fps, int | float) else None,
                     action=action.astype(np.float64),
                     standardized=action,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vlaft.data.inspection import EpisodeFacts, Inspection, Shape
+from vlaft.data.inspection import EpisodeFacts, Inspection, Shape, instructions_of
 from vlaft.data.inspection_measures import histograms, statistics
 from vlaft.data.inspection_warnings import Findings
 
@@ -70,11 +70,10 @@ def _counts(episodes: Sequence[EpisodeFacts]) -> dict[str, Any]:
 
 def _of_split(episodes: Sequence[EpisodeFacts], shapes: Mapping[str, Shape]) -> dict[str, Any]:
     action = np.concatenate([episode.action for episode in episodes])
-    instructions = list(dict.fromkeys(episode.instruction for episode in episodes))
     return {
         **_counts(episodes),
         "cameras": {name: list(shape) for name, shape in shapes.items()},
-        "instructions": instructions if any(instructions) else [],
+        "instructions": instructions_of(episodes),
         "action": {"dim": action.shape[1], "stats": statistics(action)},
     }
 

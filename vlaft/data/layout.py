@@ -150,5 +150,6 @@ def apply_layout(episode: Episode, layout: Layout) -> Episode:
         state=state,
         cameras=cameras,
         instruction=episode.instruction if layout.instruction is None else layout.instruction,
+        instructions=episode.instructions if layout.instruction is None else (),
         fps=episode.fps if layout.fps is None else layout.fps,
     )

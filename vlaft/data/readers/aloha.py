@@ -15,7 +15,7 @@ is ACT's own choice for real robots: step t gets the action of step t - 1, the f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,23 +73,25 @@ class AlohaSource(Hdf5Source):
         where = str(path)
         with opened(path) as file:
             found = datasets(file, where, skip=("compress_len",))
+            length = _length(file, where)
             if self.rule is None:
-                texts = [attribute(file, name, where) for name in USUAL_ATTRIBUTES]
-                instruction = next((text.strip() for text in texts if isinstance(text, str) and text.strip()), "")
+                usual = [attribute(file, name, where) for name in USUAL_ATTRIBUTES]
+                texts: Sequence[str] = [text.strip() for text in usual if isinstance(text, str) and text.strip()][:1]
             else:
-                instruction = self.rule.resolve(file, path, where)
+                texts = self.rule.resolve(file, path, where, length)
             cameras = _cameras(found)
             return build_episode(
                 ref,
                 path,
                 where,
-                length=_length(file, where),
+                length=length,
                 found=found,
                 cameras={name: _format(found[name], self.swap_rb) for name in cameras},
                 strict="observations/",
                 shift=self.shift,
-                instruction=instruction,
+                texts=texts,
                 fps=None,
+                warnings=self.warnings,
             )
 
 

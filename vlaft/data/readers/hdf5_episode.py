@@ -28,6 +28,7 @@ from vlaft.data.readers.hdf5_access import (
     opened,
     read_array,
 )
+from vlaft.data.readers.step_instructions import gather
 from vlaft.errors import DataError, did_you_mean
 
 # The view that shows the whole scene comes first: it becomes the main camera, the only one that OpenVLA sees.
@@ -228,8 +229,9 @@ def build_episode(
     cameras: Mapping[str, FrameFormat],
     strict: str,
     shift: int,
-    instruction: str,
+    texts: Sequence[str],
     fps: float | None,
+    warnings: list[str],
 ) -> Episode:
     """Return the episode whose datasets are `found`, by the names that its arrays and cameras get.
 
@@ -242,8 +244,9 @@ def build_episode(
         cameras: the names among them that are cameras, main camera first, and how each is stored.
         strict: arrays below this prefix have to have T rows; others without T rows are not per step and left out.
         shift: see `LazyArrays.shifts`, for arrays whose name begins with action or base_action.
-        instruction: as in `Episode`.
+        texts: its instruction, or that of each step.
         fps: as in `Episode`.
+        warnings: gets a sentence, once, when steps have no instruction beside others that have.
 
     Raises:
         DataError: an observation has another number of rows than the actions, or a camera is no camera.
@@ -266,11 +269,15 @@ def build_episode(
         if len(dataset) == length:
             paths[name] = str(dataset.name)
     shifts = {name: shift for name in paths if shift and name.startswith(("action", "base_action"))}
+    instruction, own, told = gather(texts, where)
+    if told and told not in warnings:
+        warnings.append(told)
     return Episode(
         index=ref.index,
         name=ref.name,
         length=length,
         instruction=instruction,
+        instructions=own,
         arrays=LazyArrays(file, paths, where, shifts),
         cameras=frames,
         split=ref.split,

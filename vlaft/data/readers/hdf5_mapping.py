@@ -91,17 +91,19 @@ class MappedSource(Hdf5Source):
                 name: rule.format_of(found[name]) if name in found else FrameFormat()
                 for name, rule in self.cameras.items()
             }
+            length = _length(found, self.action[0], where)
             return build_episode(
                 ref,
                 path,
                 where,
-                length=_length(found, self.action[0], where),
+                length=length,
                 found=found,
                 cameras=formats,
                 strict="\0",  # a free layout may hold anything beside what is per step
                 shift=0,
-                instruction=self.rule.resolve(group, path, where) if self.rule else "",
+                texts=self.rule.resolve(group, path, where, length) if self.rule else [],
                 fps=_rate(self.fps, group, where),
+                warnings=self.warnings,
             )
 
 

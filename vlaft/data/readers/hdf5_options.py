@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import h5py
+import numpy as np
 
 from vlaft.data.readers.hdf5_access import guarded, nearest_attribute, need_dataset, scalar
 from vlaft.errors import ConfigError, DataError, did_you_mean
@@ -25,38 +26,42 @@ class InstructionRule:
     """Where an episode's instruction comes from.
 
     Attributes:
-        kind: a constant, an attribute (of the episode's group, else of the groups around it), a dataset (its first
-            value), or a regular expression on the file's name (its first group if it has one; `_` becomes a blank).
+        kind: a constant, an attribute (of the episode's group, else of the groups around it), a dataset (a text per
+            step, else its first one), or a regular expression on the file's name (its first group if it has one;
+            `_` becomes a blank).
         value: the text, name, path or expression.
     """
 
     kind: InstructionKind
     value: str
 
-    def resolve(self, group: h5py.Group, file: Path, where: str) -> str:
-        """Return the instruction of the episode in `group`.
+    def resolve(self, group: h5py.Group, file: Path, where: str, length: int) -> Sequence[str]:
+        """Return the instruction of the episode in `group`, or one for each of its `length` steps.
 
         Raises:
             DataError: there is no such attribute or dataset, it is no text, or the expression doesn't match.
         """
         if self.kind == "constant":
-            return self.value
+            return [self.value]
         if self.kind == "file_name":
             match = re.search(self.value, file.name)
             if match is None:
                 raise DataError(f"{where}: the instruction's expression '{self.value}' does not match the file's name")
-            return " ".join((match[1] if match.re.groups else match[0]).replace("_", " ").split())
-        found: object = None
+            return [" ".join((match[1] if match.re.groups else match[0]).replace("_", " ").split())]
+        found: list[object] = []
         if self.kind == "attribute":
-            found = nearest_attribute(group, self.value, where)
+            found = [nearest_attribute(group, self.value, where)]
         else:
             dataset = need_dataset(group, self.value, where)
             with guarded(f"{where}: '{self.value}'"):
                 if dataset.shape == () or (dataset.shape and len(dataset) > 0):
-                    found = scalar(dataset[()] if dataset.shape == () else dataset[0])
-        if not isinstance(found, str):
+                    per_step = dataset.shape[:1] == (length,) and dataset.size == length
+                    values = np.reshape(dataset[()], -1) if per_step else [dataset[(0,) * min(dataset.ndim, 1)]]
+                    found = [scalar(value) for value in values]
+        texts = [text.strip() for text in found if isinstance(text, str)]
+        if not texts or len(texts) < len(found):
             raise DataError(f"{where} has no text in the {self.kind} '{self.value}' that is to give the instruction")
-        return found.strip()
+        return texts
 
 
 def instruction_rule(spec: object, problems: list[str]) -> InstructionRule | None:

@@ -83,6 +83,7 @@ class LeRobotSource:
         arrays = ColumnArrays(rows.table, self._slices, self._chunks, f"{path}: {ref.name}")
         times = self._times(arrays, length, ref.name)
         self._check_order(arrays, f"{path}: {ref.name}")
+        instruction, own = find_instruction(rows.table, self._meta, meta.tasks, ref.name, self.warnings)
         cameras: dict[str, Frames] = {}
         for key in self._cameras:
             where = f"{ref.name}, camera '{key}'"
@@ -96,7 +97,8 @@ class LeRobotSource:
             index=ref.index,
             name=ref.name,
             length=length,
-            instruction=find_instruction(rows.table, self._meta, meta.tasks, ref.name, self.warnings),
+            instruction=instruction,
+            instructions=own,
             arrays=arrays,
             cameras=cameras,
             split=meta.split,

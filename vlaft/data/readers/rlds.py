@@ -20,6 +20,7 @@ from vlaft.data.codec import decode_image
 from vlaft.data.episode import Episode, Image
 from vlaft.data.layout import Layout
 from vlaft.data.readers import EpisodeRef
+from vlaft.data.readers.step_instructions import gather
 from vlaft.data.readers.tf_example import Stored, parse_example
 from vlaft.data.readers.tfds_decode import Value, count_rows, decode_field, is_stored
 from vlaft.data.readers.tfds_features import Field, parse_features
@@ -121,11 +122,15 @@ class RldsSource:
         stored = [field for field in fields if is_stored(field, example)]
         self._warn_of_absent([field.path for field in fields if field not in stored], ref.name)
         cameras = {_short(field): self._frames(field, example, where, ref.name) for field in stored if field.is_camera}
+        instruction, own, told = gather(_instructions(self.fields, example, length, where), f"episode '{ref.name}'")
+        if told and told not in self.warnings:
+            self.warnings.append(told)
         return Episode(
             index=ref.index,
             name=ref.name,
             length=length,
-            instruction=_instruction(self.fields, example, where),
+            instruction=instruction,
+            instructions=own,
             arrays=_StepArrays({_short(field): field for field in stored if field.is_array}, example, where),
             cameras=cameras,
             split=ref.split,
@@ -253,21 +258,26 @@ def _count_steps(fields: Sequence[Field], example: Mapping[str, Stored], where: 
     return length
 
 
-def _instruction(fields: Sequence[Field], example: Mapping[str, Stored], where: str) -> str:
-    """The first text that is not empty, of the features that hold instructions, the most usual name first."""
+def _instructions(fields: Sequence[Field], example: Mapping[str, Stored], length: int, where: str) -> Sequence[str]:
+    """The text of each step, or one for all: of the first feature that has any, the most usual name first."""
     candidates = [field for field in fields if _INSTRUCTION.match(field.path) and is_stored(field, example)]
     for field in sorted(candidates, key=_instruction_rank):
         if field.kind == "text" and len(field.levels) <= 1:
-            texts = decode_field(field, example, where)
-            for text in texts if isinstance(texts, list) else [texts]:
-                if isinstance(text, str) and text.strip():
-                    return text
+            values = decode_field(field, example, where)
+            texts = [
+                text if isinstance(text, str) else "" for text in (values if isinstance(values, list) else [values])
+            ]
         elif field.is_array and len(field.shape) == 1 and np.dtype(field.dtype).kind in "iu":
             codes = decode_field(field, example, where)
             assert isinstance(codes, np.ndarray)
-            if len(codes) and (text := _text_of_codes(codes[0])):
-                return text
-    return ""
+            same = not len(codes) or (codes == codes[0]).all()
+            texts = [_text_of_codes(row) for row in (codes[:1] if same else codes)]
+        else:
+            continue
+        if any(text.strip() for text in texts):
+            per_step = field.path.startswith(_STEPS) and len(texts) == length
+            return texts if per_step else [next(text for text in texts if text.strip())]
+    return []
 
 
 def _instruction_rank(field: Field) -> tuple[int, int, str]:

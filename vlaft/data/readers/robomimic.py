@@ -15,7 +15,7 @@ t + k), `instruction` (a text, or `{attribute | dataset | file_name: ...}`).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,9 +87,9 @@ class RobomimicSource(Hdf5Source):
             demo = need_group(data, str(ref.location[1]), str(path))
             length = len_of_actions(demo, where)
             if self.rule is None:
-                instruction = _instruction(data, demo, path, where)
+                texts: Sequence[str] = [_instruction(data, demo, path, where)]
             else:
-                instruction = self.rule.resolve(demo, path, where)
+                texts = self.rule.resolve(demo, path, where, length)
             found = datasets(demo, where, skip=("next_obs",))
             return build_episode(
                 ref,
@@ -100,8 +100,9 @@ class RobomimicSource(Hdf5Source):
                 cameras=dict.fromkeys(_cameras(found), FrameFormat()),
                 strict="obs/",
                 shift=self.shift,
-                instruction=instruction,
+                texts=texts,
                 fps=_control_rate(data, where),
+                warnings=self.warnings,
             )
 
 
