@@ -186,16 +186,18 @@ def _contradiction(
     low, high = float(joined.min()), float(joined.max())
     if high - low < 1e-6:
         return None
+    begin = np.asarray([command[0] for command in commands if len(command)])
+    at_low = int((begin < (low + high) / 2).sum())
     outside = float(((joined < -_OUTSIDE) | (joined > 1 + _OUTSIDE)).mean()) > _OUTSIDE
     if outside or (_is_switched(joined) and (low > _OUTSIDE or high < 1 - _OUTSIDE)):
-        return False, f"the gripper then runs from {low:.4g} to {high:.4g}", (low, high)
+        most, end = max((at_low, low), (len(begin) - at_low, high))
+        start = f" ({most} of {len(begin)} episodes begin near {end:.4g})"
+        return False, f"the gripper then runs from {low:.4g} to {high:.4g}{start}", (low, high)
     follows = opens_with_high(commands, openings)
     if follows is False:
         return True, "the measured fingers open where it gives 0 and close where it gives 1", None
-    closed = sum(bool(command[0] < 0.5) for command in commands if len(command))
-    total = sum(bool(len(command)) for command in commands)
-    if follows is None and total >= FEWEST_EPISODES and closed >= MOST_EPISODES * total:
-        return False, f"{closed} of {total} episodes then begin with a closed gripper", None
+    if follows is None and len(begin) >= FEWEST_EPISODES and at_low >= MOST_EPISODES * len(begin):
+        return False, f"{at_low} of {len(begin)} episodes then begin with a closed gripper", None
     return None
 
 
