@@ -15,10 +15,11 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from vlaft.data.episode import ArrayFrames
+from vlaft.data.gripper_evidence import gripper_dims
 from vlaft.data.inspection import EpisodeFacts, Inspection
 from vlaft.data.inspection_advice import steps_word
 from vlaft.data.inspection_frames import CameraFacts, evenly, look_at, thumbnail
-from vlaft.data.inspection_gripper import gripper_dims, guess_gripper
+from vlaft.data.inspection_gripper import guess_gripper
 from vlaft.data.inspection_measures import (
     HISTOGRAM_BINS,
     clipped_shares,
@@ -361,6 +362,53 @@ def test_absolute_targets_follow_the_state() -> None:
     word = warning.split("steps='")[1].split("'")[0]
     assert word == "[{delta_from_absolute: {against: previous}}]"
     assert parse_steps([{"delta_from_absolute": {"against": "previous"}}])
+
+
+def test_joint_targets_that_the_state_does_not_show_are_neither_absolute_nor_deltas() -> None:
+    random = np.random.default_rng(0)
+    targets = [np.cumsum(random.normal(0, 0.02, (50, 7)), axis=0) for _ in range(8)]
+    poses = [np.sin(target[:, :6] ** 2 * 40) for target in targets]  # no linear function of the joints
+    assert looks_absolute(targets, poses, []) is None
+    noise = [random.normal(size=(50, 6)) for _ in range(8)]
+    assert looks_absolute(noise, poses, []) is None
+
+
+def test_what_demonstrations_show_of_a_gripper_outweighs_its_name_and_format() -> None:
+    from vlaft.data.inspection_gripper import guess_gripper as guess
+
+    begin_high = [np.array([1.0, 1, -1, -1])] * 4
+    opening = [np.array([0.08, 0.08, 0.08, 0.02])] * 4
+    assert guess(begin_high, 6, "gripper", 7, "isaac-lab").open_at == 1
+    for label, format in (("gripper", "libero"), ("gripper_close", "hdf5")):
+        denied = guess(begin_high, 6, label, 7, format)
+        assert denied.open_at is None and denied.steps is None and "4 of 4 episodes begin with 1" in denied.why
+    seen = guess([-command for command in begin_high], 6, "gripper", 7, "hdf5", opening)
+    assert seen.open_at == -1 and "fingers" in seen.why
+    relative = [np.array([0, 0, -1, 0, 0, 0, 1, 0], float)] * 3
+    assert guess(relative, 6, "gripper", 7, "rlds").steps == ("relative_gripper_to_absolute", "invert_gripper")
+    either = [*relative[:2], *(-command for command in relative[:2])]
+    assert guess(either, 6, "gripper", 7, "rlds").steps is None
+    shut_later = [np.array([0.08, 0.08, 0.08, 0.06, 0.04, 0.02, 0.02, 0.06])] * 3
+    assert guess([-command for command in relative], 6, "gripper", 7, "rlds", shut_later).steps == (
+        "relative_gripper_to_absolute",
+    )
+
+
+def test_a_gripper_of_0_to_1_whose_open_end_nothing_tells_is_asked_about() -> None:
+    def edit(action: NDArray[np.float64]) -> None:
+        if len(action) % 2:
+            action[:, 6] = 1 - action[:, 6]
+
+    warning = only(find(inspection(changed(edit))), "do not tell which end is open")
+    assert "nothing to type if 1 is open, else type steps='[invert_gripper]'" in warning
+
+    def relative(action: NDArray[np.float64]) -> None:
+        action[:, 6] = 0
+        action[5, 6], action[30, 6] = (1, -1) if len(action) % 2 else (-1, 1)
+
+    warning = only(find(inspection(changed(relative))), "whether + closes or opens")
+    assert "steps='[relative_gripper_to_absolute]' if + closes, or" in warning
+    assert "steps='[relative_gripper_to_absolute, invert_gripper]' if + opens" in warning
 
 
 def test_steps_are_written_as_the_command_line_reads_them() -> None:

@@ -126,3 +126,11 @@ def test_what_is_no_rotation_is_refused() -> None:
         delta_from_absolute(pose_episode(np.zeros((1, 3), np.float32)), against="last")
     with pytest.raises(DataError, match="has no state"):
         delta_from_absolute(pose_episode(np.zeros((1, 3), np.float32)), against="state")
+
+
+def test_degrees_are_no_radians() -> None:
+    degrees = np.array([[0, 0, 10], [0, -178.3, 0]], np.float32)
+    for step in (axis_angle_to_euler, euler_to_axis_angle):
+        with pytest.raises(DataError, match=r"step 1: an angle of -178\.3 radians.*degrees.*scale_action"):
+            step(pose_episode(degrees))
+    axis_angle_to_euler(pose_episode(degrees / 60))  # unwrapped radians may pass a turn or so

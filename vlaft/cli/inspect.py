@@ -44,6 +44,8 @@ def inspect(
 ) -> None:
     """Show what is in demonstrations, and what is wrong with them: each warning says what to type about it.
 
+    Where they contradict the rule for the gripper, it ends with the question that a conversion asks too (exit code 1).
+
     Example: vlaft inspect demos.hdf5 --html demos.html
     """
     from vlaft.cli.console import print_json, say
@@ -65,6 +67,10 @@ def inspect(
         _show(summary)
     if html is not None:
         say(f"wrote {html}")
+    if inspection.question:
+        from vlaft.errors import DataError
+
+        raise DataError(inspection.question)
 
 
 def _inspect(
@@ -138,12 +144,13 @@ def _show(summary: Mapping[str, Any]) -> None:
         show(f"action as converted: {source}; {steps}; {standardized['rows']:,} steps")
         show(_action_table(standardized))
     show("")
-    if not summary["warnings"]:
+    warnings = [text for text in summary["warnings"] if text != summary["question"]]  # that one ends the command
+    if not warnings:
         show("no warnings")
         return
-    count = len(summary["warnings"])
+    count = len(warnings)
     show(f"{count} warning{'s' if count > 1 else ''}")
-    for number, warning in enumerate(summary["warnings"], start=1):
+    for number, warning in enumerate(warnings, start=1):
         show(f"{number:3d}. {warning}")
 
 
@@ -158,7 +165,11 @@ def overview_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     splits = ", ".join(f"{split} {counts['episodes']}" for split, counts in summary["splits"].items())
     instructions = [text or "(empty)" for text in summary["instructions"]]
     more = [f"and {len(instructions) - _INSTRUCTIONS_SHOWN} more"] if len(instructions) > _INSTRUCTIONS_SHOWN else []
-    kinds = {True: "absolute targets, by the state", False: "deltas, by the state", None: "the data do not tell"}
+    kinds = {
+        True: "absolute targets, by the state",
+        False: "deltas, by the state",
+        None: "unknown, the data do not tell",
+    }
     rows = [
         ("dataset", f"{summary['name']} ({summary['path']})"),
         ("format", summary["format"] + (f", preset {summary['preset']}" if summary["preset"] else "")),
@@ -168,6 +179,7 @@ def overview_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("cameras", "\n".join(cameras) or "none"),
         ("instructions", "\n".join([*instructions[:_INSTRUCTIONS_SHOWN], *more]) or "none"),
         ("action", f"{summary['action']['dim']} dimensions; absolute or delta: {kinds[summary['absolute']]}"),
+        ("state", " + ".join(summary["state"]) or "none (name its arrays with state='[...]' to keep one)"),
         ("idle steps", f"{summary['idle_share']:.1%}"),
     ]
     for guess in summary["grippers"]:

@@ -291,6 +291,7 @@ def _conversion(
 ) -> Conversion:
     found = plan.found
     warnings = [f"{source.name}: {warning}" for source in opened for warning in source.warnings]
+    warnings += [f"{source.name}: {warning}" for source in found.sources for warning in source.warnings]
     if plan.damaged:
         warnings.append(
             f"{plan.damaged} episodes with damaged frames were left out; the statistics were computed anew without them"

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlaft.data.episode import Episode
+from vlaft.data.gripper_evidence import Opening, check_gripper, finger_opening
 from vlaft.data.opened_source import MissingInstruction, OpenedSource, SourceRequest, open_request
 from vlaft.data.prompts import BaseFiles
 from vlaft.data.readers import EpisodeRef
@@ -57,7 +58,10 @@ class Skipped:
 
 @dataclass(frozen=True)
 class SurveyedSource:
-    """What the first pass found in one source; `state_statistics` is None where it has no state."""
+    """What the first pass found in one source; `state_statistics` is None where it has no state.
+
+    `warnings` are what the actions of all episodes together show, each a sentence.
+    """
 
     name: str
     episodes: tuple[PlannedEpisode, ...]
@@ -68,6 +72,7 @@ class SurveyedSource:
     action_names: tuple[str, ...]
     fps: float | None
     skipped: tuple[Skipped, ...]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,8 +117,8 @@ def survey(opened: Sequence[OpenedSource], base: BaseFiles, rules: SurveyRules, 
     """Read all actions, compute the statistics over both splits, and split by whole episodes.
 
     Raises:
-        DataError: an episode is damaged (unless it is to be skipped), a source has nothing usable, or the sources
-            do not fit together.
+        DataError: an episode is damaged (unless it is to be skipped), a source has nothing usable, its
+            demonstrations contradict the rule for the gripper, or the sources do not fit together.
     """
     listed = [_limited(source.source.episodes(), rules.limit) for source in opened]
     total = sum(len(refs) for refs in listed)
@@ -148,6 +153,7 @@ def _survey_source(
     """Read the actions of one source; the prompts of new instructions are added to `prompts`."""
     actions: list[NDArray[np.float32]] = []
     states: list[NDArray[np.float32]] = []
+    openings: list[Opening | None] = []
     kept: list[EpisodeRef] = []
     skipped: list[Skipped] = []
     cameras: dict[str, None] = {}
@@ -165,6 +171,7 @@ def _survey_source(
             _check_fits(episode, actions, states, cameras)
             texts = dict.fromkeys(episode.step_instructions)
             prompts.update({text: _prompt(base, episode, text) for text in texts if text not in prompts})
+            opening = finger_opening(episode)
         except DataError as error:
             if isinstance(error, MissingInstruction) and not kept:
                 _refuse_silent_source(source, refs)
@@ -174,6 +181,7 @@ def _survey_source(
             continue
         kept.append(ref)
         actions.append(episode.action)
+        openings.append(opening)
         if episode.state is not None:
             states.append(episode.state)
         cameras.update(dict.fromkeys(episode.cameras))
@@ -183,6 +191,9 @@ def _survey_source(
     if not kept:
         why = f"; the first: {skipped[0].why}" if skipped else ""
         raise DataError(f"{source.request.path} has no usable episode{why}")
+    gripper = check_gripper(source, actions, names, openings)
+    if gripper.question:
+        raise DataError(gripper.question)
     splits = split_episodes(kept, source.name, rules.val_fraction, rules.seed)
     return SurveyedSource(
         name=source.name,
@@ -197,6 +208,7 @@ def _survey_source(
         action_names=names,
         fps=fps,
         skipped=tuple(skipped),
+        warnings=gripper.warnings,
     )
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from vlaft.data.convert_plan import OpenedSource, SourceRequest, open_request
 from vlaft.data.episode import Episode, Image
+from vlaft.data.gripper_evidence import Opening, check_gripper, finger_opening
 from vlaft.data.inspection_frames import CameraFacts, evenly, look_at
 from vlaft.data.layout import Layout, apply_layout, read_columns
 from vlaft.data.readers import EpisodeRef
@@ -53,6 +54,8 @@ class EpisodeFacts:
         action: the raw action `[T, A]` float64: the arrays that the layout names, unchanged.
         standardized: the action after the layout's steps `[T', A']`, or None where these refuse the episode.
         state: `[T', S]` after the steps, or None.
+        opening: per stored step how far measured fingers are apart `[T]`, or None where nothing tells.
+        opening_after: likewise after the steps `[T']`.
         names: of the standardized action's dimensions, or empty.
         refused: why a conversion would refuse the episode, or an empty text.
         cameras: what some of its frames show, by the camera's stored name; empty where none was looked at.
@@ -66,6 +69,8 @@ class EpisodeFacts:
     action: NDArray[np.float64]
     standardized: NDArray[np.float32] | None = None
     state: NDArray[np.float32] | None = None
+    opening: Opening | None = None
+    opening_after: Opening | None = None
     names: tuple[str, ...] = ()
     instructions: tuple[str, ...] = ()
     refused: str = ""
@@ -92,6 +97,7 @@ class Inspection:
         references: stored name of a camera to its full path in the source.
         pictures: per camera the first frame as stored and as converted, where thumbnails were asked for.
         told: what reader and conversion have warned about.
+        question: what the user has to answer before the source can be converted, or an empty text.
     """
 
     path: Path
@@ -109,6 +115,7 @@ class Inspection:
     references: Mapping[str, str]
     pictures: Mapping[str, tuple[Image, Image]] = field(default_factory=dict)
     told: tuple[str, ...] = ()
+    question: str = ""
 
     @property
     def action(self) -> NDArray[np.float64]:
@@ -213,7 +220,7 @@ def inspect_source(
     progress("reading episodes", len(refs), len(refs))
     if cameras is None:
         raise DataError(unreadable[0][1])
-    return Inspection(
+    inspection = Inspection(
         path=request.path,
         name=opened.name,
         kind="source",
@@ -231,6 +238,12 @@ def inspect_source(
         # the action is known by now, so a reader's remark that it found no column for it is settled
         told=tuple(text for text in opened.warnings if not re.match("there is no (single )?action column", text)),
     )
+    usable = inspection.standardized
+    actions = [entry.standardized for entry in usable if entry.standardized is not None]
+    gripper = check_gripper(
+        opened, actions, usable[0].names if usable else (), [entry.opening_after for entry in usable]
+    )
+    return replace(inspection, told=(*inspection.told, *gripper.warnings), question=gripper.question)
 
 
 @dataclass(frozen=True)
@@ -268,10 +281,19 @@ def _measure(episode: Episode, opened: OpenedSource) -> EpisodeFacts:
         action=np.concatenate(columns, axis=1),
     )
     try:
-        changed = standardize(apply_layout(episode, layout), layout.steps)
+        chosen = apply_layout(episode, layout)
+        facts = replace(facts, opening=finger_opening(chosen))
+        changed = standardize(chosen, layout.steps)
     except (DataError, ConfigError) as error:
         return replace(facts, refused=str(error))
-    return replace(facts, standardized=changed.action, state=changed.state, names=changed.action_names, fps=changed.fps)
+    return replace(
+        facts,
+        standardized=changed.action,
+        state=changed.state,
+        opening_after=finger_opening(changed),
+        names=changed.action_names,
+        fps=changed.fps,
+    )
 
 
 def _with_frame_steps(episode: Episode, layout: Layout, steps: Sequence[Any]) -> Episode | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from vlaft.data.gripper_evidence import gripper_step
 from vlaft.data.inspection import EpisodeFacts, Inspection
 from vlaft.data.inspection_advice import (
     ProposedSteps,
@@ -53,10 +54,23 @@ def gripper_warnings(
                     f"the gripper (dimension {dim}) is always {low:.3g}: if the action should have none,"
                     f" {with_steps(inspection, {'select_action': {'dims': [d for d in range(size) if d != dim]}})}"
                 )
-        elif guess.steps is None and not inside:
+        elif guess.steps is None and guess.kind == "relative":
+            close = [*inspection.layout.steps, gripper_step("relative_gripper_to_absolute", dim, size)]
+            found.append(
+                f"{said}, and {guess.why}: {type_words(inspection, steps_word(close))} if + closes, or"
+                f" {steps_word([*close, gripper_step('invert_gripper', dim, size)])} if + opens"
+            )
+        elif guess.steps is None and inside:
+            found.append(
+                f"{said}, and {guess.why}: nothing to type if {high:.3g} is open, else"
+                f" {with_steps(inspection, gripper_step('invert_gripper', dim, size))}"
+            )
+        elif guess.steps is None:
             ends = [float(f"{low:.4g}"), float(f"{high:.4g}")]
-            up = steps_word([*inspection.layout.steps, {"scale_gripper": {"from_range": ends}}])
-            down = steps_word([*inspection.layout.steps, {"scale_gripper": {"from_range": ends[::-1]}}])
+            upwards = gripper_step("scale_gripper", dim, size, from_range=ends)
+            downwards = gripper_step("scale_gripper", dim, size, from_range=ends[::-1])
+            up = steps_word([*inspection.layout.steps, upwards])
+            down = steps_word([*inspection.layout.steps, downwards])
             found.append(
                 f"{said} where 0 (closed) to 1 (open) is expected, and {guess.why}:"
                 f" {type_words(inspection, up)} if {high:.3g} is open, or {down} if {low:.3g} is open"

@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 HISTOGRAM_BINS = 40
 _ABSOLUTE = 0.9  # correlation of an action dimension with the state above which it repeats the state
+# likewise with the state's change, for deltas; of the sample sets' end-effector deltas half or more of the dimensions
+# reach 0.75 (rotations often don't: their state is no vector of angles), and of joint targets none more than 0.63
+_DELTA = 0.7
 _IDLE = 0.01  # share of a usual large motion (99 % quantile) below which a step does not move
 _ZERO = 1e-5  # likewise, below which it is a zero with rounding errors: BridgeData has 5e-7 where 0 is meant
 
@@ -138,10 +141,12 @@ def odd_lengths(lengths: Sequence[int]) -> list[int]:
 def looks_absolute(
     actions: Sequence[Actions], states: Sequence[NDArray[np.floating] | None], grippers: Collection[int]
 ) -> bool | None:
-    """Tell whether the arm's actions are absolute targets rather than deltas; None where the data leave it open.
+    """Tell whether the arm's actions are absolute targets (True) or deltas (False); None where the data leave it open.
 
     A target follows the state itself, a delta the change of the state: at least half of the moving dimensions have
-    to correlate with a column of the state by more than 0.9, and more than with the change of any.
+    to correlate with a column of the state by more than 0.9, and more than with the change of any; or with the change
+    of one by more than 0.7, and more than with any column itself. Joint targets beside the pose of the end effector
+    do neither, and neither do commands of which the state does not tell.
     """
     pairs = [
         (np.asarray(action, dtype=np.float64), np.asarray(state, dtype=np.float64))
@@ -158,7 +163,9 @@ def looks_absolute(
         return None
     follows = _correlation(action[:, moving], state)
     differs = _correlation(action[:, moving], change)
-    return bool(((follows > _ABSOLUTE) & (follows > differs)).mean() >= 0.5)
+    if ((follows > _ABSOLUTE) & (follows > differs)).mean() >= 0.5:
+        return True
+    return False if ((differs > _DELTA) & (differs > follows)).mean() >= 0.5 else None
 
 
 def _correlation(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:

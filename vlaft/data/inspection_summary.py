@@ -17,7 +17,8 @@ def summarize(inspection: Inspection, findings: Findings) -> dict[str, Any]:
     """Return what was found as one JSON-like dictionary.
 
     `action` is the raw action: the arrays that the layout names, joined, unchanged; `standardized` the action that a
-    conversion would store. Cameras have the names and sizes `[height, width, channels]` of the source.
+    conversion would store; `state` names the arrays that the state is joined from. Cameras have the names and sizes
+    `[height, width, channels]` of the source. `question` is what has to be answered before a conversion, or None.
     """
     layout = inspection.layout
     splits = list(dict.fromkeys(episode.split for episode in inspection.episodes))
@@ -42,6 +43,7 @@ def summarize(inspection: Inspection, findings: Findings) -> dict[str, Any]:
             "stats": statistics(inspection.action),
             "histograms": [asdict(histogram) for histogram in histograms(inspection.action)],
         },
+        "state": list(layout.state),
         "standardized": _standardized(inspection, findings),
         "absolute": findings.absolute,
         "idle_share": findings.idle_share,
@@ -55,6 +57,7 @@ def summarize(inspection: Inspection, findings: Findings) -> dict[str, Any]:
             if split is not None
         },
         "unreadable": [{"episode": name, "why": why} for name, why in inspection.unreadable],
+        "question": inspection.question or None,
         "warnings": list(findings.warnings),
     }
 

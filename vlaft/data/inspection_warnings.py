@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vlaft.data.gripper_evidence import gripper_dims
 from vlaft.data.inspection import FRAME_STEPS, Inspection
 from vlaft.data.inspection_action_warnings import (
     absolute_warnings,
@@ -24,7 +25,7 @@ from vlaft.data.inspection_advice import (
     type_words,
     with_steps,
 )
-from vlaft.data.inspection_gripper import GripperGuess, gripper_dims, guess_gripper
+from vlaft.data.inspection_gripper import GripperGuess, guess_gripper
 from vlaft.data.inspection_measures import clipped_shares, duplicates, looks_absolute, motion, odd_lengths
 
 
@@ -58,7 +59,8 @@ def find(inspection: Inspection) -> Findings:
     moved = motion(actions, grippers, bool(absolute))
     raw = _raw_grippers(inspection)
     steps = ProposedSteps(inspection)
-    warnings = [*inspection.told, *_damaged(inspection), *_instructions(inspection), *_rate(inspection)]
+    asked = [inspection.question] if inspection.question else []
+    warnings = [*asked, *inspection.told, *_damaged(inspection), *_instructions(inspection), *_rate(inspection)]
     if actions:
         if not absolute:  # targets, of joints or of two arms, are carried as they are, grippers included
             warnings += gripper_warnings(steps, raw, actions, grippers)
@@ -139,15 +141,22 @@ def _raw_grippers(inspection: Inspection) -> tuple[GripperGuess, ...]:
     labels = list(inspection.action_names)
     # without names of dimensions, the name of the array that the last one comes from may tell
     last = inspection.layout.action[-1].partition("[")[0].rpartition("/")[2] if inspection.layout.action else ""
-    commands = [episode.action[np.isfinite(episode.action).all(axis=1)] for episode in inspection.episodes]
+    finite = [np.isfinite(episode.action).all(axis=1) for episode in inspection.episodes]
+    commands = [episode.action[rows] for episode, rows in zip(inspection.episodes, finite, strict=True)]
     if sum(len(values) for values in commands) == 0:
         return ()
+    openings = [
+        None if episode.opening is None else episode.opening[rows]
+        for episode, rows in zip(inspection.episodes, finite, strict=True)
+    ]
     found = []
     for dim in gripper_dims(size, labels):
         label = labels[dim] if labels else f"dimension {dim}"
         if dim == size - 1 and "grip" in last.lower() and label in ("gripper", f"dimension {dim}"):
             label = last
-        found.append(guess_gripper([values[:, dim] for values in commands], dim, label, size, inspection.format))
+        found.append(
+            guess_gripper([values[:, dim] for values in commands], dim, label, size, inspection.format, openings)
+        )
     return tuple(found)
 
 

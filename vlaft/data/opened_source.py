@@ -11,7 +11,7 @@ import numpy as np
 
 from vlaft.data.episode import Episode
 from vlaft.data.layout import Layout, apply_layout
-from vlaft.data.presets import layout_fields, load_preset, preset_of_dataset, with_fields
+from vlaft.data.presets import known_datasets, layout_fields, load_preset, preset_of_dataset, read_yaml, with_fields
 from vlaft.data.reader_options import merge_options, separate_options
 from vlaft.data.readers import EpisodeRef, Source, open_source
 from vlaft.data.standardize import parse_steps, standardize
@@ -61,6 +61,24 @@ class OpenedSource:
         known = None if self.request.preset else preset_of_dataset(self.source.name)
         hint = [f"a preset is made for this dataset: give --preset {known} unless its actions are as you want them"]
         return [*self.source.warnings, *(hint if known else [])]
+
+    @property
+    def steps_given(self) -> bool:
+        """Whether the user wrote the standardizing steps: as a word, in a mix, or in a preset of their own."""
+        preset = self.request.preset
+        own = preset is not None and preset not in known_datasets()
+        return "steps" in self.request.layout or (own and "steps" in read_yaml(Path(str(preset))))
+
+    @property
+    def preset_is_for_it(self) -> bool:
+        """Whether the preset was made for the dataset of this very name, rather than for a format or another one."""
+        preset = self.request.preset
+        if preset is None:
+            return False
+        made_for = preset_of_dataset(self.source.name)
+        if made_for is None and self.source.format == "rlds":  # some presets are called as their dataset is published
+            made_for = self.source.name
+        return made_for == (preset_of_dataset(preset) or preset)
 
     def read(self, ref: EpisodeRef) -> Episode:
         """Return a standardized episode; its frames are not decoded yet.

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from scipy.spatial.transform import Rotation
 
 Values = NDArray[np.float64]  # [T, 3] or [T, 4]
+_MOST_RADIANS = 4 * np.pi  # unwrapped angles pass one turn; degrees soon pass two
 NAMES = {"euler": ("roll", "pitch", "yaw"), "axis_angle": ("axis_x", "axis_y", "axis_z")}
 
 
@@ -29,8 +30,15 @@ def to_rotation(values: Values, representation: str) -> Rotation:
 
     Raises:
         ConfigError: an unknown representation.
-        DataError: a quaternion of zeros.
+        DataError: a quaternion of zeros, or angles that are far too large for radians.
     """
+    if representation in NAMES and len(values):
+        largest = np.unravel_index(np.abs(values).argmax(), values.shape)
+        if abs(values[largest]) > _MOST_RADIANS:
+            raise DataError(
+                f"step {largest[0]}: an angle of {values[largest]:.4g} radians is more than two turns, so these are"
+                " probably degrees: put scale_action in front, with 0.0174533 for these dimensions"
+            )
     from scipy.spatial.transform import Rotation  # loaded late: it takes longer than all else that vlaft.data imports
 
     if representation == "euler":

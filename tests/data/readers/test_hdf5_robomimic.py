@@ -179,3 +179,69 @@ def test_a_folder_joins_files_and_refuses_a_mix(tmp_path: Path) -> None:
         file["x"] = np.zeros(3)
     with pytest.raises(DataError, match="different layouts"):
         open_hdf5(tmp_path)
+
+
+def write_env(path: Path, env: dict[str, object], width: int = 7) -> Path:
+    write_robomimic(path, {"demo_0": 4})
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["env_args"] = json.dumps(env)
+        del file["data/demo_0/actions"]
+        file["data/demo_0/actions"] = np.linspace(-1, 1, 4 * width).reshape(4, width)
+    return path
+
+
+def test_isaac_lab_is_told_by_its_environment_or_its_initial_state(tmp_path: Path) -> None:
+    source = open_hdf5(write_env(tmp_path / "rel.hdf5", {"env_name": "Isaac-Lift-Cube-Franka-IK-Rel-v0", "type": 2}))
+    assert (source.format, source.layout.steps) == ("isaac-lab", ("scale_gripper",))
+    assert source.layout.action_names[6] == "gripper"
+    # seven numbers that are nothing like a gripper's at the end: joints, or an absolute pose
+    source = open_hdf5(write_env(tmp_path / "reach.hdf5", {"env_name": "Isaac-Reach-Franka-v0", "type": 2}))
+    assert (source.layout.steps, source.layout.action_names, source.layout.action_mask) == ((), (), ())
+    assert "'Isaac-Reach-Franka-v0' does not tell what the 7 dimensions" in source.warnings[0]
+    with h5py.File(tmp_path / "reach.hdf5", "a") as file:
+        file["data/demo_0/actions"][:, 6] = [1, 1, -1, -1]
+    layout = open_hdf5(tmp_path / "reach.hdf5").layout
+    assert (layout.steps, layout.action_names, layout.action_mask[6]) == (("scale_gripper",), (), False)
+    path = write_robomimic(tmp_path / "bare.hdf5", {"demo_0": 4})
+    with h5py.File(path, "a") as file:
+        file["data/demo_0/actions"][:, 6] = [1, 1, -1, -1]
+        file["data/demo_0/initial_state/articulation/robot/joint_position"] = np.zeros((1, 9))
+    assert open_hdf5(path).format == "isaac-lab"
+
+
+def test_nothing_is_assumed_of_other_environments(tmp_path: Path) -> None:
+    source = open_hdf5(write_env(tmp_path / "gym.hdf5", {"env_name": "PickUp-v0", "type": 2}))
+    assert (source.format, source.layout.steps, source.layout.action_names) == ("robomimic-other", (), ())
+    assert "'PickUp-v0' does not tell" in source.warnings[0]
+    assert open_hdf5(write_env(tmp_path / "eight.hdf5", {"env_name": "PickUp-v0", "type": 2}, width=8)).warnings == []
+
+
+@pytest.mark.parametrize(
+    ("controller", "named", "told"),
+    [
+        ({"type": "OSC_POSE", "control_delta": True}, True, None),
+        ({"type": "OSC_POSE", "control_delta": False}, True, "absolute poses"),
+        ({"body_parts": {"right": {"type": "OSC_POSE", "input_type": "absolute"}}}, True, "absolute poses"),
+        ({"type": "JOINT_POSITION"}, False, "the controller JOINT_POSITION"),
+        ("OSC_POSE", True, None),
+    ],
+)
+def test_robosuites_controller_says_what_the_action_means(
+    controller: object, named: bool, told: str | None, tmp_path: Path
+) -> None:
+    env = {"env_name": "Lift", "type": 1, "env_kwargs": {"controller_configs": controller}}
+    source = open_hdf5(write_env(tmp_path / "a.hdf5", env))
+    assert source.layout.steps == ("scale_gripper", "invert_gripper")
+    assert bool(source.layout.action_names) == named
+    warnings = [text for text in source.warnings if "'total'" not in text]
+    assert not warnings if told is None else told in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("simulation", "fps"), [({"dt": 0.005, "decimation": 4}, 50), ({"dt": 0, "decimation": 4}, None), ("fast", None)]
+)
+def test_isaac_labs_rate_is_that_of_its_physics_over_the_decimation(
+    simulation: object, fps: float | None, tmp_path: Path
+) -> None:
+    source = open_hdf5(write_env(tmp_path / "a.hdf5", {"env_name": "Isaac-Lift-v0", "sim_args": simulation}))
+    assert source.read(source.episodes()[0]).fps == (None if fps is None else pytest.approx(fps))

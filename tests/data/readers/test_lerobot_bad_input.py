@@ -280,6 +280,15 @@ def test_a_rate_that_the_timestamps_deny(tmp_path: Path) -> None:
     warned(root, r"timestamps are 0\.1 s apart while info\.json says 30 fps")
 
 
+def test_a_rate_that_is_8_percent_off_is_told_but_no_pause_or_uneven_clock(tmp_path: Path) -> None:
+    root = make_v2(tmp_path / "a")
+    edit_rows(root, 0, timestamp=np.arange(6, dtype=np.float32) / 10.8)
+    warned(root, r"episode_000000: the timestamps are 0\.0926 s apart.*10 fps.*give fps=10\.8")
+    for times in ([0, 0.1, 0.2, 2.3, 2.4, 2.5], [0, 0.08, 0.2, 0.28, 0.4, 0.5], [0, 0.103, 0.206, 0.309, 0.412, 0.515]):
+        edit_rows(root, 0, timestamp=np.asarray(times, np.float32))
+        assert not any("s apart" in text for text in read_all(root)[0].warnings)
+
+
 def test_listed_episodes_and_lengths_that_disagree(tmp_path: Path) -> None:
     root = make_v2(tmp_path / "a")
     rows: list[Any] = [

@@ -1,4 +1,4 @@
-"""robomimic files, and LIBERO's dialect of them: many demonstrations in one file, `/data/demo_N`.
+"""robomimic files, LIBERO's and Isaac Lab's dialects of them: many demonstrations in one file, `/data/demo_N`.
 
 What is peculiar:
 
@@ -6,6 +6,9 @@ What is peculiar:
   a mere flip), in its data and in its evaluation, so LIBERO's default layout has that step.
 * LIBERO's own files hold the observation *after* the action of the same row; files made by OpenVLA's regenerating
   script hold the one before it, without any attribute: their instruction is in the file's name.
+* What an action means is the environment's affair, which `env_args` names: robosuite's controllers close a gripper at
+  +1, Isaac Lab's binary joint action (`Isaac-...`, type 2, which robomimic itself gives to gym) opens it at +1. Of any
+  other environment nothing is assumed.
 * The format has no field for language; robocasa writes `ep_meta.lang`, LIBERO `problem_info.language_instruction`.
 
 Options: `filter_key` (a name under `/mask`: only its demonstrations), `shift_action` (k: step t gets the action of step
@@ -20,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
+import numpy as np
 
 from vlaft.data.episode import Episode
 from vlaft.data.layout import Layout, StepSpec
@@ -38,6 +42,7 @@ from vlaft.data.readers.hdf5_access import (
     need_group,
     numeric_order,
     opened,
+    read_array,
 )
 from vlaft.data.readers.hdf5_episode import (
     FrameFormat,
@@ -68,7 +73,11 @@ _ACTION_NAMES = ("x", "y", "z", "axis_x", "axis_y", "axis_z", "gripper")
 _STATES = (
     ("obs/ee_states", "obs/gripper_states"),
     ("obs/robot0_eef_pos", "obs/robot0_eef_quat", "obs/robot0_gripper_qpos"),
+    ("obs/eef_pos", "obs/eef_quat", "obs/gripper_pos"),  # Isaac Lab; its quaternions put w first
 )
+ISAAC = "isaac-lab"
+_ROBOSUITE_TYPE = 1  # of robomimic's kinds of environments; 2 is gym, 3 iGibson
+_POSE_CONTROLLERS = ("OSC_POSE", "IK_POSE")  # robosuite's: six dimensions of a pose, then the gripper
 
 
 @dataclass(kw_only=True)
@@ -245,7 +254,8 @@ def _layout(data: h5py.Group, name: str, path: Path, warnings: list[str], shift:
         raise DataError(f"{path} holds no camera images ({what}): {_RENDER_FIRST}")
     told = [attribute(data, key, where) for key in ("problem_info", "bddl_file_name")]
     libero = "obs/agentview_rgb" in cameras or any(text is not None for text in told)
-    arm = actions.ndim == 2 and actions.shape[1] == 7
+    format = "libero" if libero else _environment(data, demo, where)
+    wide = actions.ndim == 2 and actions.shape[1] == 7
     steps: list[StepSpec] = []
     if libero:
         convention = attribute(data, "macros_image_convention", where)
@@ -258,19 +268,91 @@ def _layout(data: h5py.Group, name: str, path: Path, warnings: list[str], shift:
                 f"{path}: LIBERO's own recorder stores the observation after the action of the same step; if this file"
                 " comes from it unchanged, give shift_action=1 (OpenVLA trained on regenerated files instead)"
             )
+    arm = wide and _is_arm(format, data, actions, where)
+    pose = arm and _is_pose(format, data, path, warnings)
+    if wide and not arm:
+        warnings.append(
+            f"{path}: {_named(data, where)} does not tell what the 7 dimensions of the action mean; if the last one is"
+            " a gripper, give action_names='[x, y, z, axis_x, axis_y, axis_z, gripper]', action_mask='[true, true,"
+            " true, true, true, true, false]' and the steps that make it 1 = open, such as steps='[scale_gripper]'"
+        )
     if arm:
-        # LIBERO's values are clipped as OpenVLA's transform does; robosuite's continuous ones are scaled
-        steps += ["clip_gripper" if libero else "scale_gripper", "invert_gripper"]
+        # LIBERO's values are clipped as OpenVLA's transform does; continuous ones are scaled
+        steps.append("clip_gripper" if libero else "scale_gripper")
+        if format != ISAAC:
+            steps.append("invert_gripper")
     state = next((names for names in _STATES if all(key in found for key in names)), ())
     layout = Layout(
         action=("actions",),
         state=state,
         cameras=short_names(cameras),
         steps=tuple(steps),
-        action_names=_ACTION_NAMES if arm else (),
+        action_names=_ACTION_NAMES if pose else (),
         action_mask=(True,) * 6 + (False,) if arm else (),
     )
-    return ("libero" if libero else "robomimic"), layout
+    return format, layout
+
+
+def _environment(data: h5py.Group, demo: h5py.Group, where: str) -> str:
+    """Tell whose conventions hold: `robomimic` stands for robosuite's, which is taken where nothing is said."""
+    arguments = json_attribute(data, "env_args", where)
+    name, kind = arguments.get("env_name"), arguments.get("type", arguments.get("env_type"))
+    if isinstance(name, str) and re.search(r"\bIsaac-", name):
+        return ISAAC
+    if not arguments and find(demo, "initial_state/articulation", where) is not None:
+        return ISAAC
+    return "robomimic" if kind in (None, _ROBOSUITE_TYPE) else "robomimic-other"
+
+
+def _is_arm(format: str, data: h5py.Group, actions: h5py.Dataset, where: str) -> bool:
+    """Tell whether an action of seven dimensions ends in a gripper.
+
+    Isaac Lab records seven joints as well, and absolute poses without a gripper: there the environment is called
+    relative, or the last dimension is never anything but -1 and 1.
+    """
+    if format != ISAAC:
+        return format != "robomimic-other"
+    if _is_relative(json_attribute(data, "env_args", where)):
+        return True
+    return bool(np.isin(read_array(actions, where)[:, 6], (-1, 1)).all())
+
+
+def _is_relative(arguments: Mapping[str, object]) -> bool:
+    """Tell whether Isaac Lab's environment is called one of relative poses, such as `Isaac-...-IK-Rel-v0`."""
+    return re.search(r"\bRel\b", str(arguments.get("env_name"))) is not None
+
+
+def _is_pose(format: str, data: h5py.Group, path: Path, warnings: list[str]) -> bool:
+    """Tell whether the first six dimensions are a pose; where the controller takes absolute ones, warn."""
+    arguments = json_attribute(data, "env_args", str(path))
+    if format == ISAAC:  # six joints and a gripper are as wide
+        return "env_name" not in arguments or _is_relative(arguments)
+    inner = arguments.get("env_kwargs")
+    controller = inner.get("controller_configs") if isinstance(inner, dict) else None
+    parts = controller.get("body_parts") if isinstance(controller, dict) else None
+    if isinstance(parts, dict):  # robosuite 1.5 has one controller per part of the body
+        controller = parts.get("right")
+    if not isinstance(controller, dict):
+        return True
+    kind = controller.get("type")
+    if isinstance(kind, str) and kind not in _POSE_CONTROLLERS:
+        warnings.append(
+            f"{path}: env_args names the controller {kind[:60]}, so the action is no motion of the end effector, which"
+            " OpenVLA's is; keep it if the robot is to receive such commands"
+        )
+        return False
+    if controller.get("control_delta") is False or controller.get("input_type") == "absolute":
+        warnings.append(
+            f"{path}: env_args says that the controller takes absolute poses, where OpenVLA's actions are deltas per"
+            " step: keep them if the robot is to receive targets, else give the steps, beginning with"
+            " {delta_from_absolute: {against: previous, rotation: axis_angle}}"
+        )
+    return True
+
+
+def _named(data: h5py.Group, where: str) -> str:
+    name = json_attribute(data, "env_args", where).get("env_name")
+    return f"the environment '{name[:60]}'" if isinstance(name, str) else "the environment that env_args names"
 
 
 def _cameras(found: Mapping[str, h5py.Dataset]) -> list[str]:
@@ -281,7 +363,17 @@ def _control_rate(data: h5py.Group, where: str) -> float | None:
     arguments = json_attribute(data, "env_args", where)
     inner = arguments.get("env_kwargs")
     rate = inner.get("control_freq") if isinstance(inner, dict) else None
-    return positive_number(rate) or positive_number(arguments.get("control_freq"))
+    return positive_number(rate) or positive_number(arguments.get("control_freq")) or _isaac_rate(arguments)
+
+
+def _isaac_rate(arguments: Mapping[str, object]) -> float | None:
+    """Isaac Lab's rate: one action every `decimation` steps of `dt` seconds of its physics."""
+    simulation = arguments.get("sim_args")
+    if not isinstance(simulation, dict):
+        return None
+    step, every = positive_number(simulation.get("dt")), positive_number(simulation.get("decimation"))
+    between = step * every if step and every else 0.0
+    return positive_number(1 / between) if between > 0 else None
 
 
 def _instruction(data: h5py.Group, demo: h5py.Group, path: Path, where: str) -> str:
