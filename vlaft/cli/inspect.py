@@ -12,11 +12,13 @@ import typer
 from vlaft.cli.arguments import AsJson
 
 if TYPE_CHECKING:
+    from vlaft.data.contents import Contents
     from vlaft.data.inspection import Inspection
 
 _BARS = "▁▂▃▄▅▆▇█"
 _BAR_COLUMNS = 20
 _INSTRUCTIONS_SHOWN = 12
+_DAMAGED_SHOWN = 6
 
 
 def inspect(
@@ -47,12 +49,19 @@ def inspect(
     Example: vlaft inspect demos.hdf5 --html demos.html
     """
     from vlaft.cli.console import print_json, say
+    from vlaft.cli.contents import show_contents
+    from vlaft.data.inspection_contents import NotInspected
     from vlaft.data.inspection_summary import summarize
     from vlaft.data.inspection_warnings import find
 
     if html is not None:
         _check_page(html, overwrite)
-    inspection = _inspect(words, preset, limit, frames, thumbnails=html is not None)
+    try:
+        inspection = _inspect(words, preset, limit, frames, thumbnails=html is not None)
+    except NotInspected as error:
+        if error.contents is not None and not as_json:
+            show_contents(error.contents)
+        raise
     findings = find(inspection)
     summary = summarize(inspection, findings)
     if html is not None:
@@ -62,7 +71,7 @@ def inspect(
     if as_json:
         print_json(summary)
     else:
-        _show(summary)
+        _show(summary, inspection.contents)
     if html is not None:
         say(f"wrote {html}")
 
@@ -112,11 +121,12 @@ def _write(page: Path, content: str) -> None:
         aside.unlink(missing_ok=True)
 
 
-def _show(summary: Mapping[str, Any]) -> None:
+def _show(summary: Mapping[str, Any], contents: Contents | None) -> None:
     from rich.table import Table
 
     from vlaft.cli.console import show
-    from vlaft.data.inspection_advice import flow
+    from vlaft.cli.contents import show_contents
+    from vlaft.data.typed_words import flow
 
     overview = Table(box=None, show_header=False, pad_edge=False)
     overview.add_column(style="bold", no_wrap=True)
@@ -125,6 +135,9 @@ def _show(summary: Mapping[str, Any]) -> None:
         overview.add_row(name, value)
     show(overview)
     show("")
+    if contents is not None:
+        show_contents(contents)
+        show("")
     standardized = summary["standardized"]
     source = " + ".join(summary["action"]["source"]) or "the column action"
     changed = standardized is None or (standardized["steps"] and summary["kind"] == "source")
@@ -155,6 +168,7 @@ def overview_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ours = summary["camera_names"].get(name)
         called = "" if ours == name else f" as {ours}" if ours else " (not kept)"
         cameras.append(f"{name} {height}x{width}x{channels}{called}")
+    cameras += [f"{name} (no frame can be read)" for name in summary["camera_names"] if name not in summary["cameras"]]
     splits = ", ".join(f"{split} {counts['episodes']}" for split, counts in summary["splits"].items())
     instructions = [text or "(empty)" for text in summary["instructions"]]
     more = [f"and {len(instructions) - _INSTRUCTIONS_SHOWN} more"] if len(instructions) > _INSTRUCTIONS_SHOWN else []
@@ -170,6 +184,10 @@ def overview_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("action", f"{summary['action']['dim']} dimensions; absolute or delta: {kinds[summary['absolute']]}"),
         ("idle steps", f"{summary['idle_share']:.1%}"),
     ]
+    damaged = [f"{entry['episode']}: {entry['why']}" for entry in summary["damaged"]]
+    if damaged:
+        rest = [f"and {len(damaged) - _DAMAGED_SHOWN} more"] if len(damaged) > _DAMAGED_SHOWN else []
+        rows.append(("damaged", "\n".join([*damaged[:_DAMAGED_SHOWN], *rest])))
     for guess in summary["grippers"]:
         opened = "unknown" if guess["open_at"] is None else f"{guess['open_at']:.3g}"
         rows.append(

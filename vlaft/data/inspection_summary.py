@@ -17,7 +17,8 @@ def summarize(inspection: Inspection, findings: Findings) -> dict[str, Any]:
     """Return what was found as one JSON-like dictionary.
 
     `action` is the raw action: the arrays that the layout names, joined, unchanged; `standardized` the action that a
-    conversion would store. Cameras have the names and sizes `[height, width, channels]` of the source.
+    conversion would store. Cameras have the names and sizes `[height, width, channels]` of the source; `damaged` holds
+    the episodes of which something cannot be read, those of `unreadable` included.
     """
     layout = inspection.layout
     splits = list(dict.fromkeys(episode.split for episode in inspection.episodes))
@@ -55,6 +56,8 @@ def summarize(inspection: Inspection, findings: Findings) -> dict[str, Any]:
             if split is not None
         },
         "unreadable": [{"episode": name, "why": why} for name, why in inspection.unreadable],
+        "damaged": [{"episode": name, "why": why} for name, why in inspection.damaged],
+        "contents": None if inspection.contents is None else asdict(inspection.contents),
         "warnings": list(findings.warnings),
     }
 

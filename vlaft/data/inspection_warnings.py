@@ -17,7 +17,6 @@ from vlaft.data.inspection_action_warnings import (
 from vlaft.data.inspection_advice import (
     NAMED,
     ProposedSteps,
-    flow,
     full_mask,
     some_of,
     step_names,
@@ -26,6 +25,7 @@ from vlaft.data.inspection_advice import (
 )
 from vlaft.data.inspection_gripper import GripperGuess, gripper_dims, guess_gripper
 from vlaft.data.inspection_measures import clipped_shares, duplicates, looks_absolute, motion, odd_lengths
+from vlaft.data.typed_words import word
 
 
 @dataclass(frozen=True)
@@ -227,4 +227,4 @@ def _without(inspection: Inspection, camera: str) -> str:
         return "no other camera is there to train on; record again"
     if inspection.kind == "converted":
         return "convert the source again without it (cameras='{name: path, ...}' lists those to keep)"
-    return f"{type_words(inspection, f'cameras={flow(rest)!r}')}"
+    return type_words(inspection, word("cameras", rest))

@@ -9,7 +9,8 @@ What is peculiar:
 * The format has no field for language; robocasa writes `ep_meta.lang`, LIBERO `problem_info.language_instruction`.
 
 Options: `filter_key` (a name under `/mask`: only its demonstrations), `shift_action` (k: step t gets the action of step
-t + k), `instruction` (a text, or `{attribute | dataset | file_name: ...}`).
+t + k), `instruction` (a text, or `{attribute | dataset | file_name: ...}`), `drop_last_observation` (true cuts the
+observation after the last action).
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ from vlaft.data.readers.hdf5_episode import (
 from vlaft.data.readers.hdf5_options import (
     USUAL_ATTRIBUTES,
     InstructionRule,
+    drop_last_of,
     instruction_rule,
     positive_number,
     refuse,
@@ -60,7 +62,7 @@ from vlaft.data.readers.hdf5_options import (
 )
 from vlaft.errors import DataError, did_you_mean
 
-OPTIONS = ("filter_key", "instruction", "shift_action")
+OPTIONS = ("drop_last_observation", "filter_key", "instruction", "shift_action")
 _RENDER_FIRST = (
     "render the images first (robomimic's dataset_states_to_obs.py replays the states), then give the file it writes"
 )
@@ -100,6 +102,7 @@ class RobomimicSource(Hdf5Source):
                 cameras=dict.fromkeys(_cameras(found), FrameFormat()),
                 strict="obs/",
                 shift=self.shift,
+                drop_last=self.drop_last,
                 instruction=instruction,
                 fps=_control_rate(data, where),
             )
@@ -126,6 +129,7 @@ def open_robomimic(root: Path, files: list[Path], options: Mapping[str, object])
     """
     problems = refuse_unknown(options, OPTIONS, "a robomimic file")
     rule = instruction_rule(options.get("instruction"), problems)
+    drop_last = drop_last_of(options, problems)
     shift = shift_of(options, 1, problems)
     refuse(problems)
     warnings: list[str] = []
@@ -159,6 +163,7 @@ def open_robomimic(root: Path, files: list[Path], options: Mapping[str, object])
         refs=refs,
         rule=rule,
         shift=shift,
+        drop_last=drop_last,
     )
 
 
