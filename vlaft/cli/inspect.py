@@ -184,7 +184,10 @@ def overview_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("action", f"{summary['action']['dim']} dimensions; absolute or delta: {kinds[summary['absolute']]}"),
         ("idle steps", f"{summary['idle_share']:.1%}"),
     ]
-    damaged = [f"{entry['episode']}: {entry['why']}" for entry in summary["damaged"]]
+    damaged = [
+        entry["why"] if entry["episode"] in entry["why"] else f"{entry['episode']}: {entry['why']}"
+        for entry in summary["damaged"]
+    ]
     if damaged:
         rest = [f"and {len(damaged) - _DAMAGED_SHOWN} more"] if len(damaged) > _DAMAGED_SHOWN else []
         rows.append(("damaged", "\n".join([*damaged[:_DAMAGED_SHOWN], *rest])))

@@ -45,8 +45,8 @@ def of_episode(episode: Episode) -> Contents:
         note = "camera"
         try:
             shape = (len(frames), *next(iter(frames.read([0]))).shape)
-        except DataError as error:
-            note = f"camera; {error}"
+        except DataError:  # why is told of the episode, not of the tree
+            note = "camera, damaged"
         entries.append(Entry(name, shape, "uint8", note))
     return Contents(f"episode {episode.name}", tuple(entries))
 
@@ -73,4 +73,4 @@ def alike(names: Iterable[str]) -> Iterator[list[str]]:
 
 def named_alike(names: Sequence[str]) -> str:
     """Say that the first of `names` stands for all."""
-    return f"one of {len(names):,} named alike, to {names[-1]}" if len(names) > 1 else ""
+    return f"one of {len(names):,} named alike, to {names[-1].rpartition('/')[2]}" if len(names) > 1 else ""

@@ -113,9 +113,12 @@ class Inspection:
 
     @property
     def damaged(self) -> list[tuple[str, str]]:
-        """Names of the episodes of which nothing or not all could be read, each with why."""
+        """Names of the episodes of which nothing or not all can be read, each with why."""
         frames = [(e.name, facts.error) for e in self.episodes for facts in e.cameras.values() if facts.error]
-        return [*self.unreadable, *frames]
+        known = {name for name, _ in frames}
+        refused = [(e.name, e.refused) for e in self.episodes if e.refused and e.name not in known]
+        # where every episode is refused it is not they that are damaged, but a setting that is wrong
+        return [*self.unreadable, *frames, *(refused if len(refused) < len(self.episodes) else [])]
 
     @property
     def action(self) -> NDArray[np.float64]:

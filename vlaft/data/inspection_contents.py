@@ -12,7 +12,7 @@ from vlaft.data.readers.sniff import is_hdf5
 from vlaft.errors import DataError
 
 _MAX_FILES = 20_000  # listed of a folder
-_MAX_ENTRIES = 60
+_MAX_ENTRIES = 40  # names alike count as one
 
 
 class NotInspected(DataError):

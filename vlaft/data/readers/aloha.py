@@ -55,6 +55,7 @@ from vlaft.data.readers.hdf5_options import (
     refuse_unknown,
     shift_of,
 )
+from vlaft.data.readers.hdf5_proposal import refuse_other_frames
 from vlaft.errors import DataError
 
 OPTIONS = ("drop_last_observation", "instruction", "shift_action", "swap_rb")
@@ -144,6 +145,7 @@ def _layout(file: h5py.File, path: Path, swap_rb: bool | None, warnings: list[st
     found = datasets(file, str(path))
     cameras = _cameras(found)
     if not cameras:
+        refuse_other_frames(path, "ALOHA does")
         raise DataError(f"{path} holds no camera images below '{_IMAGES}': record with cameras, images are needed")
     if swap_rb is None and any(_format(found[name], None).swap_rb for name in cameras):
         warnings.append(

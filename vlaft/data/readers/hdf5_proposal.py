@@ -61,7 +61,9 @@ class _View:
 
     @property
     def numbers(self) -> dict[str, tuple[int, ...]]:
-        return {name: dataset.shape for name, dataset in self.found.items() if is_numeric(dataset)}
+        # an array reference cuts blanks off, and takes brackets for a slice of columns
+        usable = {name: dataset for name, dataset in self.found.items() if not re.search(r"^\s|\s$|[\[\]]", name)}
+        return {name: dataset.shape for name, dataset in usable.items() if is_numeric(dataset)}
 
 
 def propose(path: Path) -> Proposal:
@@ -72,7 +74,8 @@ def propose(path: Path) -> Proposal:
     """
     with opened(path) as file:
         where = str(path)
-        found = datasets(file, where)
+        # a word takes ${ for a reference to another setting
+        found = {name: dataset for name, dataset in datasets(file, where).items() if "${" not in name}
         if not found:
             raise DataError(f"{path} holds no datasets at all; the recording may have failed")
         chosen: tuple[_View, dict[str, CameraRule]] | None = None
@@ -250,6 +253,22 @@ def advice(path: Path) -> str:
     except DataError as error:
         return str(error)
     return f"type for example{f' ({proposal.remark})' if proposal.remark else ''}: {' '.join(proposal.words)}"
+
+
+def refuse_other_frames(path: Path, than: str) -> None:
+    """Propose a mapping for frames that a dialect's reader does not take: encoded, channels first, floats, elsewhere.
+
+    Raises:
+        DataError: there are such frames.
+    """
+    try:
+        words = propose(path).words
+    except DataError:
+        return
+    raise DataError(
+        f"{path} stores its frames in another way than {than}; describe it with a mapping, for example:"
+        f" {' '.join(words)}"
+    )
 
 
 def _refuse_many_in_one(path: Path, found: Mapping[str, h5py.Dataset]) -> None:

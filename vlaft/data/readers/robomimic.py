@@ -60,11 +60,16 @@ from vlaft.data.readers.hdf5_options import (
     refuse_unknown,
     shift_of,
 )
+from vlaft.data.readers.hdf5_proposal import refuse_other_frames
 from vlaft.errors import DataError, did_you_mean
 
 OPTIONS = ("drop_last_observation", "filter_key", "instruction", "shift_action")
 _RENDER_FIRST = (
     "render the images first (robomimic's dataset_states_to_obs.py replays the states), then give the file it writes"
+)
+_RECORD_AGAIN = (
+    "it comes from Isaac Lab, so record or generate it again in a task with cameras (those called Visuomotor) and with"
+    " --enable_cameras"
 )
 _ACTION_NAMES = ("x", "y", "z", "axis_x", "axis_y", "axis_z", "gripper")
 _STATES = (
@@ -246,7 +251,9 @@ def _layout(data: h5py.Group, name: str, path: Path, warnings: list[str], shift:
     if not cameras:
         observed = sorted(key for key in found if key.startswith("obs/"))
         what = f"only {listing(observed, 5)}" if observed else "no observations, only " + listing(sorted(found), 5)
-        raise DataError(f"{path} holds no camera images ({what}): {_RENDER_FIRST}")
+        refuse_other_frames(path, "robomimic does")
+        isaac = is_isaac_lab(data, where)
+        raise DataError(f"{path} holds no camera images ({what}): {_RECORD_AGAIN if isaac else _RENDER_FIRST}")
     told = [attribute(data, key, where) for key in ("problem_info", "bddl_file_name")]
     libero = "obs/agentview_rgb" in cameras or any(text is not None for text in told)
     arm = actions.ndim == 2 and actions.shape[1] == 7
@@ -275,6 +282,11 @@ def _layout(data: h5py.Group, name: str, path: Path, warnings: list[str], shift:
         action_mask=(True,) * 6 + (False,) if arm else (),
     )
     return ("libero" if libero else "robomimic"), layout
+
+
+def is_isaac_lab(data: h5py.Group, where: str) -> bool:
+    """Tell a file of Isaac Lab, which writes robomimic's schema, by its environment's name."""
+    return str(json_attribute(data, "env_args", where).get("env_name", "")).startswith("Isaac-")
 
 
 def _cameras(found: Mapping[str, h5py.Dataset]) -> list[str]:
