@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _BARS = "▁▂▃▄▅▆▇█"
 _BAR_COLUMNS = 20
+_BARS_HEADER = "min to max"
 _INSTRUCTIONS_SHOWN = 12
 _DAMAGED_SHOWN = 6
 
@@ -206,24 +207,28 @@ def overview_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _action_table(action: Mapping[str, Any]) -> Any:
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False)
-    table.add_column("", justify="right")
+    from vlaft.cli.console import stdout_console
+
+    columns: dict[str, list[str]] = {"": [str(dim) for dim in range(action["dim"])]}
     if action["names"]:
-        table.add_column("name", no_wrap=True)
+        columns["name"] = list(action["names"])
     for name in ("mean", "std", "min", "q01", "q99", "max"):
-        table.add_column(name, justify="right", no_wrap=True)
+        columns[name] = [f"{value:.4g}" for value in action["stats"][name]]
     clipped = action.get("clipped")
     if clipped:
-        table.add_column("clipped", justify="right")
-    table.add_column("min to max", no_wrap=True)
-    for dim in range(action["dim"]):
-        cells = [str(dim)]
-        if action["names"]:
-            cells.append(action["names"][dim])
-        cells += [f"{action['stats'][name][dim]:.4g}" for name in ("mean", "std", "min", "q01", "q99", "max")]
-        if clipped:
-            cells.append(f"{clipped[dim]:.1%}" if action["mask"][dim] else "-")
-        table.add_row(*cells, _bars(action["histograms"][dim]["counts"]))
+        shown = zip(clipped, action["mask"], strict=True)
+        columns["clipped"] = [f"{share:.1%}" if masked else "-" for share, masked in shown]
+    columns[_BARS_HEADER] = [_bars(histogram["counts"]) for histogram in action["histograms"]]
+    # a number without its last digits is worse than none
+    for spare in (_BARS_HEADER, "std", "mean", "clipped", "q01", "q99"):
+        if sum(max(map(len, [name, *cells])) + 2 for name, cells in columns.items()) > stdout_console().width:
+            columns.pop(spare, None)
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        justify: Any = "left" if name in ("name", _BARS_HEADER) else "right"
+        table.add_column(name, justify=justify, no_wrap=True)
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*cells)
     return table
 
 
