@@ -32,6 +32,7 @@ from vlaft.data.readers.hdf5_options import USUAL_ATTRIBUTES, InstructionRule, p
 from vlaft.data.typed_words import word
 from vlaft.errors import DataError
 
+_OF_ALIKE = 16  # groups and arrays looked at of those named alike: a file may hold thousands of episodes
 _NUMBERED = re.compile(r"(.*?)(\d+)")
 _NO_COLOURS = re.compile(r"depth|mask|segm|normals|flow", re.I)
 _TELLING = re.compile(r"instruct|lang|task|prompt|goal|descri", re.I)
@@ -75,7 +76,9 @@ def propose(path: Path) -> Proposal:
     with opened(path) as file:
         where = str(path)
         # a word takes ${ for a reference to another setting
-        found = {name: dataset for name, dataset in datasets(file, where).items() if "${" not in name}
+        found = {
+            name: dataset for name, dataset in datasets(file, where, of_alike=_OF_ALIKE).items() if "${" not in name
+        }
         if not found:
             raise DataError(f"{path} holds no datasets at all; the recording may have failed")
         chosen: tuple[_View, dict[str, CameraRule]] | None = None
