@@ -15,8 +15,8 @@ import numpy as np
 
 from vlaft.data.episode import Image
 from vlaft.data.inspection import Inspection
-from vlaft.data.inspection_advice import flow
 from vlaft.data.inspection_frames import FRAMES_PER_EPISODE, THUMBNAIL_HEIGHT, thumbnail
+from vlaft.data.typed_words import flow
 from vlaft.html_page import ACCENT, SECOND, embedded, new_figure, page, plot
 
 _EPISODES_DRAWN = 40  # lines per plot; more are a smear

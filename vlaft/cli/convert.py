@@ -208,12 +208,13 @@ def _phases() -> Iterator[Progress]:
 
 def _tell(done: Conversion, dry_run: bool) -> None:
     from vlaft.cli.console import say, warn
+    from vlaft.data.folded import folded
 
     for entry in done.skipped[:_SHOWN]:
         warn(f"left out {entry.episode} of {entry.dataset}: {entry.why}")
     if len(done.skipped) > _SHOWN:
         warn(f"{len(done.skipped) - _SHOWN} more episodes were left out; dataset.json lists them all")
-    for warning in done.warnings:
+    for warning in folded(done.warnings):
         warn(warning)
     counts = ", ".join(
         f"{done.rows[split]:,} examples of {done.episodes[split]} episodes in {split}" for split in done.rows

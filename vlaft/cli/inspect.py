@@ -12,11 +12,14 @@ import typer
 from vlaft.cli.arguments import AsJson
 
 if TYPE_CHECKING:
+    from vlaft.data.contents import Contents
     from vlaft.data.inspection import Inspection
 
 _BARS = "▁▂▃▄▅▆▇█"
 _BAR_COLUMNS = 20
+_BARS_HEADER = "min to max"
 _INSTRUCTIONS_SHOWN = 12
+_DAMAGED_SHOWN = 6
 
 
 def inspect(
@@ -49,12 +52,19 @@ def inspect(
     Example: vlaft inspect demos.hdf5 --html demos.html
     """
     from vlaft.cli.console import print_json, say
+    from vlaft.cli.contents import show_contents
+    from vlaft.data.inspection_contents import NotInspected
     from vlaft.data.inspection_summary import summarize
     from vlaft.data.inspection_warnings import find
 
     if html is not None:
         _check_page(html, overwrite)
-    inspection = _inspect(words, preset, limit, frames, thumbnails=html is not None)
+    try:
+        inspection = _inspect(words, preset, limit, frames, thumbnails=html is not None)
+    except NotInspected as error:
+        if error.contents is not None and not as_json:
+            show_contents(error.contents)
+        raise
     findings = find(inspection)
     summary = summarize(inspection, findings)
     if html is not None:
@@ -64,7 +74,7 @@ def inspect(
     if as_json:
         print_json(summary)
     else:
-        _show(summary)
+        _show(summary, inspection.contents)
     if html is not None:
         say(f"wrote {html}")
     if inspection.question:
@@ -118,11 +128,12 @@ def _write(page: Path, content: str) -> None:
         aside.unlink(missing_ok=True)
 
 
-def _show(summary: Mapping[str, Any]) -> None:
+def _show(summary: Mapping[str, Any], contents: Contents | None) -> None:
     from rich.table import Table
 
     from vlaft.cli.console import show
-    from vlaft.data.inspection_advice import flow
+    from vlaft.cli.contents import show_contents
+    from vlaft.data.typed_words import flow
 
     overview = Table(box=None, show_header=False, pad_edge=False)
     overview.add_column(style="bold", no_wrap=True)
@@ -131,6 +142,9 @@ def _show(summary: Mapping[str, Any]) -> None:
         overview.add_row(name, value)
     show(overview)
     show("")
+    if contents is not None:
+        show_contents(contents)
+        show("")
     standardized = summary["standardized"]
     source = " + ".join(summary["action"]["source"]) or "the column action"
     changed = standardized is None or (standardized["steps"] and summary["kind"] == "source")
@@ -162,6 +176,7 @@ def overview_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ours = summary["camera_names"].get(name)
         called = "" if ours == name else f" as {ours}" if ours else " (not kept)"
         cameras.append(f"{name} {height}x{width}x{channels}{called}")
+    cameras += [f"{name} (no frame can be read)" for name in summary["camera_names"] if name not in summary["cameras"]]
     splits = ", ".join(f"{split} {counts['episodes']}" for split, counts in summary["splits"].items())
     instructions = [text or "(empty)" for text in summary["instructions"]]
     more = [f"and {len(instructions) - _INSTRUCTIONS_SHOWN} more"] if len(instructions) > _INSTRUCTIONS_SHOWN else []
@@ -182,6 +197,13 @@ def overview_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("state", " + ".join(summary["state"]) or "none (name its arrays with state='[...]' to keep one)"),
         ("idle steps", f"{summary['idle_share']:.1%}"),
     ]
+    damaged = [
+        entry["why"] if entry["episode"] in entry["why"] else f"{entry['episode']}: {entry['why']}"
+        for entry in summary["damaged"]
+    ]
+    if damaged:
+        rest = [f"and {len(damaged) - _DAMAGED_SHOWN} more"] if len(damaged) > _DAMAGED_SHOWN else []
+        rows.append(("damaged", "\n".join([*damaged[:_DAMAGED_SHOWN], *rest])))
     for guess in summary["grippers"]:
         opened = "unknown" if guess["open_at"] is None else f"{guess['open_at']:.3g}"
         rows.append(
@@ -197,24 +219,28 @@ def overview_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _action_table(action: Mapping[str, Any]) -> Any:
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False)
-    table.add_column("", justify="right")
+    from vlaft.cli.console import stdout_console
+
+    columns: dict[str, list[str]] = {"": [str(dim) for dim in range(action["dim"])]}
     if action["names"]:
-        table.add_column("name", no_wrap=True)
+        columns["name"] = list(action["names"])
     for name in ("mean", "std", "min", "q01", "q99", "max"):
-        table.add_column(name, justify="right", no_wrap=True)
+        columns[name] = [f"{value:.4g}" for value in action["stats"][name]]
     clipped = action.get("clipped")
     if clipped:
-        table.add_column("clipped", justify="right")
-    table.add_column("min to max", no_wrap=True)
-    for dim in range(action["dim"]):
-        cells = [str(dim)]
-        if action["names"]:
-            cells.append(action["names"][dim])
-        cells += [f"{action['stats'][name][dim]:.4g}" for name in ("mean", "std", "min", "q01", "q99", "max")]
-        if clipped:
-            cells.append(f"{clipped[dim]:.1%}" if action["mask"][dim] else "-")
-        table.add_row(*cells, _bars(action["histograms"][dim]["counts"]))
+        shown = zip(clipped, action["mask"], strict=True)
+        columns["clipped"] = [f"{share:.1%}" if masked else "-" for share, masked in shown]
+    columns[_BARS_HEADER] = [_bars(histogram["counts"]) for histogram in action["histograms"]]
+    # a number without its last digits is worse than none
+    for spare in (_BARS_HEADER, "std", "mean", "clipped", "q01", "q99"):
+        if sum(max(map(len, [name, *cells])) + 2 for name, cells in columns.items()) > stdout_console().width:
+            columns.pop(spare, None)
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        justify: Any = "left" if name in ("name", _BARS_HEADER) else "right"
+        table.add_column(name, justify=justify, no_wrap=True)
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*cells)
     return table
 
 

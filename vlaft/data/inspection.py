@@ -16,28 +16,28 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from vlaft.data.contents import Contents
 from vlaft.data.convert_plan import OpenedSource, SourceRequest, open_request
 from vlaft.data.episode import Episode, Image
 from vlaft.data.gripper_evidence import Opening, check_gripper, finger_opening
+from vlaft.data.inspection_contents import NotInspected, contents_of_path, contents_of_source
 from vlaft.data.inspection_frames import CameraFacts, evenly, look_at
 from vlaft.data.layout import Layout, apply_layout, read_columns
+from vlaft.data.likely_action import likely_action
 from vlaft.data.readers import EpisodeRef
 from vlaft.data.standardize import parse_steps, standardize
+from vlaft.data.typed_words import word
 from vlaft.errors import ConfigError, DataError
 
 Progress = Callable[[str, int, int], None]  # phase, done, total
 Shape = tuple[int, int, int]  # height, width, channels
 
 FRAME_STEPS = ("rotate", "flip_rows", "swap_red_blue")  # standardizing steps that change frames alone
+_ARRAYS_NAMED = 12  # in a sentence
 EPISODES_LOOKED_AT = 48  # of which frames are decoded: a video has to be decoded from its start to each frame
 
 # What readers put before a camera's own name, by format: RLDS, robomimic and LIBERO, ALOHA.
 _CAMERA_PREFIX = re.compile(r"^(observations/images/|observation/|obs/)")
-_ACTION_PARTS = (  # what to propose where no action is named, in OpenVLA's order, the most telling names first
-    (r"action.*(world_vector|delta_(eef|ee|tcp)_pos)", r"action.*(pos|xyz|translation)"),
-    (r"action.*(rotation_delta|delta_(eef|ee|tcp)_rot)", r"action.*(rot|euler|axis_angle)"),
-    (r"action.*grip.*(clos|open)", r"action.*grip"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,13 +91,15 @@ class Inspection:
         source_steps: the standardizing steps that the reader itself proposes.
         episodes: all that could be read.
         unreadable: names of the others, with why.
-        shapes: per camera, by its stored name, the frames' height, width and channels as stored.
+        shapes: per camera, by its stored name, the frames' height, width and channels as stored; a camera of which no
+            first frame can be decoded is absent.
         split_shapes: likewise per split: frames may differ in size between episodes.
         labels: stored name of a camera to the layout's name for it; cameras that the layout leaves out are absent.
         references: stored name of a camera to its full path in the source.
         pictures: per camera the first frame as stored and as converted, where thumbnails were asked for.
         told: what reader and conversion have warned about.
         question: what the user has to answer before the source can be converted, or an empty text.
+        contents: what lies in the first episode or its file, also what the layout does not use; None of converted data.
     """
 
     path: Path
@@ -116,6 +118,16 @@ class Inspection:
     pictures: Mapping[str, tuple[Image, Image]] = field(default_factory=dict)
     told: tuple[str, ...] = ()
     question: str = ""
+    contents: Contents | None = None
+
+    @property
+    def damaged(self) -> list[tuple[str, str]]:
+        """Names of the episodes of which nothing or not all can be read, each with why."""
+        frames = [(e.name, facts.error) for e in self.episodes for facts in e.cameras.values() if facts.error]
+        known = {name for name, _ in frames}
+        refused = [(e.name, e.refused) for e in self.episodes if e.refused and e.name not in known]
+        # where every episode is refused it is not they that are damaged, but a setting that is wrong
+        return [*self.unreadable, *frames, *(refused if len(refused) < len(self.episodes) else [])]
 
     @property
     def action(self) -> NDArray[np.float64]:
@@ -177,11 +189,14 @@ def inspect_source(
 
     Raises:
         ConfigError: the preset or a setting is wrong.
-        DataError: the source cannot be opened, no episode of it can be read, or it is not known which arrays are
-            the action (the sentence lists them).
+        NotInspected: the source cannot be opened, no episode of it can be read, or it is not known which arrays are
+            the action; it carries what lies there.
     """
-    opened = open_request(request)
-    refs = _limited(opened.source.episodes(), limit)
+    try:
+        opened = open_request(request)
+        refs = _limited(opened.source.episodes(), limit)
+    except DataError as error:
+        raise NotInspected(str(error), contents_of_path(request.path)) from error
     if not refs:
         raise DataError(f"{request.path} has no episodes")
     looked_at = {refs[position].index for position in evenly(len(refs), EPISODES_LOOKED_AT)} if frames else set()
@@ -200,26 +215,26 @@ def inspect_source(
                     f"episode '{ref.name}': the action has {facts.action.shape[1]} dimensions where the episodes before"
                     f" have {episodes[0].action.shape[1]}"
                 )
-            view = _with_frame_steps(episode, opened.layout, frame_steps)
-            if cameras is None:
-                cameras = _cameras(episode, view, opened.layout, thumbnails)
-                split_shapes[ref.split] = cameras.shapes
-            elif ref.split not in split_shapes:
-                split_shapes[ref.split] = _cameras(episode, view, opened.layout, False).shapes
         except (DataError, ConfigError) as error:
             unreadable.append((ref.name, str(error)))
             continue
+        view = _with_frame_steps(episode, opened.layout, frame_steps)
+        shown: dict[str, CameraFacts] = {}
+        if cameras is None or ref.split not in split_shapes or len(cameras.shapes) < len(cameras.references):
+            seen, broken = _cameras(episode, view, opened.layout, thumbnails)
+            shown = {name: CameraFacts(error=why) for name, why in broken.items()}
+            split_shapes[ref.split] = {**seen.shapes, **split_shapes.get(ref.split, {})}
+            cameras = seen if cameras is None else cameras.completed(seen)
         if ref.index in looked_at:
             shown = {
                 stored: look_at(_frames_of(stored, cameras, episode, view), thumbnails=thumbnails)
                 for stored, path in cameras.references.items()
                 if path in episode.cameras
             }
-            facts = replace(facts, cameras=shown)
-        episodes.append(facts)
+        episodes.append(replace(facts, cameras=shown))
     progress("reading episodes", len(refs), len(refs))
     if cameras is None:
-        raise DataError(unreadable[0][1])
+        raise NotInspected(unreadable[0][1], contents_of_source(opened.source, refs[0]))
     inspection = Inspection(
         path=request.path,
         name=opened.name,
@@ -237,6 +252,7 @@ def inspect_source(
         pictures=cameras.pictures,
         # the action is known by now, so a reader's remark that it found no column for it is settled
         told=tuple(text for text in opened.warnings if not re.match("there is no (single )?action column", text)),
+        contents=contents_of_source(opened.source, next(ref for ref in refs if ref.name == episodes[0].name)),
     )
     usable = inspection.standardized
     actions = [entry.standardized for entry in usable if entry.standardized is not None]
@@ -252,6 +268,10 @@ class _Cameras:
     labels: Mapping[str, str]
     references: Mapping[str, str]
     pictures: Mapping[str, tuple[Image, Image]]
+
+    def completed(self, other: _Cameras) -> _Cameras:
+        """Return this with what only another episode shows: of a camera whose first frame here is damaged."""
+        return replace(self, shapes={**other.shapes, **self.shapes}, pictures={**other.pictures, **self.pictures})
 
 
 def _limited(refs: Sequence[EpisodeRef], limit: int | None) -> list[EpisodeRef]:
@@ -305,8 +325,10 @@ def _with_frame_steps(episode: Episode, layout: Layout, steps: Sequence[Any]) ->
         return None
 
 
-def _cameras(episode: Episode, view: Episode | None, layout: Layout, thumbnails: bool) -> _Cameras:
-    """Decode the first frame of every camera: its size is not believed from metadata."""
+def _cameras(
+    episode: Episode, view: Episode | None, layout: Layout, thumbnails: bool
+) -> tuple[_Cameras, dict[str, str]]:
+    """Decode the first frame of every camera, as its size is not believed from metadata; and say where that fails."""
     stored = [_CAMERA_PREFIX.sub("", path) for path in episode.cameras]
     references = {
         name if stored.count(name) == 1 else path: path for name, path in zip(stored, episode.cameras, strict=True)
@@ -320,12 +342,17 @@ def _cameras(episode: Episode, view: Episode | None, layout: Layout, thumbnails:
     cameras = _Cameras({}, labels, references, {})
     shapes: dict[str, Shape] = {}
     pictures: dict[str, tuple[Image, Image]] = {}
+    broken: dict[str, str] = {}
     for name, path in references.items():
-        image = next(iter(episode.cameras[path].read([0])))
+        try:
+            image = next(iter(episode.cameras[path].read([0])))
+            if thumbnails:
+                pictures[name] = (image, next(iter(_frames_of(name, cameras, episode, view).read([0]))))
+        except DataError as error:
+            broken[name] = str(error)
+            continue
         shapes[name] = (image.shape[0], image.shape[1], image.shape[2])
-        if thumbnails:
-            pictures[name] = (image, next(iter(_frames_of(name, cameras, episode, view).read([0]))))
-    return replace(cameras, shapes=shapes, pictures=pictures)
+    return replace(cameras, shapes=shapes, pictures=pictures), broken
 
 
 def _frames_of(stored: str, cameras: _Cameras, episode: Episode, view: Episode | None) -> Any:
@@ -338,17 +365,15 @@ def _frames_of(stored: str, cameras: _Cameras, episode: Episode, view: Episode |
 
 def _which_action(episode: Episode, opened: OpenedSource, missing: Sequence[str]) -> str:
     """Say which arrays there are, and what to type."""
-    arrays = [name for name in episode.arrays if np.asarray(episode.arrays[name]).dtype.kind in "biuf"]
-    parts = [
-        next((name for pattern in patterns for name in arrays if re.search(pattern, name)), None)
-        for patterns in _ACTION_PARTS
-    ]
-    example = [name for name in parts if name is not None]
-    if len(example) < 2:
-        example = [name for name in arrays if name.startswith("action") and "terminate" not in name] or arrays[:1]
-    known = ", ".join(f"{name} {list(np.shape(episode.arrays[name])[1:])}" for name in sorted(arrays))
+    shapes = {
+        name: np.shape(episode.arrays[name])
+        for name in episode.arrays
+        if np.asarray(episode.arrays[name]).dtype.kind in "biuf"
+    }
     lacking = f"there is no array {', '.join(missing)}" if missing else "no array is called so"
-    return (
-        f"{opened.request.path}: it is not known which arrays are the action ({lacking}); type for example"
-        f" action='[{', '.join(example)}]' (there are, with their widths: {known or 'none'})"
-    )
+    known = [f"{name} {list(shape[1:])}" for name, shape in sorted(shapes.items())]
+    more = f" and {len(known) - _ARRAYS_NAMED} more" if len(known) > _ARRAYS_NAMED else ""
+    told = f"there are, with their widths: {', '.join(known[:_ARRAYS_NAMED]) or 'none'}{more}"
+    example = likely_action(shapes)
+    typed = f"type for example {word('action', example)}" if example else "name them with action='[...]'"
+    return f"{opened.request.path}: it is not known which arrays are the action ({lacking}; {told}); {typed}"

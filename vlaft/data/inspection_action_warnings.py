@@ -11,7 +11,6 @@ from vlaft.data.gripper_evidence import gripper_step
 from vlaft.data.inspection import EpisodeFacts, Inspection
 from vlaft.data.inspection_advice import (
     ProposedSteps,
-    flow,
     full_mask,
     some_of,
     step_names,
@@ -22,6 +21,7 @@ from vlaft.data.inspection_advice import (
 from vlaft.data.inspection_gripper import GripperGuess
 from vlaft.data.inspection_measures import Motion, statistics
 from vlaft.data.layout import StepSpec
+from vlaft.data.typed_words import word
 
 _MOST = 0.8  # share of the episodes that makes a habit of the recorder
 _IDLE_WARNED = 0.05  # share of idle steps
@@ -176,7 +176,7 @@ def dimension_warnings(
         changed = [mask[dim] and dim not in rare for dim in range(size)]
         found.append(
             f"action dimensions {some_of([called[dim] for dim in rare])} change in fewer than 2 % of the steps, so that"
-            f" q01 equals q99 and every change is clipped: {type_words(inspection, f'action_mask={flow(changed)!r}')}"
+            f" q01 equals q99 and every change is clipped: {type_words(inspection, word('action_mask', changed))}"
         )
     for dim in range(size):
         if not mask[dim] or width[dim] <= 0:
@@ -198,6 +198,6 @@ def dimension_warnings(
             changed = [entry != dim for entry in range(size)]
             found.append(
                 "the gripper would be normalised like a motion, where OpenVLA leaves its 0 to 1 as it is:"
-                f" {type_words(inspection, f'action_mask={flow(changed)!r}')}"
+                f" {type_words(inspection, word('action_mask', changed))}"
             )
     return found

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from vlaft.data.inspection import Inspection
 from vlaft.data.layout import StepSpec
+from vlaft.data.typed_words import word
 
 NAMED = 5  # episodes named one by one in a sentence
 
@@ -18,18 +18,7 @@ def steps_word(steps: Sequence[StepSpec]) -> str:
     >>> steps_word(["drop_first", {"rotate": {"degrees": 180}}])
     "steps='[drop_first, {rotate: {degrees: 180}}]'"
     """
-    return f"steps='{flow(list(steps))}'"
-
-
-def flow(value: Any) -> str:
-    """Write a value as YAML in one line."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {flow(inner)}" for key, inner in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(flow(inner) for inner in value) + "]"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "null" if value is None else str(value)
+    return word("steps", list(steps))
 
 
 def type_words(inspection: Inspection, *words: str) -> str:

@@ -41,7 +41,10 @@ class CameraFacts:
 
 def look_at(frames: Frames, *, thumbnails: bool = False) -> CameraFacts:
     """Decode up to `FRAMES_PER_EPISODE` frames, from the first to the last at even distances, and measure them."""
-    count = len(frames)
+    try:
+        count = len(frames)
+    except DataError as error:  # a video that is no video, or has too few frames
+        return CameraFacts(error=str(error))
     if count == 0:
         return CameraFacts()
     steps = np.unique(np.linspace(0, count - 1, min(count, FRAMES_PER_EPISODE)).round().astype(int)).tolist()

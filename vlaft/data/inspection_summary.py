@@ -18,7 +18,8 @@ def summarize(inspection: Inspection, findings: Findings) -> dict[str, Any]:
 
     `action` is the raw action: the arrays that the layout names, joined, unchanged; `standardized` the action that a
     conversion would store; `state` names the arrays that the state is joined from. Cameras have the names and sizes
-    `[height, width, channels]` of the source. `question` is what has to be answered before a conversion, or None.
+    `[height, width, channels]` of the source; `damaged` holds the episodes of which something cannot be read, those of
+    `unreadable` included. `question` is what has to be answered before a conversion, or None.
     """
     layout = inspection.layout
     splits = list(dict.fromkeys(episode.split for episode in inspection.episodes))
@@ -58,6 +59,8 @@ def summarize(inspection: Inspection, findings: Findings) -> dict[str, Any]:
         },
         "unreadable": [{"episode": name, "why": why} for name, why in inspection.unreadable],
         "question": inspection.question or None,
+        "damaged": [{"episode": name, "why": why} for name, why in inspection.damaged],
+        "contents": None if inspection.contents is None else asdict(inspection.contents),
         "warnings": list(findings.warnings),
     }
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
 
+from vlaft.data.folded import folded
 from vlaft.data.gripper_evidence import gripper_dims
 from vlaft.data.inspection import FRAME_STEPS, Inspection
 from vlaft.data.inspection_action_warnings import (
@@ -18,7 +20,6 @@ from vlaft.data.inspection_action_warnings import (
 from vlaft.data.inspection_advice import (
     NAMED,
     ProposedSteps,
-    flow,
     full_mask,
     some_of,
     step_names,
@@ -27,6 +28,7 @@ from vlaft.data.inspection_advice import (
 )
 from vlaft.data.inspection_gripper import GripperGuess, guess_gripper
 from vlaft.data.inspection_measures import clipped_shares, duplicates, looks_absolute, motion, odd_lengths
+from vlaft.data.typed_words import word
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def find(inspection: Inspection) -> Findings:
     raw = _raw_grippers(inspection)
     steps = ProposedSteps(inspection)
     asked = [inspection.question] if inspection.question else []
-    warnings = [*asked, *inspection.told, *_damaged(inspection), *_instructions(inspection), *_rate(inspection)]
+    warnings = [*asked, *folded(inspection.told), *_damaged(inspection), *_instructions(inspection), *_rate(inspection)]
     if actions:
         if not absolute:  # targets, of joints or of two arms, are carried as they are, grippers included
             warnings += gripper_warnings(steps, raw, actions, grippers)
@@ -86,7 +88,8 @@ def _damaged(inspection: Inspection) -> list[str]:
             f" {inspection.unreadable[0][1]}): repair them, or type --on-error skip when converting"
         )
     bad = [episode.name for episode in inspection.episodes if not np.isfinite(episode.action).all()]
-    refused = [episode for episode in inspection.episodes if episode.refused and episode.name not in bad]
+    told = {*bad, *(e.name for e in inspection.episodes for facts in e.cameras.values() if facts.error)}
+    refused = [episode for episode in inspection.episodes if episode.refused and episode.name not in told]
     if refused:
         found.append(
             f"{len(refused)} of {count} episodes would be refused by a conversion (the first: {refused[0].refused}):"
@@ -115,13 +118,23 @@ def _instructions(inspection: Inspection) -> list[str]:
     empty = [episode.name for episode in inspection.episodes if not episode.instruction.strip()]
     if not empty:
         return []
-    give = type_words(inspection, "instruction='what the robot does'")
+    give = type_words(inspection, _own_instruction(inspection) or "instruction='what the robot does'")
     if len(empty) == len(inspection.episodes):
         return [f"no episode has an instruction: {give}"]
     return [
         f"{len(empty)} of {len(inspection.episodes)} episodes have no instruction ({some_of(empty)}): {give} to give"
         " all the same, or --on-error skip when converting"
     ]
+
+
+def _own_instruction(inspection: Inspection) -> str:
+    """Return the word that takes the instruction from an attribute of the file, where one is called so."""
+    entries = inspection.contents.entries if inspection.contents is not None else ()
+    for entry in entries:
+        name = entry.path.rpartition("@")[2]
+        if entry.kind == "attribute" and re.search(r"instruct|lang|task|prompt|goal", name, re.I) and " " in entry.note:
+            return word("instruction", {"attribute": name})
+    return ""
 
 
 def _rate(inspection: Inspection) -> list[str]:
@@ -194,6 +207,11 @@ def _lengths(inspection: Inspection) -> list[str]:
 def _frames(inspection: Inspection) -> list[str]:
     """Look for black, one-coloured and frozen frames, of the cameras that the layout keeps."""
     found = []
+    if not inspection.references:
+        found.append(
+            "there are no images at all, and examples need images, so a conversion will be refused: fetch the videos or"
+            " pictures that belong to the rows, or record with cameras"
+        )
     for camera in inspection.labels:
         seen = [(episode.name, episode.cameras[camera]) for episode in inspection.episodes if camera in episode.cameras]
         looked = sum(len(facts.steps) for _, facts in seen)
@@ -236,4 +254,4 @@ def _without(inspection: Inspection, camera: str) -> str:
         return "no other camera is there to train on; record again"
     if inspection.kind == "converted":
         return "convert the source again without it (cameras='{name: path, ...}' lists those to keep)"
-    return f"{type_words(inspection, f'cameras={flow(rest)!r}')}"
+    return type_words(inspection, word("cameras", rest))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,7 +87,9 @@ class OpenedSource:
         Raises:
             DataError: it is damaged, or lacks what the layout or training needs.
         """
-        episode = standardize(apply_layout(self.source.read(ref), self.layout), self.layout.steps)
+        stored = self.source.read(ref)
+        self._check_cameras(stored)
+        episode = standardize(apply_layout(stored, self.layout), self.layout.steps)
         if episode.action is None or not len(episode.action):
             raise DataError(f"episode '{episode.name}' of {self.request.path} has no steps")
         for what, values in (("action", episode.action), ("state", episode.state)):
@@ -101,9 +104,22 @@ class OpenedSource:
                 f"episode '{episode.name}' of {self.request.path} has no instruction;"
                 " give one with instruction='what the robot does'"
             )
-        if not episode.cameras:
-            raise DataError(f"episode '{episode.name}' of {self.request.path} has no camera; examples need images")
         return episode
+
+    def _check_cameras(self, episode: Episode) -> None:
+        """Refuse an episode without the cameras that are asked for, and pass on why the reader left them out."""
+        lost = [camera for camera in self.layout.cameras.values() if camera not in episode.cameras]
+        whys = [text for text in self.source.warnings if re.match("(only .* of )?camera ", text)]
+        if not episode.cameras:
+            why = "; ".join(whys) or "the source holds no images, record with cameras"
+            raise DataError(
+                f"episode '{episode.name}' of {self.request.path} has no camera, and examples need images: {why}"
+            )
+        whys = [why for why in whys if any(f"'{camera}'" in why for camera in lost)]
+        if whys:
+            raise DataError(
+                f"episode '{episode.name}' of {self.request.path} lacks a camera that is asked for: {'; '.join(whys)}"
+            )
 
 
 def open_request(request: SourceRequest) -> OpenedSource:

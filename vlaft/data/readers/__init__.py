@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -20,7 +21,9 @@ _UNDERSTOOD = (
     "understood are: RLDS (a folder with dataset_info.json and features.json), LeRobot (a folder with meta/info.json),"
     " HDF5 files of robomimic, LIBERO or ALOHA, or with a mapping, and LeRobot ids on the Hub (user/dataset)"
 )
-_MAX_LOOKED_AT = 1000  # files opened to find out what a folder holds
+_MAX_LOOKED_AT = 1000  # files opened, or folders looked into, to find out what a folder holds
+_MAX_LEVELS = 3  # below a folder, where datasets are looked for
+_NAMED = 5  # of those found, in a sentence
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?<!\.hdf5)(?<!\.h5)$")
 
 
@@ -101,6 +104,7 @@ def _open_folder(path: Path, options: dict[str, object]) -> Source:
 
         if looks_like_lerobot(path):  # also where info.json is what is missing, so that the reader says so
             return LeRobotSource(path, options)
+    _refuse_version_1(path)
     if (path / "dataset.json").is_file():
         raise DataError(f"'{path}' is already converted (it has a dataset.json): train on it with --data {path}")
     if is_tfds_folder(path):
@@ -110,14 +114,59 @@ def _open_folder(path: Path, options: dict[str, object]) -> Source:
             raise ConfigError(f"an RLDS dataset takes no reader options (given: {', '.join(sorted(options))})")
         return RldsSource(path)
     files = [entry for entry in entries if entry.is_file()]
-    # One level below as well: LIBERO's suites are folders of files.
-    below = islice((file for file in path.glob("*/*") if file.is_file()), _MAX_LOOKED_AT)
-    if any(is_hdf5(file) for file in chain(files, below)):
+    if not any(is_hdf5(file) for file in files):
+        _point_below(path)
+    # Below as well: LIBERO's suites are folders of files, and recorders make one per day.
+    if any(is_hdf5(file) for file in chain(files, _files_below(path))):
         return _open_hdf5(path, options)
     for file in files:
         refuse_lfs_pointer(file)
     names = ", ".join(entry.name for entry in entries[:5]) + (", ..." if len(entries) > 5 else "")
     raise DataError(f"folder '{path}' holds no demonstrations that vlaft knows (found: {names}); {_UNDERSTOOD}")
+
+
+def _files_below(path: Path) -> Iterator[Path]:
+    """Yield the first files below a folder, at any depth."""
+    files = (Path(parent, name) for parent, _, names in os.walk(path) for name in sorted(names) if name[0] != ".")
+    return islice((file for file in files if file.is_file()), _MAX_LOOKED_AT)
+
+
+def _point_below(path: Path) -> None:
+    """Refuse a folder above datasets of its own kind each, and say where these are.
+
+    Raises:
+        DataError: there are LeRobot or RLDS datasets in the folders below.
+    """
+    from vlaft.data.readers.lerobot import looks_like_lerobot
+    from vlaft.data.readers.tfds_folder import is_tfds_folder
+
+    found: list[str] = []
+    for looked_at, (parent, folders, _) in enumerate(os.walk(path)):
+        folder = Path(parent)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if len(folder.relative_to(path).parts) >= _MAX_LEVELS or looked_at > _MAX_LOOKED_AT:
+            folders.clear()
+        if folder != path and (looks_like_lerobot(folder) or is_tfds_folder(folder) or _is_version_1(folder)):
+            found.append(str(folder))
+            folders.clear()
+    if found:
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        raise DataError(
+            f"folder '{path}' is no dataset itself; give one of those below it: {', '.join(found[:_NAMED])}{more}"
+        )
+
+
+def _is_version_1(path: Path) -> bool:
+    return (path / "meta_data" / "info.json").is_file()
+
+
+def _refuse_version_1(path: Path) -> None:
+    if _is_version_1(path):
+        raise DataError(
+            f"'{path}' is a LeRobot dataset of version 1 (it has a folder meta_data), which is not read: bring it to"
+            " version 2 with LeRobot's own script, python -m lerobot.datasets.v2.convert_dataset_v1_to_v2 (in lerobot"
+            " 0.3.3 and before), and give what it writes"
+        )
 
 
 def _open_hdf5(path: Path, options: dict[str, object]) -> Source:
@@ -133,7 +182,9 @@ def _open_from_hub(path: Path, options: dict[str, object]) -> Source:
         raise DataError(f"'{path}' does not exist")
     from vlaft.data.readers.lerobot import LeRobotSource, download
 
-    return LeRobotSource(download(text), options)
+    folder = download(text)
+    _refuse_version_1(folder)
+    return LeRobotSource(folder, options)
 
 
 def _exists(path: Path) -> bool:

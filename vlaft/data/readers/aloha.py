@@ -10,7 +10,8 @@ What is peculiar:
 
 Options: `swap_rb` (`auto`, `yes`, `no`: exchange red and blue; auto does so for encoded frames), `shift_action` (true
 is ACT's own choice for real robots: step t gets the action of step t - 1, the first one its own; or a number of steps),
-`instruction` (a text, or `{attribute | dataset | file_name: ...}`).
+`instruction` (a text, or `{attribute | dataset | file_name: ...}`), `drop_last_observation` (true cuts the observation
+after the last action).
 """
 
 from __future__ import annotations
@@ -48,14 +49,16 @@ from vlaft.data.readers.hdf5_episode import (
 from vlaft.data.readers.hdf5_options import (
     USUAL_ATTRIBUTES,
     InstructionRule,
+    drop_last_of,
     instruction_rule,
     refuse,
     refuse_unknown,
     shift_of,
 )
+from vlaft.data.readers.hdf5_proposal import refuse_other_frames
 from vlaft.errors import DataError
 
-OPTIONS = ("instruction", "shift_action", "swap_rb")
+OPTIONS = ("drop_last_observation", "instruction", "shift_action", "swap_rb")
 _IMAGES = "observations/images/"
 
 
@@ -90,6 +93,7 @@ class AlohaSource(Hdf5Source):
                 strict="observations/",
                 shift=self.shift,
                 texts=texts,
+                drop_last=self.drop_last,
                 fps=None,
                 warnings=self.warnings,
             )
@@ -110,6 +114,7 @@ def open_aloha(root: Path, files: list[Path], options: Mapping[str, object]) -> 
     """
     problems = refuse_unknown(options, OPTIONS, "ALOHA files")
     rule = instruction_rule(options.get("instruction"), problems)
+    drop_last = drop_last_of(options, problems)
     shift = shift_of(options, -1, problems)
     choices: dict[object, bool | None] = {"auto": None, "yes": True, "no": False, True: True, False: False}
     choice = options.get("swap_rb", "auto")
@@ -134,7 +139,7 @@ def open_aloha(root: Path, files: list[Path], options: Mapping[str, object]) -> 
         raise DataError(f"{root} holds no episodes with steps: record some first")
     return AlohaSource(
         path=root, name=dataset_name(root), format="aloha", layout=layout, warnings=warnings, refs=refs,
-        rule=rule, shift=shift, swap_rb=swap_rb,
+        rule=rule, shift=shift, swap_rb=swap_rb, drop_last=drop_last,
     )  # fmt: skip
 
 
@@ -142,6 +147,7 @@ def _layout(file: h5py.File, path: Path, swap_rb: bool | None, warnings: list[st
     found = datasets(file, str(path))
     cameras = _cameras(found)
     if not cameras:
+        refuse_other_frames(path, "ALOHA does")
         raise DataError(f"{path} holds no camera images below '{_IMAGES}': record with cameras, images are needed")
     if swap_rb is None and any(_format(found[name], None).swap_rb for name in cameras):
         warnings.append(

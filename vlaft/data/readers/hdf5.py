@@ -40,8 +40,8 @@ def open_hdf5(path: Path, options: Mapping[str, object] | None = None) -> Source
     other = next((file for file in files if dialects[file] != first), None)
     if other is not None:
         raise DataError(
-            f"{path} mixes HDF5 files of different layouts: {files[0].name} is {first or 'unknown'},"
-            f" {other.name} is {dialects[other] or 'unknown'}; give them one by one"
+            f"{path} mixes HDF5 files of different layouts: {files[0].relative_to(path)} is {first or 'unknown'},"
+            f" {other.relative_to(path)} is {dialects[other] or 'unknown'}; give them one by one"
         )
     if first == "robomimic":
         return open_robomimic(path, files, options)

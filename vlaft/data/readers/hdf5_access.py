@@ -17,6 +17,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from vlaft.data.contents import alike
 from vlaft.errors import DataError, did_you_mean
 
 MAX_ARRAY_BYTES = 2**30  # one array of one episode, frames excepted: a million steps of 100 float64 are less
@@ -117,14 +118,26 @@ def need_group(group: h5py.Group, path: str, where: str) -> h5py.Group:
     return found
 
 
-def datasets(group: h5py.Group, where: str, skip: tuple[str, ...] = ()) -> dict[str, h5py.Dataset]:
-    """Return every dataset below `group` by its path relative to it; members named in `skip` are left out."""
+def datasets(
+    group: h5py.Group, where: str, skip: tuple[str, ...] = (), of_alike: int | None = None
+) -> dict[str, h5py.Dataset]:
+    """Return every dataset below `group` by its path relative to it.
+
+    Args:
+        group: where to begin.
+        where: for messages.
+        skip: members that are left out.
+        of_alike: of members whose names differ only in numbers, how many are looked at; None for all.
+    """
     found: dict[str, h5py.Dataset] = {}
     seen = 0
     todo = [("", group, 0)]
     while todo:
         prefix, parent, depth = todo.pop(0)
-        for name in child_names(parent, where):
+        names = child_names(parent, where)
+        if of_alike is not None:
+            names = [name for same in alike(names) for name in same[:of_alike]]
+        for name in names:
             if not prefix and name in skip:
                 continue
             seen += 1

@@ -48,6 +48,7 @@ class Hdf5Source:
     layout: Layout
     warnings: list[str]
     refs: list[EpisodeRef]
+    drop_last: bool = False  # the observation after the last action, see `build_episode`
 
     def episodes(self) -> Sequence[EpisodeRef]:
         """List the episodes, numbers in their names in numeric order."""
@@ -66,18 +67,20 @@ class LazyArrays(Mapping[str, NDArray[np.generic]]):
         file: the HDF5 file.
         paths: our name of an array to its path in the file.
         where: file and episode, for messages.
+        length: rows that are kept; a row more is an observation after the last action.
         shifts: by array, how many steps it is moved: row t holds what the file has at t + shift, held at the ends.
     """
 
     file: Path
     paths: Mapping[str, str]
     where: str
+    length: int
     shifts: Mapping[str, int] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> NDArray[np.generic]:
         path = self.paths[name]
         with opened(self.file) as file:
-            values = read_array(need_dataset(file, path, self.where), self.where)
+            values = read_array(need_dataset(file, path, self.where), self.where)[: self.length]
         shift = self.shifts.get(name, 0)
         return values[np.clip(np.arange(len(values)) + shift, 0, len(values) - 1)] if shift else values
 
@@ -230,6 +233,7 @@ def build_episode(
     strict: str,
     shift: int,
     texts: Sequence[str],
+    drop_last: bool,
     fps: float | None,
     warnings: list[str],
 ) -> Episode:
@@ -244,6 +248,7 @@ def build_episode(
         cameras: the names among them that are cameras, main camera first, and how each is stored.
         strict: arrays below this prefix have to have T rows; others without T rows are not per step and left out.
         shift: see `LazyArrays.shifts`, for arrays whose name begins with action or base_action.
+        drop_last: whether observations of T + 1 rows, with one after the last action, lose that one.
         texts: its instruction, or that of each step.
         fps: as in `Episode`.
         warnings: gets a sentence, once, when steps have no instruction beside others that have.
@@ -258,15 +263,15 @@ def build_episode(
                 f"{where} has no camera '{name}'{did_you_mean(name, list(found))} (it has: {listing(sorted(found))})"
             )
         check_frames(found[name], format, where)
-        _check_rows(found[name], name, length, where)
+        _check_rows(found[name], name, length, where, drop_last)
         frames[name] = Hdf5Frames(file, str(found[name].name), length, where, format)
     paths: dict[str, str] = {}
     for name, dataset in found.items():
         if name in cameras or not is_numeric(dataset) or is_camera(dataset):
             continue
         if name.startswith(strict):
-            _check_rows(dataset, name, length, where)
-        if len(dataset) == length:
+            _check_rows(dataset, name, length, where, drop_last)
+        if len(dataset) in (length, length + drop_last):
             paths[name] = str(dataset.name)
     shifts = {name: shift for name in paths if shift and name.startswith(("action", "base_action"))}
     instruction, own, told = gather(texts, where)
@@ -278,16 +283,20 @@ def build_episode(
         length=length,
         instruction=instruction,
         instructions=own,
-        arrays=LazyArrays(file, paths, where, shifts),
+        arrays=LazyArrays(file, paths, where, length, shifts),
         cameras=frames,
         split=ref.split,
         fps=fps,
     )
 
 
-def _check_rows(dataset: h5py.Dataset, name: str, length: int, where: str) -> None:
-    if len(dataset) != length:
-        raise DataError(f"{where}: '{name}' has {len(dataset)} rows, but there are {length} actions")
+def _check_rows(dataset: h5py.Dataset, name: str, length: int, where: str, drop_last: bool) -> None:
+    if len(dataset) not in (length, length + drop_last):
+        last = "; if the last one was observed after the last action, type drop_last_observation=true"
+        raise DataError(
+            f"{where}: '{name}' has {len(dataset)} rows, but there are {length} actions"
+            f"{last if len(dataset) == length + 1 else ''}"
+        )
 
 
 def main_first(cameras: Sequence[str]) -> list[str]:

@@ -15,6 +15,7 @@
         swap_rb: true | false            exchange red and blue
     instruction: a text                  or {attribute: name} | {dataset: path} | {file_name: expression}
     fps: 10                              or {attribute: name}
+    drop_last_observation: true          cut the observation after the last action, where there is one more of them
 
 Attributes are looked up at the episode's group, then at the groups around it. `action` may be left out where the
 episode has an array `action` or `actions`, `cameras` where there are uint8 arrays `[T, height, width, 3]`, and
@@ -58,14 +59,16 @@ from vlaft.data.readers.hdf5_episode import (
 )
 from vlaft.data.readers.hdf5_options import (
     InstructionRule,
+    drop_last_of,
     instruction_rule,
     positive_number,
     refuse,
     refuse_unknown,
 )
+from vlaft.data.readers.hdf5_proposal import advice, propose
 from vlaft.errors import DataError, did_you_mean
 
-OPTIONS = ("episodes", "action", "state", "cameras", "instruction", "fps")
+OPTIONS = ("episodes", "action", "state", "cameras", "instruction", "fps", "drop_last_observation")
 _NUMBERED = re.compile(r"(.*?)(\d+)")
 
 
@@ -102,6 +105,7 @@ class MappedSource(Hdf5Source):
                 strict="\0",  # a free layout may hold anything beside what is per step
                 shift=0,
                 texts=self.rule.resolve(group, path, where, length) if self.rule else [],
+                drop_last=self.drop_last,
                 fps=_rate(self.fps, group, where),
                 warnings=self.warnings,
             )
@@ -125,6 +129,7 @@ def open_mapped(root: Path, files: list[Path], options: Mapping[str, object]) ->
     cameras = camera_rules(options.get("cameras"), problems)
     rule = instruction_rule(options.get("instruction"), problems)
     fps = _rate_option(options.get("fps"), problems)
+    drop_last = drop_last_of(options, problems)
     episodes = options.get("episodes", "file")
     if not isinstance(episodes, str) or not episodes.strip("/"):
         problems.append(f"'episodes' is {episodes!r}; write 'file', a pattern of groups, or a name with {{i}}")
@@ -146,7 +151,7 @@ def open_mapped(root: Path, files: list[Path], options: Mapping[str, object]) ->
                         key: CameraRule(path=key) for key in main_first([k for k in found if is_camera(found[k])])
                     }
                     if not cameras:
-                        raise DataError(f"{where} shows no camera by itself; {_advice(found, str(episodes))}")
+                        raise DataError(f"{where} shows no camera by itself; {advice(path)}")
                 if _length(found, action[0], where) == 0:
                     warnings.append(f"{where} has no steps and is left out")
                     continue
@@ -160,16 +165,18 @@ def open_mapped(root: Path, files: list[Path], options: Mapping[str, object]) ->
         path=root, name=dataset_name(root), format="hdf5", warnings=warnings, refs=refs,
         layout=Layout(action=action, state=state, cameras=named, options=dict(options)),
         action=action, cameras={value.path: value for value in cameras.values()}, rule=rule, fps=fps,
+        drop_last=drop_last,
     )  # fmt: skip
 
 
 def unmapped(path: Path) -> DataError:
-    """Return an error that says what a file of unknown layout holds, and which mapping to type."""
-    with opened(path) as file:
-        found = datasets(file, str(path))
-        if not found:
-            return DataError(f"{path} holds no datasets at all; the recording may have failed")
-        return DataError(f"{path} has a layout that vlaft doesn't know; {_advice(found)}")
+    """Return an error that says which mapping to type for a file of unknown layout, or why none would do."""
+    proposal = propose(path)
+    remark = f" ({proposal.remark})" if proposal.remark else ""
+    return DataError(
+        f"{path} has a layout that vlaft doesn't know; describe it with a mapping, for example{remark}:"
+        f" {' '.join(proposal.words)}"
+    )
 
 
 def _episodes(file: h5py.File, episodes: str, path: Path) -> list[tuple[str, str]]:
@@ -194,8 +201,7 @@ def _episodes(file: h5py.File, episodes: str, path: Path) -> list[tuple[str, str
                 below += [(name, "") for name in chosen if isinstance(find(file, name, str(path)), h5py.Group)]
             found = below
     if not found:
-        advice = _advice(datasets(file, str(path)))
-        raise DataError(f"{path}: the mapping's episodes='{episodes}' names nothing; {advice}")
+        raise DataError(f"{path}: the mapping's episodes='{episodes}' names nothing; {advice(path)}")
     return found
 
 
@@ -242,7 +248,7 @@ def _references(value: object, key: str, problems: list[str]) -> tuple[str, ...]
         return ()
     parts = value.split(",") if isinstance(value, str) else value
     if not isinstance(parts, list | tuple) or not parts or not all(isinstance(p, str) and p.strip() for p in parts):
-        problems.append(f"'{key}' is {value!r}; write a list of array names, such as [pose[0:6], gripper]")
+        problems.append(f"'{key}' is {value!r}; write a list of array names, such as [\"pose[0:6]\", gripper]")
         return ()
     return tuple(part.strip().strip("/") for part in parts)
 
@@ -263,45 +269,3 @@ def _rate(fps: float | str | None, group: h5py.Group, where: str) -> float | Non
     if rate is None:
         raise DataError(f"{where} has no attribute '{fps}' with a rate in Hz; give fps as a number")
     return rate
-
-
-def _likely_pattern(names: list[str]) -> str:
-    """Guess the option `episodes`: the first group whose name ends in a number, or a flat name that does."""
-    for name in names:
-        parts = name.split("/")
-        for depth, part in enumerate(parts):
-            match = _NUMBERED.fullmatch(part)
-            if match and depth < len(parts) - 1:
-                return "/".join([*parts[:depth], match[1] + "*"])
-            if match and depth == 0:
-                return match[1] + "{i}"
-    return "file"
-
-
-def _below(name: str, pattern: str) -> str:
-    """The dataset's name as seen from an episode, or nothing when it lies outside of them."""
-    if pattern == "file":
-        return name
-    if "{i}" in pattern:
-        match = _NUMBERED.fullmatch(name)
-        return match[1] + "{i}" if match else ""
-    parts, wanted = name.split("/"), pattern.split("/")
-    inside = len(parts) > len(wanted) and all(map(fnmatchcase, parts, wanted))
-    return "/".join(parts[len(wanted) :]) if inside else ""
-
-
-def _advice(found: Mapping[str, h5py.Dataset], pattern: str | None = None) -> str:
-    """What an episode seems to hold, and an example mapping; without a pattern, `found` is the whole file."""
-    if pattern is None:
-        pattern = _likely_pattern(list(found))
-        found = {_below(name, pattern): dataset for name, dataset in found.items() if _below(name, pattern)}
-    described = [f"{name} {dataset.shape} {dataset.dtype}" for name, dataset in found.items()]
-    numbers = [name for name, dataset in found.items() if is_numeric(dataset) and dataset.ndim <= 2]
-    word = re.compile(r"act|cmd|command|delta|target", re.IGNORECASE)
-    action = next((name for name in numbers if word.search(name)), numbers[0] if numbers else "action")
-    image = next((name for name, dataset in found.items() if dataset.ndim == 4), None)
-    image = image or next((name for name in found if re.search(r"image|rgb|cam|jpeg", name, re.IGNORECASE)), "images")
-    return (
-        f"found: {listing(described, 8)}; describe it with a mapping, for example:"
-        f" episodes='{pattern}' action='[{action}]' cameras.main.path='{image}' instruction='pick up the cup'"
-    )

@@ -109,6 +109,14 @@ def shift_of(options: Mapping[str, object], when_true: int, problems: list[str])
     return value
 
 
+def drop_last_of(options: Mapping[str, object], problems: list[str]) -> bool:
+    """Return the option `drop_last_observation`: cut the one that recorders take after the last action."""
+    value = options.get("drop_last_observation", False)
+    if not isinstance(value, bool):
+        problems.append(f"'drop_last_observation' is {value!r}; write true or false")
+    return value is True
+
+
 def positive_number(value: object) -> float | None:
     """Return a usable rate, or None for anything else."""
     usable = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e6

@@ -184,7 +184,7 @@ def download(repo_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-    patterns = ["meta/*.json", "meta/*.jsonl", "meta/*.parquet"]
+    patterns = ["meta/*.json", "meta/*.jsonl", "meta/*.parquet", "meta_data/info.json"]
     patterns += ["data/*.parquet", "videos/*.mp4", "video/*.mp4", "images/*.png", "images/*.jpg"]
     try:
         return Path(snapshot_download(repo_id, repo_type="dataset", allow_patterns=patterns))

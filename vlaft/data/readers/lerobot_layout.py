@@ -11,6 +11,7 @@ import pyarrow as pa
 from vlaft.data.layout import Layout
 from vlaft.data.readers.lerobot_arrays import Slices
 from vlaft.data.readers.lerobot_rows import is_list, is_number
+from vlaft.data.typed_words import word
 
 _ACTIONS = ("action", "actions")
 _STATES = ("observation.state", "state")
@@ -60,7 +61,7 @@ def default_layout(
         if parts:
             warnings.append(
                 "there is no single action column; say which parts make the action, for example"
-                f" action=[{_example(parts)}] (there are: {', '.join(parts)})"
+                f" {word('action', _example(parts))} (there are: {', '.join(parts)})"
             )
         else:
             warnings.append(f"there is no action column (number columns: {', '.join(sorted(widths)) or 'none'})")
@@ -77,12 +78,12 @@ def default_layout(
     )
 
 
-def _example(parts: Sequence[str]) -> str:
+def _example(parts: Sequence[str]) -> list[str]:
     """Return OpenVLA-like parts when the dataset has them: end-effector deltas, then the gripper."""
     deltas = [part for part in parts if re.search(r"delta_(eef|ee|tcp)_(pos|rot|position|rotation)$", part)]
     gripper = [part for part in parts if "gripper" in part]
     closing = [part for part in gripper if re.search("close|open", part)] or gripper
-    return ",".join([*deltas, *closing[:1]] if deltas else list(parts))
+    return [*deltas, *closing[:1]] if deltas else list(parts)
 
 
 def _flat_names(names: object) -> tuple[str, ...]:

@@ -12,7 +12,8 @@ What is peculiar:
 * The format has no field for language; robocasa writes `ep_meta.lang`, LIBERO `problem_info.language_instruction`.
 
 Options: `filter_key` (a name under `/mask`: only its demonstrations), `shift_action` (k: step t gets the action of step
-t + k), `instruction` (a text, or `{attribute | dataset | file_name: ...}`).
+t + k), `instruction` (a text, or `{attribute | dataset | file_name: ...}`), `drop_last_observation` (true cuts the
+observation after the last action).
 """
 
 from __future__ import annotations
@@ -57,17 +58,23 @@ from vlaft.data.readers.hdf5_episode import (
 from vlaft.data.readers.hdf5_options import (
     USUAL_ATTRIBUTES,
     InstructionRule,
+    drop_last_of,
     instruction_rule,
     positive_number,
     refuse,
     refuse_unknown,
     shift_of,
 )
+from vlaft.data.readers.hdf5_proposal import refuse_other_frames
 from vlaft.errors import DataError, did_you_mean
 
-OPTIONS = ("filter_key", "instruction", "shift_action")
+OPTIONS = ("drop_last_observation", "filter_key", "instruction", "shift_action")
 _RENDER_FIRST = (
     "render the images first (robomimic's dataset_states_to_obs.py replays the states), then give the file it writes"
+)
+_RECORD_AGAIN = (
+    "it comes from Isaac Lab, so record or generate it again in a task with cameras (those called Visuomotor) and with"
+    " --enable_cameras"
 )
 _ACTION_NAMES = ("x", "y", "z", "axis_x", "axis_y", "axis_z", "gripper")
 _STATES = (
@@ -110,6 +117,7 @@ class RobomimicSource(Hdf5Source):
                 strict="obs/",
                 shift=self.shift,
                 texts=texts,
+                drop_last=self.drop_last,
                 fps=_control_rate(data, where),
                 warnings=self.warnings,
             )
@@ -136,6 +144,7 @@ def open_robomimic(root: Path, files: list[Path], options: Mapping[str, object])
     """
     problems = refuse_unknown(options, OPTIONS, "a robomimic file")
     rule = instruction_rule(options.get("instruction"), problems)
+    drop_last = drop_last_of(options, problems)
     shift = shift_of(options, 1, problems)
     refuse(problems)
     warnings: list[str] = []
@@ -169,6 +178,7 @@ def open_robomimic(root: Path, files: list[Path], options: Mapping[str, object])
         refs=refs,
         rule=rule,
         shift=shift,
+        drop_last=drop_last,
     )
 
 
@@ -251,7 +261,9 @@ def _layout(data: h5py.Group, name: str, path: Path, warnings: list[str], shift:
     if not cameras:
         observed = sorted(key for key in found if key.startswith("obs/"))
         what = f"only {listing(observed, 5)}" if observed else "no observations, only " + listing(sorted(found), 5)
-        raise DataError(f"{path} holds no camera images ({what}): {_RENDER_FIRST}")
+        refuse_other_frames(path, "robomimic does")
+        isaac = _environment(data, demo, where) == ISAAC
+        raise DataError(f"{path} holds no camera images ({what}): {_RECORD_AGAIN if isaac else _RENDER_FIRST}")
     told = [attribute(data, key, where) for key in ("problem_info", "bddl_file_name")]
     libero = "obs/agentview_rgb" in cameras or any(text is not None for text in told)
     format = "libero" if libero else _environment(data, demo, where)
