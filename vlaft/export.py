@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,10 +19,11 @@ from vlaft.errors import CheckFailed, CheckpointError, DataError
 from vlaft.harness import write_server_config
 from vlaft.merge import DTYPE_NAMES, checkpoint_dtype, copy_tensors, tensor_bytes
 from vlaft.model.checkpoint import TensorEntry, check_tensors, load_config, load_model, tensor_table
+from vlaft.model.tensor_stream import DTYPES
 from vlaft.model_card import write_model_card
 from vlaft.output_folder import output_folder
 from vlaft.release import Source, copy_licence, open_source, write_release_files
-from vlaft.verify import Comparison, compare, example_inputs
+from vlaft.verify import Comparison, compare, example_inputs, round_parameters
 
 SMALL = 2_000_000_000  # bytes; up to this an export is also loaded and asked for actions
 _FLOATS = frozenset(DTYPE_NAMES.values())
@@ -137,7 +140,8 @@ def compare_with_source(source: Source, folder: Path, table: Mapping[str, Tensor
     """
     if max(size, stored_bytes(table.values())) > SMALL:
         return None
-    kinds = {entry.dtype for entry in tensor_table(folder).values()}
+    written = tensor_table(folder)
+    kinds = {entry.dtype for entry in written.values()}
     rounding = next((kind for kind in ("BF16", "F16") if kind in kinds), "F32")
     named = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
     return compare(
@@ -145,7 +149,15 @@ def compare_with_source(source: Source, folder: Path, table: Mapping[str, Tensor
         lambda: load_model(folder, dtype=torch.float32),
         example_inputs(None, source.folder),
         named[rounding],
+        _rounding_of(table, written),
     )
+
+
+def _rounding_of(table: Mapping[str, TensorEntry], written: Mapping[str, TensorEntry]) -> Callable[[Any], None] | None:
+    """Return what rounds the source's parameters to the export's types, or None where they are the same or quantised."""
+    if set(table) != set(written) or all(table[name].dtype == entry.dtype for name, entry in written.items()):
+        return None
+    return partial(round_parameters, kinds={name: DTYPES[entry.dtype] for name, entry in written.items()})
 
 
 def finish(source: Source, folder: Path, kind: str, comparison: Comparison | None) -> None:

@@ -45,7 +45,7 @@ def write_model_card(
         folder: the export.
         kind: `huggingface`, `nf4`, `int8` or `adapter`.
         statistics: dataset statistics, by name.
-        record: what `merge.json` has: `base`, `base_licence`, `training`, `verified`.
+        record: what `merge.json` has: `base`, `base_licence`, `training`, `verified`, `rounding`.
         config: the model's `config.json`.
         comparison: how a quantised export's answers compare with the checkpoint that it was made from.
     """
@@ -66,7 +66,7 @@ def write_model_card(
         f"{_KINDS[kind]} Made with vlaft {training.get('versions', {}).get('vlaft') or ''}".rstrip() + ".",
         _training_section(training, base),
         _data_section(training, statistics),
-        _measured_section(training, record.get("verified"), comparison, kind),
+        _measured_section(training, record.get("verified"), record.get("rounding"), comparison, kind),
         _use_section(kind, base, statistics),
         _licence_section(base, licence, config),
     ]
@@ -124,7 +124,9 @@ def _data_section(training: Mapping[str, Any], statistics: Mapping[str, Any]) ->
 _COUNTS = {"num_trajectories": "demonstrations", "num_transitions": "steps"}
 
 
-def _measured_section(training: Mapping[str, Any], verified: Any, comparison: Comparison | None, kind: str) -> str:
+def _measured_section(
+    training: Mapping[str, Any], verified: Any, rounding: Any, comparison: Comparison | None, kind: str
+) -> str:
     lines = ["## Measured"]
     measured = training.get("measured") or {}
     rows = [(text, f"{measured[key]:.4f}") for key, text in _MEASURES.items() if isinstance(measured.get(key), float)]
@@ -132,9 +134,18 @@ def _measured_section(training: Mapping[str, Any], verified: Any, comparison: Co
         lines.append(f"On held-out demonstrations, during training, at step {measured.get('step')}:")
         lines.append(_table(("measure", "value"), rows))
     if isinstance(verified, Mapping) and "tokens" in verified:
+        # What was rounded is held against the trained weights as they are: that is the model which was measured.
+        exact = verified.get("unrounded_tokens") is None
+        same = verified["identical_tokens" if exact else "unrounded_tokens"]
+        difference = verified["largest_logit_difference" if exact else "unrounded_logit_difference"]
         lines.append(
-            f"After merging, {verified['identical_tokens']} of {verified['tokens']} action tokens were those of base"
-            f" and adapter; logits differed by at most {verified['largest_logit_difference']:.3g}."
+            f"After merging, {same} of {verified['tokens']} action tokens were those of base and adapter; logits"
+            f" differed by at most {difference:.3g}."
+        )
+    if isinstance(rounding, Mapping):
+        lines.append(
+            f"Merged weights were rounded to {' and '.join(rounding['to'])} ({rounding['mode']}):"
+            f" {rounding['survives']:.1%} of the learned change survived."
         )
     if comparison is not None and kind in ("nf4", "int8"):
         lines.append(

@@ -59,10 +59,8 @@ def export(
     ratio = f", {result.bytes / result.source_bytes:.2f} of the source" if to in ("nf4", "int8") else ""
     say(f"{result.bytes / 1e9:.3f} GB{ratio} written to {out} and checked")
     if (found := result.comparison) is not None:
-        say(
-            f"{found.identical_tokens} of {found.tokens} tokens on {found.examples} examples ({found.inputs}) are those"
-            " of the source"
-        )
+        same = found.identical_tokens if found.unrounded_tokens is None else found.unrounded_tokens
+        say(f"{same} of {found.tokens} tokens on {found.examples} examples ({found.inputs}) are those of the source")
     for note in result.notes:
         warn(note)
     if push is not None:
