@@ -312,7 +312,7 @@ def test_an_update_that_rounding_swallows_is_merged_and_told(
     record = read_json(tmp_path / "out" / MERGE_FILE)
     rounding, verified = record["rounding"], record["verified"]
     assert 0 < rounding["kept"] < 0.5 * rounding["changed"]
-    assert 0 < rounding["survives"] < 0.9
+    assert 0 < rounding["survives"] < 0.8
     assert f"{rounding['survives']:.1%} of the learned change survives" in said
     assert "--rounding stochastic" in said
     assert "--dtype float32" in said

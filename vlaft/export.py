@@ -49,7 +49,12 @@ class ExportResult:
 
 
 def export_huggingface(
-    folder: Path, out: Path, *, dtype: str | None = None, advance: Callable[[int], None] = lambda count: None
+    folder: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    repository: str | None = None,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> ExportResult:
     """Write the checkpoint `folder` to `out` in the release's layout, tensor by tensor.
 
@@ -57,6 +62,7 @@ def export_huggingface(
         folder: a merged checkpoint or a base.
         out: written beside its place and renamed into it at the end.
         dtype: `float32`, `bfloat16` or `float16`; None keeps each tensor's own.
+        repository: where it is going to be on the Hub, `user/name`, or None.
         advance: called with the number of bytes that were written.
 
     Raises:
@@ -81,15 +87,15 @@ def export_huggingface(
                 f" {comparison.tokens} tokens are the same; nothing was written"
             )
         finish(source, partial, "huggingface", comparison)
-        notes = _server_config(source, partial, out)
+        notes = _server_config(source, partial, repository or out.resolve().name)
     return ExportResult(out, size, stored_bytes(table.values()), comparison, notes)
 
 
-def _server_config(source: Source, partial: Path, out: Path) -> tuple[str, ...]:
+def _server_config(source: Source, partial: Path, name: str) -> tuple[str, ...]:
     """Write the config for vla-evaluation-harness where its server can use the model; else say why not."""
     try:
         choose_key(dict(source.statistics))
-        write_server_config(partial, model_path=str(out.resolve()))
+        write_server_config(partial, model_path=name)
     except (CheckpointError, DataError) as error:
         reason = str(error).removeprefix(f"{partial}: ")
         return (f"no server config for vla-evaluation-harness: {reason}",)
@@ -154,7 +160,7 @@ def compare_with_source(source: Source, folder: Path, table: Mapping[str, Tensor
 
 
 def _rounding_of(table: Mapping[str, TensorEntry], written: Mapping[str, TensorEntry]) -> Callable[[Any], None] | None:
-    """Return what rounds the source's parameters to the export's types, or None where they are the same or quantised."""
+    """Return what rounds the source's parameters to the export's types; None where they are the same or quantised."""
     if set(table) != set(written) or all(table[name].dtype == entry.dtype for name, entry in written.items()):
         return None
     return partial(round_parameters, kinds={name: DTYPES[entry.dtype] for name, entry in written.items()})

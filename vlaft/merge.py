@@ -309,6 +309,8 @@ def copy_release_files(source: Path, target: Path) -> None:
 
 def _write_config(base: Path, target: Path, trained: Trained, dtype: str | None) -> None:
     config = read_json(base / "config.json") | dict(trained.inference)
+    if isinstance(pipeline := config.get("image_pipeline"), Mapping):
+        config["center_crop"] = bool(pipeline.get("center_crop"))  # in the open, for upstream's code
     statistics = dict(trained.statistics)
     if not statistics and (base / STATISTICS_FILE).is_file():
         statistics = read_json(base / STATISTICS_FILE)

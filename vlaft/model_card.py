@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from vlaft.data.images import ImagePipeline
 from vlaft.release import is_hub_name, public_name
 from vlaft.verify import Comparison
 
@@ -68,6 +69,7 @@ def write_model_card(
         _data_section(training, statistics),
         _measured_section(training, record.get("verified"), record.get("rounding"), comparison, kind),
         _use_section(kind, base, statistics),
+        _frames_section(config),
         _licence_section(base, licence, config),
     ]
     (folder / CARD_FILE).write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
@@ -165,6 +167,24 @@ def _use_section(kind: str, base: str, statistics: Mapping[str, Any]) -> str:
         code = "vlaft predict MODEL_FOLDER --image frame.png --instruction 'pick up the cup'"
     keys = ", ".join(f"`{name}`" for name in statistics)
     return f"## Use\n\n```sh\n{code}\n```\n\nKey of the statistics (`unnorm_key`): {keys}."
+
+
+def _frames_section(config: Mapping[str, Any]) -> str:
+    """Say what training did to frames, and what of it others have to do themselves."""
+    if not isinstance(config.get("image_pipeline"), Mapping):
+        return ""
+    pipeline = ImagePipeline.from_checkpoint(config)
+    shape = "padded to squares" if pipeline.strategy == "letterbox" else "whatever their aspect ratio"
+    seen = f"resized to {pipeline.size} x {pipeline.size} pixels by {pipeline.resize}, {shape} (`{pipeline.strategy}`)"
+    crop = "; then random crops of 90 % of the area were taken" if pipeline.center_crop else ""
+    rest = f"resize frames by {pipeline.resize} before you give them to its processor, which would do so by bicubic"
+    if pipeline.center_crop:
+        rest += ", and take the central 90 % of the area, as its evaluation scripts do with `--center_crop True`"
+    return (
+        f"## Frames\n\nIn training, frames were {seen}{crop}. vlaft does with frames what that asks for. With OpenVLA's"
+        f" own code, do it yourself: {rest}. Without it, the model acts differently. `config.json` says so under"
+        f" `image_pipeline` and `center_crop` ({str(pipeline.center_crop).lower()})."
+    )
 
 
 def _licence_section(base: str, licence: Any, config: Mapping[str, Any]) -> str:
