@@ -34,6 +34,7 @@ from vlaft.model.checkpoint import load_model, plain_shapes, read_json, tensor_t
 from vlaft.model.openvla import OpenVLAForActionPrediction
 from vlaft.model_card import write_model_card
 from vlaft.push import check_repository, push
+from vlaft.release import preprocessor_config
 
 KINDS = ("nf4", "int8")
 CONFIG_FIELDS = {  # openvla.md, section 1.1
@@ -124,7 +125,67 @@ def test_a_release_keeps_its_own_fields(shared: Path, tmp_path: Path) -> None:
     assert {path.name for path in source.iterdir()} <= {path.name for path in (tmp_path / "out").iterdir()}
     assert not (tmp_path / "out" / "README.md").exists()  # it comes from no run
     server = yaml.safe_load((tmp_path / "out" / "vla_eval_server.yaml").read_text())
-    assert server["args"]["model_path"] == str(tmp_path / "out")
+    assert server["args"]["model_path"] == "out"
+
+
+def exported(run: Path, tmp_path: Path, strategy: str, crop: bool, base_says: str) -> Path:
+    """A run that was trained on frames of `strategy`, merged and exported; its base's processor says something else."""
+    trained = Path(shutil.copytree(run, tmp_path / "run"))
+    status = read_json(trained / "run.json")
+    base = copy_checkpoint(Path(status["base"]), tmp_path / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(Path(status["base"]) / name, base / name)
+    said = preprocessor_config(read_json(base / "config.json") | {"image_resize_strategy": base_says})
+    (base / "preprocessor_config.json").write_text(json.dumps(said))
+    # a base that was itself trained by a run: what was true of that must not stay
+    (base / "config.json").write_text(json.dumps(read_json(base / "config.json") | {"center_crop": not crop}))
+    status["base"] = str(base)
+    status["inference"]["image_pipeline"] |= {"strategy": strategy, "center_crop": crop}
+    (trained / "run.json").write_text(json.dumps(status))
+    assert main(["merge", str(trained), "--out", str(tmp_path / "model"), "--no-verify"]) == 0
+    assert export(tmp_path / "model", tmp_path / "out") == 0
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize(("strategy", "base_says"), [("resize-naive", "letterbox"), ("letterbox", "resize-naive")])
+def test_the_processor_resizes_as_training_did(run: Path, tmp_path: Path, strategy: str, base_says: str) -> None:
+    out = exported(run, tmp_path, strategy, True, base_says)
+    found, config = read_json(out / "preprocessor_config.json"), read_json(out / "config.json")
+    assert found["image_resize_strategy"] == config["image_resize_strategy"] == strategy
+    assert found["tvf_do_letterbox"] is (strategy == "letterbox")
+    assert (found["tvf_letterbox_fill"] is None) is (strategy == "resize-naive")
+    assert found["tvf_resize_params"][0]["size"] == ([56, 56] if strategy == "resize-naive" else 56)
+    assert found["means"] == read_json(tmp_path / "base/preprocessor_config.json")["means"]
+    assert set(found) == PREPROCESSOR_FIELDS
+
+
+@pytest.mark.parametrize("crop", [True, False])
+def test_an_augmented_run_says_that_it_is_used_on_the_centre(run: Path, tmp_path: Path, crop: bool) -> None:
+    out = exported(run, tmp_path, "resize-naive", crop, "letterbox")
+    for folder in (tmp_path / "model", out):
+        assert read_json(folder / "config.json")["center_crop"] is crop
+    card = (out / "README.md").read_text()
+    assert ("--center_crop True" in card) is crop
+    assert ("random crops of 90 % of the area" in card) is crop
+    assert "resized to 56 x 56 pixels by lanczos, whatever their aspect ratio (`resize-naive`)" in card
+    assert load(out, dtype="float32", device="cpu").pipeline.center_crop is crop
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "adapter"), "--to", "adapter"]) == 0
+    assert ("--center_crop True" in (tmp_path / "adapter/README.md").read_text()) is crop
+
+
+def test_an_export_holds_no_path_of_this_machine(shared: Path, tmp_path: Path) -> None:
+    source = shared / "golden/openvla-tiny/checkpoint"
+    assert export(source, tmp_path / "out") == 0
+    for path in (tmp_path / "out").iterdir():
+        if path.suffix in (".json", ".yaml", ".md"):
+            assert str(tmp_path) not in path.read_text(), path.name
+
+
+def test_a_pushed_export_is_served_from_the_hub(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeApi)
+    assert export(shared / "golden/openvla-tiny/checkpoint", tmp_path / "out", "--push", "user/name") == 0
+    server = yaml.safe_load((tmp_path / "out" / "vla_eval_server.yaml").read_text())
+    assert server["args"]["model_path"] == "user/name"
 
 
 def test_another_type(merged: Path, tmp_path: Path) -> None:

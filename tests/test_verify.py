@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from golden_models import MINI, base_tensors, golden, write_single_file
+from safetensors.torch import save_file
 from small_base import convert_small, write_small_base
 
 from vlaft import verify
@@ -268,8 +269,6 @@ def test_the_tiny_release_through_the_command(shared: Path, tmp_path: Path) -> N
 
 def test_trained_tensors_are_verified_too(tmp_path: Path) -> None:
     base = write_small_base(tmp_path / "base")
-    from safetensors.torch import save_file
-
     weights = tmp_path / "run" / "checkpoints" / "step-000001"
     weights.mkdir(parents=True)
     tensors = base_tensors(base)
@@ -282,6 +281,106 @@ def test_trained_tensors_are_verified_too(tmp_path: Path) -> None:
     )
     assert merge(tmp_path / "run", tmp_path / "out") == 0
     assert read_json(tmp_path / "out" / MERGE_FILE)["verified"]["identical_tokens"] == 28
+
+
+def small_update(tmp_path: Path, size: float) -> Path:
+    """A run that trained whole tensors of a bfloat16 base by steps of `size`, most of them below its resolution."""
+    base = write_small_base(tmp_path / "base", "fused")
+    half = {name: tensor.bfloat16() for name, tensor in base_tensors(base).items()}
+    base = write_single_file(base, tmp_path / "half", half)
+    generator = torch.Generator().manual_seed(0)
+    weights = tmp_path / "run" / "checkpoints" / "step-000001"
+    weights.mkdir(parents=True)
+    # all one way, as gradients push what they agree on: rounding to nearest loses it in every number alike
+    learned = {
+        name: tensor.float() + size * tensor.float().abs() * torch.rand(tensor.shape, generator=generator)
+        for name, tensor in half.items()
+        if name.startswith(("vision_backbone", "projector", "language_model.lm_head"))
+    }
+    save_file(learned, weights / "trained.safetensors")
+    status = {"base": str(base), "last": "step-000001", "recipe": "sandwich"}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(status))
+    return tmp_path / "run"
+
+
+def test_an_update_that_rounding_swallows_is_merged_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = small_update(tmp_path, 0.0025)
+    assert merge(run, tmp_path / "out", "--verify") == 0
+    said = " ".join(capsys.readouterr().err.split())
+    record = read_json(tmp_path / "out" / MERGE_FILE)
+    rounding, verified = record["rounding"], record["verified"]
+    assert 0 < rounding["kept"] < 0.5 * rounding["changed"]
+    assert 0 < rounding["survives"] < 0.8
+    assert f"{rounding['survives']:.1%} of the learned change survives" in said
+    assert "--rounding stochastic" in said
+    assert "--dtype float32" in said
+    assert verified["identical_tokens"] == verified["tokens"]
+    assert verified["largest_logit_difference"] < 1e-4  # the same rounding leaves the order of sums
+    assert verified["unrounded_logit_difference"] > 100 * verified["largest_logit_difference"]
+    assert f"{verified['unrounded_tokens']} of 28 tokens are the same" in said
+
+    assert merge(run, tmp_path / "stochastic", "--verify", "--rounding", "stochastic") == 0
+    said = " ".join(capsys.readouterr().err.split())
+    found = read_json(tmp_path / "stochastic" / MERGE_FILE)
+    assert found["rounding"]["survives"] == pytest.approx(1, abs=0.05)
+    assert found["verified"]["largest_logit_difference"] < 1e-4
+    assert found["verified"]["unrounded_logit_difference"] < 0.8 * verified["unrounded_logit_difference"]
+    assert "warning" not in said
+    assert merge(run, tmp_path / "again", "--no-verify", "--rounding", "stochastic") == 0
+    first, second = base_tensors(tmp_path / "stochastic"), base_tensors(tmp_path / "again")
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+    assert merge(run, tmp_path / "wide", "--dtype", "float32") == 0
+    assert read_json(tmp_path / "wide" / MERGE_FILE)["rounding"] is None
+    assert "survives" not in capsys.readouterr().err
+
+
+def test_what_rounding_changes_is_told_apart_from_what_is_wrong() -> None:
+    """Rounding to 3 significant bits makes another model; a right one that is rounded so is still right."""
+    load = partial(load_model, BASE, dtype=torch.float32)
+    kinds = dict.fromkeys(base_tensors(BASE), torch.float8_e4m3fn)
+
+    def coarse() -> Any:
+        model = load()
+        with torch.no_grad():
+            verify.round_parameters(model, kinds)
+        return model
+
+    inputs = example_inputs(None, BASE)
+    assert not compare(load, coarse, inputs, torch.bfloat16).holds
+    found = compare(load, coarse, inputs, torch.bfloat16, partial(verify.round_parameters, kinds=kinds))
+    assert found.identical_tokens == found.tokens
+    assert found.largest_logit_difference == 0
+    assert found.unrounded_tokens is not None
+    assert found.unrounded_tokens < found.tokens
+    assert found.unrounded_logit_difference is not None
+    assert found.unrounded_logit_difference > 0.02 * found.logit_range
+
+
+@pytest.mark.parametrize("mode", ["nearest", "stochastic"])
+def test_adapters_on_a_bfloat16_base_are_held_against_the_same_rounding(tmp_path: Path, mode: str) -> None:
+    half = {name: tensor.bfloat16() for name, tensor in base_tensors(BASE).items()}
+    base = write_single_file(BASE, tmp_path / "base", half)
+    words = ["merge", str(ADAPTER), "--base", str(base), "--out", str(tmp_path / "out"), "--verify"]
+    assert main([*words, "--rounding", mode]) == 0
+    found = read_json(tmp_path / "out" / MERGE_FILE)
+    assert found["rounding"]["mode"] == mode
+    assert found["verified"]["unrounded_logit_difference"] > 10 * found["verified"]["largest_logit_difference"]
+
+
+def test_a_wrong_rounding_is_not_published(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vlaft.adapt.rounding.round_to", lambda exact, out, generator=None: out.copy_(-exact))
+    assert merge(run, tmp_path / "out", "--dtype", "bfloat16") == 3
+    assert "does not answer as" in capsys.readouterr().err
+
+
+def test_a_rounding_that_is_none(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert merge(run, tmp_path / "out", "--rounding", "up") == 2
+    assert "nearest or stochastic" in capsys.readouterr().err
 
 
 def test_a_base_of_another_fingerprint_is_refused_before_writing(run: Path, tmp_path: Path) -> None:

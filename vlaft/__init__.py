@@ -5,13 +5,16 @@
     policy = vlaft.load("model/")
     policy.predict(image, "pick up the red block").action
 
-`load` is fetched when it is asked for, so that `import vlaft` needs no torch.
+`load` is fetched when it is asked for, so that `import vlaft` needs no torch. transformers' Auto classes know OpenVLA
+from here on, and are not imported for that either (`vlaft.registration`).
 """
 
 from __future__ import annotations
 
 import logging
 from typing import TYPE_CHECKING, Any
+
+from vlaft.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from vlaft.inference import load
@@ -27,6 +30,8 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
 logging.getLogger("bitsandbytes.autograd._functions").addFilter(
     lambda record: not record.getMessage().startswith("MatMul8bitLt: inputs will be cast")
 )
+
+register_with_transformers()
 
 
 def __getattr__(name: str) -> Any:

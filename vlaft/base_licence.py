@@ -6,8 +6,7 @@ from pathlib import Path
 
 import yaml
 
-# As their pages on the Hub say; a download of the weights does not bring the page along.
-_KNOWN = {"openvla/openvla-7b": "mit", "openvla/openvla-v01-7b": "mit"}
+from vlaft.known_bases import LICENCES
 
 
 def base_licence(base: str, folder: Path) -> str | None:
@@ -28,4 +27,4 @@ def base_licence(base: str, folder: Path) -> str | None:
             head = None
         if isinstance(head, dict) and isinstance(head.get("license"), str):
             return head["license"]
-    return _KNOWN.get(base)
+    return LICENCES.get(base)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,10 +19,11 @@ from vlaft.errors import CheckFailed, CheckpointError, DataError
 from vlaft.harness import write_server_config
 from vlaft.merge import DTYPE_NAMES, checkpoint_dtype, copy_tensors, tensor_bytes
 from vlaft.model.checkpoint import TensorEntry, check_tensors, load_config, load_model, tensor_table
+from vlaft.model.tensor_stream import DTYPES
 from vlaft.model_card import write_model_card
 from vlaft.output_folder import output_folder
 from vlaft.release import Source, copy_licence, open_source, write_release_files
-from vlaft.verify import Comparison, compare, example_inputs
+from vlaft.verify import Comparison, compare, example_inputs, round_parameters
 
 SMALL = 2_000_000_000  # bytes; up to this an export is also loaded and asked for actions
 _FLOATS = frozenset(DTYPE_NAMES.values())
@@ -46,7 +49,12 @@ class ExportResult:
 
 
 def export_huggingface(
-    folder: Path, out: Path, *, dtype: str | None = None, advance: Callable[[int], None] = lambda count: None
+    folder: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    repository: str | None = None,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> ExportResult:
     """Write the checkpoint `folder` to `out` in the release's layout, tensor by tensor.
 
@@ -54,6 +62,7 @@ def export_huggingface(
         folder: a merged checkpoint or a base.
         out: written beside its place and renamed into it at the end.
         dtype: `float32`, `bfloat16` or `float16`; None keeps each tensor's own.
+        repository: where it is going to be on the Hub, `user/name`, or None.
         advance: called with the number of bytes that were written.
 
     Raises:
@@ -78,15 +87,15 @@ def export_huggingface(
                 f" {comparison.tokens} tokens are the same; nothing was written"
             )
         finish(source, partial, "huggingface", comparison)
-        notes = _server_config(source, partial, out)
+        notes = _server_config(source, partial, repository or out.resolve().name)
     return ExportResult(out, size, stored_bytes(table.values()), comparison, notes)
 
 
-def _server_config(source: Source, partial: Path, out: Path) -> tuple[str, ...]:
+def _server_config(source: Source, partial: Path, name: str) -> tuple[str, ...]:
     """Write the config for vla-evaluation-harness where its server can use the model; else say why not."""
     try:
         choose_key(dict(source.statistics))
-        write_server_config(partial, model_path=str(out.resolve()))
+        write_server_config(partial, model_path=name)
     except (CheckpointError, DataError) as error:
         reason = str(error).removeprefix(f"{partial}: ")
         return (f"no server config for vla-evaluation-harness: {reason}",)
@@ -137,7 +146,8 @@ def compare_with_source(source: Source, folder: Path, table: Mapping[str, Tensor
     """
     if max(size, stored_bytes(table.values())) > SMALL:
         return None
-    kinds = {entry.dtype for entry in tensor_table(folder).values()}
+    written = tensor_table(folder)
+    kinds = {entry.dtype for entry in written.values()}
     rounding = next((kind for kind in ("BF16", "F16") if kind in kinds), "F32")
     named = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
     return compare(
@@ -145,7 +155,15 @@ def compare_with_source(source: Source, folder: Path, table: Mapping[str, Tensor
         lambda: load_model(folder, dtype=torch.float32),
         example_inputs(None, source.folder),
         named[rounding],
+        _rounding_of(table, written),
     )
+
+
+def _rounding_of(table: Mapping[str, TensorEntry], written: Mapping[str, TensorEntry]) -> Callable[[Any], None] | None:
+    """Return what rounds the source's parameters to the export's types; None where they are the same or quantised."""
+    if set(table) != set(written) or all(table[name].dtype == entry.dtype for name, entry in written.items()):
+        return None
+    return partial(round_parameters, kinds={name: DTYPES[entry.dtype] for name, entry in written.items()})
 
 
 def finish(source: Source, folder: Path, kind: str, comparison: Comparison | None) -> None:

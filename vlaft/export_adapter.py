@@ -97,7 +97,7 @@ def export_adapter(trained: Trained, out: Path, *, base: str | None = None) -> E
         _check(partial, trained.weights, folder)
         record = {"base": name, "training": training_record(trained)}
         record["base_licence"] = base_licence(name, folder or Path())
-        content = read_json(folder / "config.json") if folder else {}
+        content = (read_json(folder / "config.json") if folder else {}) | dict(trained.inference)
         write_model_card(partial, "adapter", trained.statistics, record, content)
     return ExportResult(out, size, stored_bytes(adapter_table(trained.weights).values()))
 

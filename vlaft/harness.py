@@ -31,7 +31,8 @@ def write_server_config(folder: Path, *, model_path: str | None = None, unnorm_k
 
     Args:
         folder: the checkpoint in the release's layout.
-        model_path: where the harness shall find it: a folder or a name on the Hub; None is `folder` itself.
+        model_path: where the harness shall find it: a folder or a name on the Hub; None is the name of `folder`
+            without the way to it, which is of no use on another machine and nobody's business there.
         unnorm_key: name of the statistics; needed only where there are several.
 
     Raises:
@@ -46,7 +47,7 @@ def write_server_config(folder: Path, *, model_path: str | None = None, unnorm_k
     if reason := _misfit(config, pipeline, len(statistics[key]["action"]["q01"])):
         raise CheckpointError(f"{folder}: vla-evaluation-harness cannot serve this checkpoint, {reason}")
     path = folder / FILE_NAME
-    text = server_config(model_path or str(folder.resolve()), key, center_crop=pipeline.center_crop)
+    text = server_config(model_path or folder.resolve().name, key, center_crop=pipeline.center_crop)
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -67,6 +68,7 @@ def server_config(model_path: str, unnorm_key: str, *, center_crop: bool, port: 
     head = (
         "# Model server config for github.com/allenai/vla-evaluation-harness; in a checkout of it:\n"
         "#   vla-eval serve --config THIS_FILE, then vla-eval run --config configs/<benchmark>.yaml\n"
+        "# model_path is a name on the Hub, or this folder as seen from that checkout: put its place there.\n"
     )
     return head + yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vlaft.adapt.adapter_files import CONFIG_FILE, adapter_table, read_settings
 from vlaft.adapt.merging import ModuleAdapter, StoredSettings, sort_parts
+from vlaft.adapt.rounding import Mode, Rounding
 from vlaft.base_licence import base_licence
 from vlaft.errors import CheckpointError
 from vlaft.model.checkpoint import (
@@ -60,12 +61,14 @@ class MergeResult:
         tensors: number of tensors written.
         changed: number of those that training changed.
         bytes: size of the weights.
+        rounding: what became of the learned change when it was rounded to the output's type.
     """
 
     folder: Path
     tensors: int
     changed: int
     bytes: int
+    rounding: Rounding
 
 
 def merge(
@@ -75,6 +78,7 @@ def merge(
     *,
     base_name: str | None = None,
     dtype: str | None = None,
+    rounding: Mode = "nearest",
     advance: Callable[[int], None] = lambda count: None,
     check: Callable[[Path], Mapping[str, Any]] | None = None,
 ) -> MergeResult:
@@ -86,6 +90,7 @@ def merge(
         out: written beside its place and renamed into it at the end.
         base_name: how the base was called, for the record.
         dtype: `float32`, `bfloat16` or `float16` of floating-point tensors; None keeps each tensor's own.
+        rounding: how tensors that training changed are rounded to that type.
         advance: called with the number of bytes that were written.
         check: called with the finished folder before it is renamed into place; what it returns is kept in
             `merge.json` as `verified`, and when it raises, nothing is published.
@@ -101,8 +106,9 @@ def merge(
     changes = _changes(trained, table, base)
     dtypes = _output_types(table, dtype)
     total = tensor_bytes(table, dtypes)
+    rounded = Rounding(rounding)
     with output_folder(out, total) as folder:
-        copy_tensors(base, folder, dtypes, changes, advance)
+        copy_tensors(base, folder, dtypes, changes, advance, rounded)
         copy_release_files(base, folder)
         _write_config(base, folder, trained, checkpoint_dtype(dtypes))
         record = {
@@ -113,11 +119,12 @@ def merge(
             "trained_fingerprint": trained_print,
             "recipe": trained.recipe,
             "training": training_record(trained),
+            "rounding": rounded.to_json(),
             "verified": dict(check(folder)) if check else None,
             "earlier": read_json(base / MERGE_FILE) if (base / MERGE_FILE).is_file() else None,
         }
         write_json(folder / MERGE_FILE, record)
-    return MergeResult(out, len(table), len(changes), total)
+    return MergeResult(out, len(table), len(changes), total, rounded)
 
 
 def weights_fingerprint(trained: Trained) -> str:
@@ -199,6 +206,7 @@ def copy_tensors(
     dtypes: Mapping[str, str],
     changes: Mapping[str, Change] | None = None,
     advance: Callable[[int], None] = lambda count: None,
+    rounding: Rounding | None = None,
 ) -> None:
     """Stream a checkpoint's tensors into shards of the same names in `target`, with the index.
 
@@ -208,9 +216,10 @@ def copy_tensors(
         dtypes: type of each tensor in the output, by safetensors' names.
         changes: what replaces or changes single tensors.
         advance: called with the number of bytes that were written.
+        rounding: rounds the tensors that `changes` names; None does so to the nearest number.
     """
     table = tensor_table(source)
-    scratch = Scratch()
+    scratch, rounding = Scratch(), rounding or Rounding()
     by_file: dict[str, list[str]] = {}
     for name, entry in table.items():
         by_file.setdefault(entry.file, []).append(name)
@@ -219,7 +228,8 @@ def copy_tensors(
         # Blocks are small: one thread computes while another writes, and more would only wait for each other.
         with _one_thread(), ShardWriter(target / file, layout) as writer:
             for name in names:
-                _write_tensor(writer, name, source, table[name], dtypes[name], (changes or {}).get(name), scratch)
+                change = (changes or {}).get(name)
+                _write_tensor(writer, name, source, table[name], dtypes[name], change, scratch, rounding)
                 advance(torch.Size(table[name].shape).numel() * DTYPES[dtypes[name]].itemsize)
     if (source / INDEX_FILE).is_file():
         weight_map = {name: table[name].file for name in sorted(table)}
@@ -245,33 +255,43 @@ def _write_tensor(
     dtype: str,
     change: Change | None,
     scratch: Scratch,
+    rounding: Rounding,
 ) -> None:
     kind = DTYPES[dtype]
     found = change() if change is not None else None
-    if isinstance(found, Tensor):
-        writer.write(name, found.to(kind))
-    elif found is None and dtype == entry.dtype:
+    if found is None and dtype == entry.dtype:
         writer.write_rows(name, (block for _, block in read_rows(source, entry, scratch)))
-    elif found is None or found.by_rows:
-        writer.write_rows(name, _blocks(source, entry, kind, found, scratch))
-    else:
-        writer.write(name, found.merged(read_tensor(source, entry).float()).to(kind))
+        return
+    if isinstance(found, ModuleAdapter) and not found.by_rows:
+        found = found.merged(read_tensor(source, entry).float())
+    writer.write_rows(name, _blocks(source, entry, kind, found, scratch, rounding, rounding.generator(name)))
 
 
 def _blocks(
-    source: Path, entry: TensorEntry, kind: torch.dtype, adapter: ModuleAdapter | None, scratch: Scratch
+    source: Path,
+    entry: TensorEntry,
+    kind: torch.dtype,
+    change: ModuleAdapter | Tensor | None,
+    scratch: Scratch,
+    rounding: Rounding,
+    generator: torch.Generator | None,
 ) -> Iterator[Tensor]:
-    """Yield a tensor's blocks of rows in another type or with an adapter folded in; each in the memory of the last.
+    """Yield a tensor's blocks of rows in another type, or as training changed them; each in the memory of the last.
 
     Sums are taken in float32 and rounded once, also where the output is wider than the base.
     """
     for first, block in read_rows(source, entry, scratch):
         shape = tuple(block.shape)
-        total = block
-        if adapter is not None:
+        out = scratch.take("write", kind, shape)
+        if change is None:
+            out.copy_(block)
+        elif isinstance(change, Tensor):
+            rounding.round(change.view(entry.shape or (1,))[first : first + len(block)], block, out, scratch, generator)
+        else:
             total = scratch.take("sum", torch.float32, shape).copy_(block)
-            adapter.rows(first, first + len(block)).add_to(total)
-        yield scratch.take("write", kind, shape).copy_(total)
+            change.rows(first, first + len(block)).add_to(total)
+            rounding.round(total, block, out, scratch, generator)
+        yield out
 
 
 def checkpoint_dtype(dtypes: Mapping[str, str]) -> str | None:
@@ -289,6 +309,8 @@ def copy_release_files(source: Path, target: Path) -> None:
 
 def _write_config(base: Path, target: Path, trained: Trained, dtype: str | None) -> None:
     config = read_json(base / "config.json") | dict(trained.inference)
+    if isinstance(pipeline := config.get("image_pipeline"), Mapping):
+        config["center_crop"] = bool(pipeline.get("center_crop"))  # in the open, for upstream's code
     statistics = dict(trained.statistics)
     if not statistics and (base / STATISTICS_FILE).is_file():
         statistics = read_json(base / STATISTICS_FILE)

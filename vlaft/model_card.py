@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from vlaft.data.images import ImagePipeline
 from vlaft.release import is_hub_name, public_name
 from vlaft.verify import Comparison
 
@@ -45,7 +46,7 @@ def write_model_card(
         folder: the export.
         kind: `huggingface`, `nf4`, `int8` or `adapter`.
         statistics: dataset statistics, by name.
-        record: what `merge.json` has: `base`, `base_licence`, `training`, `verified`.
+        record: what `merge.json` has: `base`, `base_licence`, `training`, `verified`, `rounding`.
         config: the model's `config.json`.
         comparison: how a quantised export's answers compare with the checkpoint that it was made from.
     """
@@ -66,8 +67,9 @@ def write_model_card(
         f"{_KINDS[kind]} Made with vlaft {training.get('versions', {}).get('vlaft') or ''}".rstrip() + ".",
         _training_section(training, base),
         _data_section(training, statistics),
-        _measured_section(training, record.get("verified"), comparison, kind),
+        _measured_section(training, record.get("verified"), record.get("rounding"), comparison, kind),
         _use_section(kind, base, statistics),
+        _frames_section(config),
         _licence_section(base, licence, config),
     ]
     (folder / CARD_FILE).write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
@@ -124,7 +126,9 @@ def _data_section(training: Mapping[str, Any], statistics: Mapping[str, Any]) ->
 _COUNTS = {"num_trajectories": "demonstrations", "num_transitions": "steps"}
 
 
-def _measured_section(training: Mapping[str, Any], verified: Any, comparison: Comparison | None, kind: str) -> str:
+def _measured_section(
+    training: Mapping[str, Any], verified: Any, rounding: Any, comparison: Comparison | None, kind: str
+) -> str:
     lines = ["## Measured"]
     measured = training.get("measured") or {}
     rows = [(text, f"{measured[key]:.4f}") for key, text in _MEASURES.items() if isinstance(measured.get(key), float)]
@@ -132,9 +136,18 @@ def _measured_section(training: Mapping[str, Any], verified: Any, comparison: Co
         lines.append(f"On held-out demonstrations, during training, at step {measured.get('step')}:")
         lines.append(_table(("measure", "value"), rows))
     if isinstance(verified, Mapping) and "tokens" in verified:
+        # What was rounded is held against the trained weights as they are: that is the model which was measured.
+        exact = verified.get("unrounded_tokens") is None
+        same = verified["identical_tokens" if exact else "unrounded_tokens"]
+        difference = verified["largest_logit_difference" if exact else "unrounded_logit_difference"]
         lines.append(
-            f"After merging, {verified['identical_tokens']} of {verified['tokens']} action tokens were those of base"
-            f" and adapter; logits differed by at most {verified['largest_logit_difference']:.3g}."
+            f"After merging, {same} of {verified['tokens']} action tokens were those of base and adapter; logits"
+            f" differed by at most {difference:.3g}."
+        )
+    if isinstance(rounding, Mapping):
+        lines.append(
+            f"Merged weights were rounded to {' and '.join(rounding['to'])} ({rounding['mode']}):"
+            f" {rounding['survives']:.1%} of the learned change survived."
         )
     if comparison is not None and kind in ("nf4", "int8"):
         lines.append(
@@ -154,6 +167,24 @@ def _use_section(kind: str, base: str, statistics: Mapping[str, Any]) -> str:
         code = "vlaft predict MODEL_FOLDER --image frame.png --instruction 'pick up the cup'"
     keys = ", ".join(f"`{name}`" for name in statistics)
     return f"## Use\n\n```sh\n{code}\n```\n\nKey of the statistics (`unnorm_key`): {keys}."
+
+
+def _frames_section(config: Mapping[str, Any]) -> str:
+    """Say what training did to frames, and what of it others have to do themselves."""
+    if not isinstance(config.get("image_pipeline"), Mapping):
+        return ""
+    pipeline = ImagePipeline.from_checkpoint(config)
+    shape = "padded to squares" if pipeline.strategy == "letterbox" else "whatever their aspect ratio"
+    seen = f"resized to {pipeline.size} x {pipeline.size} pixels by {pipeline.resize}, {shape} (`{pipeline.strategy}`)"
+    crop = "; then random crops of 90 % of the area were taken" if pipeline.center_crop else ""
+    rest = f"resize frames by {pipeline.resize} before you give them to its processor, which would do so by bicubic"
+    if pipeline.center_crop:
+        rest += ", and take the central 90 % of the area, as its evaluation scripts do with `--center_crop True`"
+    return (
+        f"## Frames\n\nIn training, frames were {seen}{crop}. vlaft does with frames what that asks for. With OpenVLA's"
+        f" own code, do it yourself: {rest}. Without it, the model acts differently. `config.json` says so under"
+        f" `image_pipeline` and `center_crop` ({str(pipeline.center_crop).lower()})."
+    )
 
 
 def _licence_section(base: str, licence: Any, config: Mapping[str, Any]) -> str:

@@ -28,6 +28,8 @@ _PREPROCESSOR_MAP = {
     "AutoImageProcessor": "processing_prismatic.PrismaticImageProcessor",
     "AutoProcessor": "processing_prismatic.PrismaticProcessor",
 }
+# Of preprocessor_config.json: what upstream's processor does to a frame that is not of the model's size yet.
+_RESIZE_KEYS = ("image_resize_strategy", "tvf_do_letterbox", "tvf_letterbox_fill", "tvf_resize_params")
 _TOKENIZER_MAP = {"AutoProcessor": "processing_prismatic.PrismaticProcessor"}
 _CONFIG_FIELDS = (
     "arch_specifier",
@@ -121,7 +123,10 @@ def write_release_files(
         content = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": pad}
         write_json(target / "generation_config.json", content | {"transformers_version": _TRANSFORMERS})
     preprocessor = target / "preprocessor_config.json"
-    content = read_json(preprocessor) if preprocessor.is_file() else preprocessor_config(source.config)
+    made = preprocessor_config(source.config)
+    content = read_json(preprocessor) if preprocessor.is_file() else made
+    if isinstance(source.config.get("image_pipeline"), Mapping):  # what it was trained on, whatever its base says
+        content |= {key: made[key] for key in _RESIZE_KEYS}
     write_json(preprocessor, content | {"auto_map": _auto_map(content, _PREPROCESSOR_MAP)})
     tokenizer = target / "tokenizer_config.json"
     content = read_json(tokenizer)
@@ -154,6 +159,10 @@ def release_config(source: Source, dtype: str | None) -> dict[str, Any]:
         "model_type": "openvla",
         "norm_stats": dict(source.statistics),
     }
+    if isinstance(config.get("image_pipeline"), Mapping):
+        # In the open, where those who load the checkpoint by upstream's code find it as `config.center_crop`.
+        pipeline = ImagePipeline.from_checkpoint(config)
+        config |= {"center_crop": pipeline.center_crop, "image_resize_strategy": pipeline.strategy}
     if name:
         config["torch_dtype"] = text["torch_dtype"] = name
     return config | {"text_config": text}
@@ -170,8 +179,11 @@ def _auto_map(content: Mapping[str, Any], default: Mapping[str, str]) -> dict[st
 
 
 def preprocessor_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `preprocessor_config.json` with the release's keys, for a `config.json` that came without one."""
-    pipeline = ImagePipeline.from_checkpoint({**config, "image_pipeline": None})
+    """Return `preprocessor_config.json` with the release's keys, for a `config.json` that came without one.
+
+    Of the frames' pipeline it holds what upstream's processor knows: that resizes by bicubic and never crops.
+    """
+    pipeline = ImagePipeline.from_checkpoint(config)
     letterbox = pipeline.strategy == "letterbox"
     size, count = pipeline.size, len(pipeline.means)
     resize = {

@@ -8,18 +8,20 @@ not hide what comes after it.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vlaft.adapt.rounding import Mode, generator_of, round_to
 from vlaft.data.images import ImagePipeline
 from vlaft.errors import CheckFailed, CheckpointError, DataError
 from vlaft.model.checkpoint import read_json, tensor_table
-from vlaft.trained import Trained
+from vlaft.trained import TRAINED_FILE, Trained
 from vlaft.training_record import data_paths
 
 _EXAMPLES = 4
@@ -63,6 +65,9 @@ class Comparison:
         largest_logit_difference: over all places and tokens of the vocabulary.
         logit_range: largest minus smallest logit of the first model.
         computed_in: number format of the computation.
+        unrounded_tokens: where the first model was rounded as the second is: how many of the tokens it chose before are
+            the second's too; None where it was not.
+        unrounded_logit_difference: likewise, the largest difference of a logit.
     """
 
     examples: int
@@ -73,6 +78,8 @@ class Comparison:
     largest_logit_difference: float
     logit_range: float
     computed_in: str
+    unrounded_tokens: int | None = None
+    unrounded_logit_difference: float | None = None
 
     @property
     def holds(self) -> bool:
@@ -194,7 +201,13 @@ def free_memory() -> int:
 
 
 @torch.inference_mode()
-def compare(first: Callable[[], Any], second: Callable[[], Any], inputs: Inputs, rounding: torch.dtype) -> Comparison:
+def compare(
+    first: Callable[[], Any],
+    second: Callable[[], Any],
+    inputs: Inputs,
+    rounding: torch.dtype,
+    round_first: Callable[[Any], None] | None = None,
+) -> Comparison:
     """Compare two models' choices.
 
     Args:
@@ -202,6 +215,8 @@ def compare(first: Callable[[], Any], second: Callable[[], Any], inputs: Inputs,
         second: loads the other; called when the first is no longer in memory.
         inputs: what both see.
         rounding: type to which the second's weights were rounded.
+        round_first: rounds the first's weights likewise, in place, when it has chosen its tokens. What rounding changes
+            is then told apart from what is wrong.
     """
     from vlaft.model.generation import generate_action_ids
 
@@ -210,7 +225,10 @@ def compare(first: Callable[[], Any], second: Callable[[], Any], inputs: Inputs,
     ids, mask = inputs.input_ids.to(device), inputs.attention_mask.to(device)
     pixels = inputs.pixel_values.to(device=device, dtype=dtype)
     tokens = generate_action_ids(model, ids, pixels, mask, num_tokens=inputs.num_tokens)
-    reference = _logits(model, ids, mask, pixels, tokens)
+    exact = reference = _logits(model, ids, mask, pixels, tokens)
+    if round_first is not None:
+        round_first(model)
+        reference = _logits(model, ids, mask, pixels, tokens)
     del model
     gc.collect()
     model = second()
@@ -232,6 +250,8 @@ def compare(first: Callable[[], Any], second: Callable[[], Any], inputs: Inputs,
         largest_logit_difference=float((reference - other).abs().max()),
         logit_range=spread,
         computed_in=str(dtype).removeprefix("torch."),
+        unrounded_tokens=int((exact.argmax(dim=-1) == choice).sum()) if round_first else None,
+        unrounded_logit_difference=float((exact - other).abs().max()) if round_first else None,
     )
 
 
@@ -246,7 +266,7 @@ def _logits(model: Any, ids: Tensor, mask: Tensor, pixels: Tensor, tokens: Tenso
 
 
 def merge_check(
-    trained: Trained, base: Path, dtype: torch.dtype, device: torch.device
+    trained: Trained, base: Path, dtype: torch.dtype, device: torch.device, mode: Mode = "nearest"
 ) -> Callable[[Path], dict[str, Any]]:
     """Return the check that `merge` calls on its finished folder.
 
@@ -255,6 +275,7 @@ def merge_check(
         base: into which base.
         dtype: number format of both computations.
         device: where they run.
+        mode: how the merge rounds.
 
     Returns:
         A function of the merged folder that returns a record for `merge.json`, and raises `CheckFailed` when the
@@ -265,12 +286,14 @@ def merge_check(
         from vlaft.model.checkpoint import load_model
         from vlaft.model.tensor_stream import DTYPES
 
-        kinds = {DTYPES[entry.dtype] for entry in tensor_table(folder).values()} & set(_ROUNDING)
+        kinds = {name: DTYPES[entry.dtype] for name, entry in tensor_table(folder).items()}
+        floats = set(kinds.values()) & set(_ROUNDING)
         result = compare(
             lambda: _attach(load_model(base, dtype=dtype, device=device), trained),
             lambda: load_model(folder, dtype=dtype, device=device),
             example_inputs(trained, base),
-            max(kinds, key=lambda kind: _ROUNDING[kind], default=torch.float32),
+            max(floats, key=lambda kind: _ROUNDING[kind], default=torch.float32),
+            partial(_round, trained=trained, kinds=kinds, mode=mode) if floats - {torch.float32} else None,
         )
         if not result.holds:
             raise CheckFailed(
@@ -291,3 +314,43 @@ def _attach(model: Any, trained: Trained) -> Any:
         return load_adapter(model, trained.weights)
     load_trained(model, trained.weights)
     return model
+
+
+def round_parameters(model: Any, kinds: Mapping[str, torch.dtype]) -> None:
+    """Round each parameter that has a type in `kinds` to that type, in place; the model's own type stays."""
+    for name, parameter in model.named_parameters():
+        if name in kinds:
+            parameter.copy_(parameter.to(kinds[name]))
+
+
+def _round(model: Any, trained: Trained, kinds: Mapping[str, torch.dtype], mode: Mode) -> None:
+    """Put the trained weights into the base's and round the sum, as merging does; adapters by peft's arithmetic."""
+
+    def rounded(name: str, exact: Tensor) -> Tensor:
+        generator = generator_of(name) if mode == "stochastic" else None
+        return round_to(exact.float().cpu(), torch.empty(exact.shape, dtype=kinds[name]), generator)
+
+    if trained.is_adapter:
+        from peft.tuners.lora import LoraLayer
+
+        for name, module in model.get_base_model().named_modules():
+            if isinstance(module, LoraLayer):
+                _merge_layer(module, partial(rounded, f"{name}.weight"))
+        round_parameters(model.get_base_model(), kinds)
+        return
+    from vlaft.model.checkpoint import read_header
+    from vlaft.model.tensor_stream import read_tensor
+
+    parameters = dict(model.named_parameters())
+    for name, entry in read_header(trained.weights / TRAINED_FILE).items():
+        parameters[name].copy_(rounded(name, read_tensor(trained.weights, entry)))
+    round_parameters(model, kinds)
+
+
+def _merge_layer(layer: Any, rounded: Callable[[Tensor], Tensor]) -> None:
+    """Merge a layer's adapter in float32, whatever the model computes in, and round once."""
+    weight: nn.Parameter = layer.get_base_layer().weight
+    kind = weight.dtype
+    weight.data = weight.data.float()
+    layer.merge()
+    weight.data = rounded(weight.data).to(device=weight.device, dtype=kind)

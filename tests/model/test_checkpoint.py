@@ -14,7 +14,9 @@ from golden_models import MINI, base_tensors, copy_checkpoint, write_single_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlaft.data.prompts import load_base_files
 from vlaft.errors import CheckpointError
+from vlaft.known_bases import LICENCES
 from vlaft.model.checkpoint import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -25,6 +27,7 @@ from vlaft.model.checkpoint import (
     resolve_checkpoint,
     tensor_table,
 )
+from vlaft.model.presets import BASES
 
 FUSED = MINI / "fused"
 SHARD = "model-00003-of-00007.safetensors"
@@ -257,6 +260,34 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=words):
             resolve_checkpoint(str(tmp_path / name))
     assert resolve_checkpoint(str(FUSED)) == FUSED
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("openvla-7b", "openvla-7b: no such folder; did you mean 'openvla/openvla-7b'?"),
+        ("OpenVLA-v01-7b", "OpenVLA-v01-7b: no such folder; did you mean 'openvla/openvla-v01-7b'?"),
+        ("openvla", "openvla: no such folder; did you mean 'openvla/openvla-7b'?"),
+        ("my-robot", "my-robot: no such folder"),
+        ("./openvla-7b", "./openvla-7b: no such folder"),
+        ("/data/openvla-7b", "/data/openvla-7b: no such folder"),
+        ("runs/base/openvla-7b", "runs/base/openvla-7b: no such folder"),
+    ],
+)
+def test_a_plain_name_is_answered_with_the_nearest_known_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        resolve_checkpoint(name)
+    assert str(caught.value) == words
+    with pytest.raises(CheckpointError) as caught:  # the tokenizer's own way to the files, which `convert` takes
+        load_base_files(name)
+    assert str(caught.value).endswith(words.partition("no such folder")[2] or "(owner/name)")
+
+
+def test_the_known_bases_are_those_that_are_described() -> None:
+    assert set(LICENCES) == set(BASES)
 
 
 def test_configuration_of_the_mini_models() -> None:

@@ -55,21 +55,21 @@ def export(
     if push is not None:
         check_repository(push)
     check_output_folder(out, overwrite=overwrite)
-    result = _run(source, out, to, dtype, checkpoint)
+    result = _run(source, out, to, dtype, checkpoint, push)
     ratio = f", {result.bytes / result.source_bytes:.2f} of the source" if to in ("nf4", "int8") else ""
     say(f"{result.bytes / 1e9:.3f} GB{ratio} written to {out} and checked")
     if (found := result.comparison) is not None:
-        say(
-            f"{found.identical_tokens} of {found.tokens} tokens on {found.examples} examples ({found.inputs}) are those"
-            " of the source"
-        )
+        same = found.identical_tokens if found.unrounded_tokens is None else found.unrounded_tokens
+        say(f"{same} of {found.tokens} tokens on {found.examples} examples ({found.inputs}) are those of the source")
     for note in result.notes:
         warn(note)
     if push is not None:
         say(f"uploaded: {upload(out, push)}")
 
 
-def _run(source: str, out: Path, to: str, dtype: str | None, checkpoint: str | None) -> ExportResult:
+def _run(
+    source: str, out: Path, to: str, dtype: str | None, checkpoint: str | None, repository: str | None
+) -> ExportResult:
     from vlaft.cli.console import bytes_progress, say
     from vlaft.export import export_huggingface, stored_bytes
     from vlaft.model.checkpoint import resolve_checkpoint, tensor_table
@@ -87,7 +87,7 @@ def _run(source: str, out: Path, to: str, dtype: str | None, checkpoint: str | N
     say(f"{size / 1e9:.2f} GB to read; {free_bytes(out) / 1e9:.1f} GB are free at {out}")
     with bytes_progress("exporting", size) as advance:
         if to == "huggingface":
-            return export_huggingface(folder, out, dtype=dtype, advance=advance)
+            return export_huggingface(folder, out, dtype=dtype, repository=repository, advance=advance)
         from vlaft.export_quantized import export_quantized
 
         return export_quantized(folder, out, to, advance=advance)

@@ -11,6 +11,7 @@ import typer
 from vlaft.cli.arguments import Base, Out, Overwrite
 
 if TYPE_CHECKING:
+    from vlaft.adapt.rounding import Mode, Rounding
     from vlaft.trained import Trained
 
 
@@ -24,6 +25,12 @@ def merge(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default as the base has it.")
     ] = None,
+    rounding: Annotated[
+        str,
+        typer.Option(
+            "--rounding", help="Of what training changed: nearest, or stochastic where small changes would be lost."
+        ),
+    ] = "nearest",
     verify: Annotated[
         bool | None,
         typer.Option(
@@ -34,6 +41,7 @@ def merge(
     overwrite: Overwrite = False,
 ) -> None:
     """Write one plain checkpoint: the base with the trained weights folded in."""
+    from vlaft.adapt.rounding import MODES
     from vlaft.cli.arguments import check_output_folder
     from vlaft.cli.console import bytes_progress, say
     from vlaft.errors import CheckpointError, UsageError
@@ -45,6 +53,9 @@ def merge(
 
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise UsageError(f"--dtype {dtype}: give float32, bfloat16 or float16")
+    mode = next((mode for mode in MODES if mode == rounding), None)
+    if mode is None:
+        raise UsageError(f"--rounding {rounding}: give {' or '.join(MODES)}")
     check_output_folder(out, overwrite=overwrite)
     trained = find_trained(source, checkpoint)
     name = base or trained.base
@@ -53,14 +64,36 @@ def merge(
     folder = resolve_checkpoint(name)
     total = merged_bytes(folder, dtype)
     say(f"{total / 1e9:.2f} GB will be written to {out}; {free_bytes(out) / 1e9:.1f} GB are free there")
-    check = _check(trained, folder, verify)
+    check = _check(trained, folder, verify, mode)
     with bytes_progress("merging", total) as advance:
-        result = run_merge(trained, folder, out, base_name=name, dtype=dtype, advance=advance, check=check)
+        result = run_merge(
+            trained, folder, out, base_name=name, dtype=dtype, rounding=mode, advance=advance, check=check
+        )
     say(f"{result.changed} of {result.tensors} tensors changed; {result.bytes / 1e9:.2f} GB written to {out}")
+    _tell_rounding(result.rounding)
     say(f"next: vlaft predict {out} --image frame.png --instruction 'pick up the cup'")
 
 
-def _check(trained: Trained, base: Path, wanted: bool | None) -> Callable[[Path], Mapping[str, Any]] | None:
+def _tell_rounding(rounding: Rounding) -> None:
+    """Say how much of the learned change survived rounding, and what to do where that is too little."""
+    from vlaft.adapt.rounding import ENOUGH
+    from vlaft.cli.console import say, warn
+
+    if not rounding.types:
+        return
+    types = " and ".join(sorted(rounding.types))
+    say(
+        f"rounded to {types} ({rounding.mode}): {rounding.survives:.1%} of the learned change survives;"
+        f" {rounding.kept / max(rounding.changed, 1):.0%} of the numbers that training changed differ from the base"
+    )
+    if rounding.survives < ENOUGH:
+        warn(
+            f"rounding to {types} loses {1 - rounding.survives:.0%} of what was learned: merge again with --rounding"
+            " stochastic, which keeps it on average, or with --dtype float32 where it will also be run in float32"
+        )
+
+
+def _check(trained: Trained, base: Path, wanted: bool | None, mode: Mode) -> Callable[[Path], Mapping[str, Any]] | None:
     """Return the check of the merged folder, or None where it is not wanted or does not fit."""
     from vlaft.cli.console import say
     from vlaft.errors import VlaftError
@@ -77,7 +110,7 @@ def _check(trained: Trained, base: Path, wanted: bool | None) -> Callable[[Path]
             )
         say("not verified: the model does not fit into free memory (merging itself does not need it there)")
         return None
-    run = merge_check(trained, base, *place)
+    run = merge_check(trained, base, *place, mode)
 
     def check(folder: Path) -> Mapping[str, Any]:
         say("verifying: base with adapter, then the merged model, on the same examples")
@@ -88,6 +121,12 @@ def _check(trained: Trained, base: Path, wanted: bool | None) -> Callable[[Path]
             f" {found['tokens']} tokens are the same{ties}; largest logit difference"
             f" {found['largest_logit_difference']:.3g} of a range of {found['logit_range']:.3g}"
         )
+        if found["unrounded_tokens"] is not None:
+            say(
+                f"both are rounded alike; with the learned weights as they are, {found['unrounded_tokens']} of"
+                f" {found['tokens']} tokens are the same; largest logit difference"
+                f" {found['unrounded_logit_difference']:.3g}"
+            )
         return found
 
     return check

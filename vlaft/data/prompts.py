@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 from vlaft.data.actions import ActionTokenizer
 from vlaft.errors import CheckpointError, did_you_mean
+from vlaft.known_bases import nearest_base
 
 PromptStyle = Literal["openvla", "vicuna"]
 PROMPT_STYLES: tuple[PromptStyle, ...] = get_args(PromptStyle)
@@ -241,6 +242,7 @@ def _locate(base: str) -> dict[str, Path]:
     if base.count("/") != 1 or base.startswith((".", "/", "~")) or "\\" in base:
         raise CheckpointError(
             f"there is no checkpoint folder {base}, and it is no name on the Hugging Face Hub (owner/name)"
+            f"{nearest_base(base)}"
         )
     return _download(base)
 

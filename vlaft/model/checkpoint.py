@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vlaft.errors import CheckpointError, MissingExtra
+from vlaft.known_bases import nearest_base
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -63,7 +64,7 @@ def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
     if folder.exists():
         raise CheckpointError(f"{folder} is a file; give the checkpoint's folder")
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
-        raise CheckpointError(f"{name}: no such folder")
+        raise CheckpointError(f"{name}: no such folder{nearest_base(name)}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
