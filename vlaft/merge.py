@@ -25,6 +25,8 @@ from vlaft.errors import CheckpointError
 from vlaft.model.checkpoint import (
     INDEX_FILE,
     TensorEntry,
+    check_tensor_checksums,
+    expecting,
     fingerprint,
     read_header,
     read_json,
@@ -102,7 +104,7 @@ def merge(
     dtypes = _output_types(table, dtype)
     total = tensor_bytes(table, dtypes)
     with output_folder(out, total) as folder:
-        copy_tensors(base, folder, dtypes, changes, advance)
+        copy_tensors(base, folder, dtypes, changes, advance, trained.base_checksums)
         copy_release_files(base, folder)
         _write_config(base, folder, trained, checkpoint_dtype(dtypes))
         record = {
@@ -140,6 +142,8 @@ def _check_provenance(trained: Trained, base: Path, base_print: str, trained_pri
             raise CheckpointError(f"{base}: '{trained.weights.name}' is merged into this checkpoint already")
         record = record.get("earlier")
     if trained.base_fingerprint and trained.base_fingerprint != base_print:
+        if trained.base_checksums is not None:
+            check_tensor_checksums(base, trained.base_checksums)  # a damaged base is told apart from another one
         raise CheckpointError(
             f"{trained.weights} was trained on another base (fingerprint {trained.base_fingerprint[:12]}) than"
             f" {base} ({base_print[:12]}); give the right one with --base"
@@ -199,6 +203,7 @@ def copy_tensors(
     dtypes: Mapping[str, str],
     changes: Mapping[str, Change] | None = None,
     advance: Callable[[int], None] = lambda count: None,
+    checksums: str | None = None,
 ) -> None:
     """Stream a checkpoint's tensors into shards of the same names in `target`, with the index.
 
@@ -208,8 +213,14 @@ def copy_tensors(
         dtypes: type of each tensor in the output, by safetensors' names.
         changes: what replaces or changes single tensors.
         advance: called with the number of bytes that were written.
+        checksums: what the source's tensors have to be, as `tensor_checksums` returned it; None where nothing says.
+
+    Raises:
+        CheckpointError: a tensor cannot be read, or does not match its checksum.
     """
     table = tensor_table(source)
+    if checksums is not None:
+        table = expecting(table, source, checksums)
     scratch = Scratch()
     by_file: dict[str, list[str]] = {}
     for name, entry in table.items():
