@@ -47,6 +47,10 @@ class CheckpointError(VlaftError):
     """A checkpoint or adapter is missing, damaged, or does not fit what it is used with."""
 
 
+class Unchecked(UserWarning):
+    """Something is used without a check, because what wrote it left nothing to check it by; told once."""
+
+
 class MissingExtra(VlaftError):
     """A feature needs a package that is not installed."""
 

@@ -9,10 +9,11 @@ from safetensors.torch import save_file
 
 from vlaft.adapt.adapter_files import (
     CONFIG_FILE,
-    FINGERPRINT_KEY,
     WEIGHTS_FILE,
     adapter_table,
+    base_checksums,
     base_fingerprint,
+    base_metadata,
     read_adapter_tensors,
     read_settings,
 )
@@ -87,9 +88,9 @@ def export_adapter(trained: Trained, out: Path, *, base: str | None = None) -> E
     sort_parts(StoredSettings.from_json(settings, str(trained.weights)), _shapes(trained.weights))
     size = sum(tensor.nbytes for tensor in tensors.values())
     fingerprint = trained.base_fingerprint or base_fingerprint(trained.weights)
+    checksums = trained.base_checksums or base_checksums(trained.weights)
     with output_folder(out, size) as partial:
-        metadata = {"format": "pt"} | ({FINGERPRINT_KEY: fingerprint} if fingerprint else {})
-        save_file(tensors, partial / WEIGHTS_FILE, metadata=metadata)
+        save_file(tensors, partial / WEIGHTS_FILE, metadata=base_metadata(fingerprint, checksums))
         write_json(partial / CONFIG_FILE, dict(sorted(config.items())))
         if trained.statistics:
             write_json(partial / STATISTICS_FILE, check_statistics(trained.statistics, str(trained.weights)))

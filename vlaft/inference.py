@@ -27,7 +27,7 @@ from vlaft.data.images import ImagePipeline
 from vlaft.data.prompts import BaseFiles, load_base_files, prompt_style_of
 from vlaft.data.statistics import choose_key
 from vlaft.errors import CheckpointError, DataError, UsageError
-from vlaft.model.checkpoint import fingerprint, load_model, read_json, resolve_checkpoint
+from vlaft.model.checkpoint import check_tensor_checksums, fingerprint, load_model, read_json, resolve_checkpoint
 from vlaft.model.cuda_graphs import CudaGraphs
 from vlaft.model.generation import generate_action_ids
 from vlaft.model.packed_linear import pack_linears
@@ -239,6 +239,8 @@ def _base_of(trained: Trained, path: Path, base: str | None) -> Path:
     if name is None:
         raise CheckpointError(f"{path} does not say on which base it was trained; give it with --base")
     folder = resolve_checkpoint(name)
+    if trained.base_checksums is not None:
+        check_tensor_checksums(folder, trained.base_checksums)
     if trained.base_fingerprint and trained.base_fingerprint != fingerprint(folder):
         raise CheckpointError(f"{path} was trained on another base than {name}; give the right one with --base")
     return folder

@@ -26,6 +26,8 @@ from vlaft.errors import CheckpointError
 from vlaft.model.checkpoint import (
     INDEX_FILE,
     TensorEntry,
+    check_tensor_checksums,
+    expecting,
     fingerprint,
     read_header,
     read_json,
@@ -108,7 +110,7 @@ def merge(
     total = tensor_bytes(table, dtypes)
     rounded = Rounding(rounding)
     with output_folder(out, total) as folder:
-        copy_tensors(base, folder, dtypes, changes, advance, rounded)
+        copy_tensors(base, folder, dtypes, changes, advance, rounded, trained.base_checksums)
         copy_release_files(base, folder)
         _write_config(base, folder, trained, checkpoint_dtype(dtypes))
         record = {
@@ -147,6 +149,8 @@ def _check_provenance(trained: Trained, base: Path, base_print: str, trained_pri
             raise CheckpointError(f"{base}: '{trained.weights.name}' is merged into this checkpoint already")
         record = record.get("earlier")
     if trained.base_fingerprint and trained.base_fingerprint != base_print:
+        if trained.base_checksums is not None:
+            check_tensor_checksums(base, trained.base_checksums)  # a damaged base is told apart from another one
         raise CheckpointError(
             f"{trained.weights} was trained on another base (fingerprint {trained.base_fingerprint[:12]}) than"
             f" {base} ({base_print[:12]}); give the right one with --base"
@@ -207,6 +211,7 @@ def copy_tensors(
     changes: Mapping[str, Change] | None = None,
     advance: Callable[[int], None] = lambda count: None,
     rounding: Rounding | None = None,
+    checksums: str | None = None,
 ) -> None:
     """Stream a checkpoint's tensors into shards of the same names in `target`, with the index.
 
@@ -217,8 +222,14 @@ def copy_tensors(
         changes: what replaces or changes single tensors.
         advance: called with the number of bytes that were written.
         rounding: rounds the tensors that `changes` names; None does so to the nearest number.
+        checksums: what the source's tensors have to be, as `tensor_checksums` returned it; None where nothing says.
+
+    Raises:
+        CheckpointError: a tensor cannot be read, or does not match its checksum.
     """
     table = tensor_table(source)
+    if checksums is not None:
+        table = expecting(table, source, checksums)
     scratch, rounding = Scratch(), rounding or Rounding()
     by_file: dict[str, list[str]] = {}
     for name, entry in table.items():

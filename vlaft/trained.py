@@ -1,23 +1,31 @@
 """What a run or an adapter folder holds, found and described: the input of merge, export, evaluate and predict.
 
 Three kinds of folder are understood: a run (`vlaft train` wrote it: `run.json`), one checkpoint of a run
-(`checkpoints/step-000500`), and an adapter in peft's layout from anywhere, upstream's script included.
+(`checkpoints/step-000500`), and an adapter in peft's layout from anywhere, upstream's script included. What has a
+checksum is held against it here, once for all that use trained weights.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlaft.errors import CheckpointError
+from vlaft.errors import CheckpointError, Unchecked
+from vlaft.files import SEAL, UNSEALED, content_checksum, holds, seal_holds
 from vlaft.model.checkpoint import read_json
 
 RUN_FILE = "run.json"
 STATISTICS_FILE = "dataset_statistics.json"
+STATISTICS_CHECKSUM = "statistics_crc32c"  # in `run.json`: the checksum of their content
+ENVIRONMENT_FILE = "environment.json"
+BASE_CHECKSUMS = "base_checksums"  # in there
+STATE_FILE = "state.json"  # of a checkpoint; lists the checksums of its other files
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TRAINED_FILE = "trained.safetensors"
 
 
@@ -29,6 +37,7 @@ class Trained:
         weights: folder with an adapter or with `trained.safetensors`.
         base: folder or Hub id of the base, or None when nothing says.
         base_fingerprint: fingerprint of the base's weights, or None when nothing says.
+        base_checksums: `tensor_checksums` of the base, or None when nothing says.
         statistics: dataset statistics of the training data, empty when there are none.
         inference: keys for the merged `config.json` (`prompt_style`, `image_pipeline`), empty when unknown.
         recipe: name of the recipe, or None.
@@ -38,6 +47,7 @@ class Trained:
     weights: Path
     base: str | None
     base_fingerprint: str | None = None
+    base_checksums: str | None = None
     statistics: Mapping[str, Any] = field(default_factory=dict)
     inference: Mapping[str, Any] = field(default_factory=dict)
     recipe: str | None = None
@@ -55,14 +65,15 @@ def is_trained(folder: Path) -> bool:
 
 
 def find_trained(folder: Path, checkpoint: str | None = None) -> Trained:
-    """Describe the trained weights in `folder`.
+    """Describe the trained weights in `folder`, and see that they are as they were written.
 
     Args:
         folder: a run, a run's checkpoint, or an adapter.
         checkpoint: of a run: `best`, `last`, or a name such as `step-000500`; None takes the best, else the last.
 
     Raises:
-        CheckpointError: nothing of the kind is there, or the checkpoint asked for is not.
+        CheckpointError: nothing of the kind is there, the checkpoint asked for is not, or a file does not match its
+            checksum.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
@@ -81,7 +92,8 @@ def find_trained(folder: Path, checkpoint: str | None = None) -> Trained:
 
 
 def _of_run(run: Path, checkpoint: str | None) -> Trained:
-    content = read_json(run / RUN_FILE)
+    content = read_document(run / RUN_FILE)
+    environment = read_document(run / ENVIRONMENT_FILE) if (run / ENVIRONMENT_FILE).is_file() else {}
     name = checkpoint
     if checkpoint in (None, "best", "last"):
         name = content.get(checkpoint) if checkpoint else content.get("best") or content.get("last")
@@ -91,23 +103,92 @@ def _of_run(run: Path, checkpoint: str | None) -> Trained:
     if Path(str(name)).name != name or name == ".." or not weights.is_dir():
         there = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
         raise CheckpointError(f"{run}: no checkpoint '{name}' (there are: {', '.join(there) or 'none'})")
-    statistics = read_json(run / STATISTICS_FILE) if (run / STATISTICS_FILE).is_file() else {}
+    checked = check_weights(weights)
+    if not checked or SEAL not in content or BASE_CHECKSUMS not in environment:
+        warnings.warn(
+            f"{run}: an earlier vlaft wrote this run without checksums of all its files and of its base, so a change in"
+            " those would not be seen",
+            Unchecked,
+            stacklevel=3,
+        )
     return Trained(
         weights=weights,
         base=content.get("base"),
         base_fingerprint=content.get("base_fingerprint"),
-        statistics=statistics,
+        base_checksums=environment.get(BASE_CHECKSUMS),
+        statistics=read_run_statistics(run, content),
         inference=content.get("inference") or {},
         recipe=content.get("recipe"),
         run=run,
     )
 
 
+def read_document(path: Path) -> dict[str, Any]:
+    """Read a JSON object that may carry its own checksum, and hold it against that.
+
+    Raises:
+        CheckpointError: missing, damaged, or not as it was written.
+    """
+    content = read_json(path)
+    if seal_holds(content) is False:
+        raise CheckpointError(
+            f"{path}: the file does not match its checksum; take it from a copy of the run ({UNSEALED})"
+        )
+    return content
+
+
+def read_run_statistics(run: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's dataset statistics, empty where there are none.
+
+    Args:
+        run: the run's folder.
+        content: of its `run.json`, which has their checksum.
+
+    Raises:
+        CheckpointError: damaged, or not as they were written.
+    """
+    path = run / STATISTICS_FILE
+    statistics = read_json(path) if path.is_file() else {}
+    if content.get(STATISTICS_CHECKSUM) not in (None, content_checksum(statistics)):
+        raise CheckpointError(
+            f"{path}: the file does not match its checksum; continue the run with --resume, which writes it anew from"
+            " the training data"
+        )
+    return statistics
+
+
+def check_weights(weights: Path) -> bool:
+    """Hold the trained weights in a checkpoint against their checksums; say whether there are any.
+
+    Raises:
+        CheckpointError: a file does not match.
+    """
+    if not (weights / STATE_FILE).is_file():
+        return False
+    state = read_json(weights / STATE_FILE)
+    files = state.get("files")
+    damaged: str | None = None
+    if seal_holds(state) is False or not isinstance(files, Mapping):
+        damaged, files = STATE_FILE, {}
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_FILE):
+        try:
+            if name in files and not holds(weights / name, files[name]):
+                damaged = name
+        except OSError as error:
+            raise CheckpointError(f"{weights / name}: cannot be read ({error.strerror or error})") from None
+    if damaged is not None:
+        others = sorted((path.name for path in weights.parent.glob("step-*") if path != weights), reverse=True)
+        advice = f"take --checkpoint {' or '.join(others)}" if others else "copy or train it again"
+        raise CheckpointError(f"{weights / damaged}: the file does not match its checksum; {advice}")
+    return SEAL in state
+
+
 def _of_adapter(folder: Path) -> Trained:
     if not (folder / ADAPTER_CONFIG).is_file():
         raise CheckpointError(f"{folder}: trained tensors without their run; give the run's folder")
-    from vlaft.adapt.adapter_files import base_fingerprint
+    from vlaft.adapt.adapter_files import base_checksums, base_fingerprint
 
+    check_weights(folder)
     content = read_json(folder / ADAPTER_CONFIG)
     # Upstream leaves the statistics beside the adapter or in the folder above it.
     places = [folder / STATISTICS_FILE, folder.parent / STATISTICS_FILE]
@@ -116,6 +197,7 @@ def _of_adapter(folder: Path) -> Trained:
         weights=folder,
         base=content.get("base_model_name_or_path") or None,
         base_fingerprint=base_fingerprint(folder),
+        base_checksums=base_checksums(folder),
         statistics=statistics,
     )
 

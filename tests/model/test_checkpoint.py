@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import pytest
 import torch
 from golden_models import MINI, base_tensors, copy_checkpoint, write_single_file
@@ -20,11 +21,13 @@ from vlaft.known_bases import LICENCES
 from vlaft.model.checkpoint import (
     INDEX_FILE,
     SINGLE_FILE,
+    check_tensor_checksums,
     fingerprint,
     load_config,
     load_model,
     read_header,
     resolve_checkpoint,
+    tensor_checksums,
     tensor_table,
 )
 from vlaft.model.presets import BASES
@@ -328,3 +331,36 @@ def test_fingerprint_changes_with_type_name_and_shape(tmp_path: Path) -> None:
         for number, variant in enumerate(variants)
     ]
     assert len({*prints, fingerprint(FUSED)}) == 4
+
+
+def test_checksums_are_of_every_tensor_and_do_not_depend_on_sharding(tmp_path: Path) -> None:
+    tensors = base_tensors(FUSED)
+    single = write_single_file(FUSED, tmp_path / "single", tensors)
+    recorded = tensor_checksums(FUSED)
+    assert len(recorded) == 8 * len(tensors) and tensor_checksums(single) == recorded
+    names = sorted(tensors)
+    for number in (0, len(names) // 2, len(names) - 1):
+        data = tensors[names[number]].contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        assert recorded[8 * number : 8 * number + 8] == f"{google_crc32c.value(data):08x}"
+    check_tensor_checksums(single, recorded)
+
+
+def test_a_flip_inside_a_tensor_is_named_where_the_fingerprint_does_not_see_it(folder: Path) -> None:
+    recorded, before = tensor_checksums(folder), fingerprint(folder)
+    name, entry = max(tensor_table(folder).items(), key=lambda item: item[1].end - item[1].begin)
+    path = folder / entry.file
+    content = bytearray(path.read_bytes())
+    content[(entry.begin + entry.end) // 2] ^= 1
+    path.write_bytes(content)
+    assert fingerprint(folder) == before
+    with pytest.raises(CheckpointError, match=f"{entry.file}: the tensor '{name}' is not as it was in training"):
+        check_tensor_checksums(folder, recorded)
+
+
+def test_another_base_is_told_from_a_damaged_one(folder: Path, tmp_path: Path) -> None:
+    recorded = tensor_checksums(folder)
+    other = {name: tensor + 1 for name, tensor in base_tensors(folder).items()}
+    with pytest.raises(CheckpointError, match="tensors are not those of training, so this is another base"):
+        check_tensor_checksums(write_single_file(FUSED, tmp_path / "other", other), recorded)
+    with pytest.raises(CheckpointError, match="checksums are recorded for its"):
+        check_tensor_checksums(folder, recorded[8:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from vlaft.errors import CheckpointError
 from vlaft.model import tensor_stream
-from vlaft.model.checkpoint import TensorEntry, read_header
+from vlaft.model.checkpoint import TensorEntry, expecting, read_header, tensor_checksums, tensor_table
 from vlaft.model.tensor_stream import DTYPES, Scratch, ShardWriter, read_rows, read_tensor
 
 
@@ -116,3 +117,20 @@ def test_a_failing_disk_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(ShardWriter, "_write_all", full)
     with pytest.raises(OSError, match="No space"), ShardWriter(tmp_path / "x", {"a": ("F32", (2,))}) as writer:
         writer.write("a", torch.zeros(2))
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (700, 5), (0, 4)])
+def test_a_tensor_is_held_against_its_checksum_as_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(tensor_stream, "_CHUNK", 4096)  # several blocks
+    save_file({"x": torch.randn(shape), "y": torch.ones(2)}, tmp_path / "model.safetensors")
+    recorded = tensor_checksums(tmp_path)
+    entry = expecting(tensor_table(tmp_path), tmp_path, recorded)["x"]
+    assert len(read_tensor(tmp_path, entry).shape) == len(shape)
+    assert sum(block.numel() for _, block in read_rows(tmp_path, entry, Scratch())) == torch.Size(shape).numel()
+    wrong = replace(entry, crc32c="ffffffff")
+    with pytest.raises(CheckpointError, match="the tensor 'x' is not as it was in training"):
+        read_tensor(tmp_path, wrong)
+    with pytest.raises(CheckpointError, match="the tensor 'x' is not as it was in training"):
+        list(read_rows(tmp_path, wrong, Scratch()))

@@ -82,6 +82,7 @@ def checkpoint_content(out: Path, name: str) -> dict[str, Any]:
     """
     folder = out / "checkpoints" / name
     content: dict[str, Any] = {"state": json.loads((folder / "state.json").read_text())}
+    del content["state"]["crc32c"]  # of the list of files as well
     for file in content["state"].pop("files"):
         if file.endswith(".safetensors"):
             for key, tensor in load_file(folder / file).items():

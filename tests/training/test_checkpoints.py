@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 import torch
@@ -280,3 +281,29 @@ def test_state_lists_a_checksum_of_every_other_file(tmp_path: Path) -> None:
     path = write(tmp_path, 1, *build())
     files = json.loads((path / "state.json").read_text())["files"]
     assert set(files) == {TRAINED_FILE, "optimizer.safetensors"}
+
+
+def test_every_changed_digit_of_the_state_is_seen(tmp_path: Path) -> None:
+    path = write(tmp_path, 12, *build(), progress={"step": 12, "best_l1": 0.25}, loader={"offset": 7})
+    file = path / "state.json"
+    text = file.read_text()
+    places = [place for place, letter in enumerate(text) if letter.isdigit()]
+    assert len(places) > 20
+    for place in places:
+        file.write_text(text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :])
+        with pytest.raises(CheckpointError, match="step-000012"):
+            read_checkpoint(path)
+    file.write_text(text)
+    assert read_checkpoint(path)[0]["loader"] == {"offset": 7}
+
+
+def test_a_state_without_its_own_checksum_is_taken_and_told(tmp_path: Path) -> None:
+    path = write(tmp_path, 1, *build())
+    content = json.loads((path / "state.json").read_text())
+    del content["crc32c"]
+    content["files"] = {name: crc32((path / name).read_bytes()) for name in content["files"]}
+    (path / "state.json").write_text(json.dumps(content))
+    found, (sentence,) = newest_good(tmp_path)
+    assert found == path and "an earlier vlaft wrote it without a checksum" in sentence
+    _flip(path / TRAINED_FILE)
+    assert newest_good(tmp_path)[0] is None

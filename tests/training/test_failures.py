@@ -116,10 +116,10 @@ def test_disk_full_while_a_checkpoint_is_written(small: Small, tmp_path: Path, m
     recipe, out = small.recipe("lora8", *STEPS), tmp_path / "run"
     original = run_module.save_adapter
 
-    def save(model: Any, folder: Path, fingerprint: str) -> None:
+    def save(model: Any, folder: Path, *base: str) -> None:
         if "step-000004" in folder.name:
             raise OSError(28, "No space left on device")
-        original(model, folder, fingerprint)
+        original(model, folder, *base)
 
     monkeypatch.setattr(run_module, "save_adapter", save)
     with pytest.raises(VlaftError, match=r"step-000004: the checkpoint could not be written \(No space left"):

@@ -1,8 +1,8 @@
 """Adapters on disk, in peft's layout: `adapter_config.json` and `adapter_model.safetensors`.
 
 * Upstream's own script also stores the frozen head as `...lm_head.base_layer.weight`; it is skipped on reading.
-* vlaft's adapters carry the fingerprint of the base that they were trained on in the safetensors metadata, which
-  every other reader ignores.
+* vlaft's adapters carry the fingerprint of the base that they were trained on, and its tensors' checksums, in the
+  safetensors metadata, which every other reader ignores.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 FINGERPRINT_KEY = "base_fingerprint"
+CHECKSUMS_KEY = "base_checksums"
 
 
 def is_adapter(folder: Path) -> bool:
@@ -74,9 +75,24 @@ def read_adapter_config(folder: Path) -> LoraConfig:
 
 def base_fingerprint(folder: Path) -> str | None:
     """Return the fingerprint of the base that an adapter was trained on, or None when it does not say."""
+    return _metadata(folder).get(FINGERPRINT_KEY)
+
+
+def base_checksums(folder: Path) -> str | None:
+    """Return `tensor_checksums` of the base that an adapter was trained on, or None when it does not say."""
+    return _metadata(folder).get(CHECKSUMS_KEY)
+
+
+def base_metadata(fingerprint: str | None, checksums: str | None) -> dict[str, str]:
+    """Return the safetensors metadata of an adapter, which say on which base it was trained."""
+    known = {FINGERPRINT_KEY: fingerprint, CHECKSUMS_KEY: checksums}
+    return {"format": "pt"} | {key: value for key, value in known.items() if value}
+
+
+def _metadata(folder: Path) -> dict[str, str]:
     try:
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-            return (file.metadata() or {}).get(FINGERPRINT_KEY)
+            return file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHTS_FILE}: {error}") from None
 
@@ -95,25 +111,36 @@ def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{folder / WEIGHTS_FILE}: {error}") from None
 
 
-def save_adapter(model: PeftModel, folder: Path, fingerprint: str | None = None) -> None:
+def save_adapter(model: PeftModel, folder: Path, fingerprint: str | None = None, checksums: str | None = None) -> None:
     """Write `model`'s adapter into the existing `folder`; the frozen head is not stored."""
     from peft import get_peft_model_state_dict
 
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    write_adapter(folder, tensors, model.peft_config["default"].to_dict(), fingerprint)
+    write_adapter(folder, tensors, model.peft_config["default"].to_dict(), fingerprint, checksums)
 
 
 def write_adapter(
-    folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], fingerprint: str | None
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    fingerprint: str | None,
+    checksums: str | None,
 ) -> None:
-    """Write an adapter's tensors and peft's `config` of it into the existing `folder`."""
+    """Write an adapter's tensors and peft's `config` of it into the existing `folder`.
+
+    Args:
+        folder: where to write.
+        tensors: by peft's names.
+        config: as peft has it.
+        fingerprint: of the base.
+        checksums: of the base's tensors.
+    """
     from safetensors.torch import save_file
 
-    metadata = {"format": "pt"} | ({FINGERPRINT_KEY: fingerprint} if fingerprint else {})
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
         folder / WEIGHTS_FILE,
-        metadata=metadata,
+        metadata=base_metadata(fingerprint, checksums),
     )
     content = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     content |= {"inference_mode": True, "auto_mapping": None}

@@ -67,7 +67,13 @@ def _state(model: PeftModel) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
 
 
-def save_converted(model: PeftModel, initial: dict[str, Tensor], folder: Path, fingerprint: str | None) -> None:
+def save_converted(
+    model: PeftModel,
+    initial: dict[str, Tensor],
+    folder: Path,
+    fingerprint: str | None,
+    checksums: str | None = None,
+) -> None:
     """Write the adapter as a plain one of twice the rank into the existing `folder`.
 
     Args:
@@ -75,6 +81,7 @@ def save_converted(model: PeftModel, initial: dict[str, Tensor], folder: Path, f
         initial: what `initialise` returned.
         folder: where to write.
         fingerprint: of the base as released.
+        checksums: of its tensors.
     """
     tensors = {}
     for name, now in _state(model).items():
@@ -88,7 +95,7 @@ def save_converted(model: PeftModel, initial: dict[str, Tensor], folder: Path, f
     scaling = next(layer.scaling[_NAME] for layer in model.modules() if isinstance(layer, LoraLayer))
     rank = 2 * config["r"]
     config |= {"r": rank, "lora_alpha": scaling * rank, "use_rslora": False, "init_lora_weights": True}
-    write_adapter(folder, tensors, config, fingerprint)
+    write_adapter(folder, tensors, config, fingerprint, checksums)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""`vlaft doctor`: whether this machine has what vlaft needs."""
+"""`vlaft doctor`: whether this machine has what vlaft needs, and whether files are as they were written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import typer
 
 from vlaft.cli.arguments import AsJson
 
@@ -37,17 +39,27 @@ class Finding:
     advice: str = ""
 
 
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Converted datasets, runs and checkpoints to read through.", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Say what this machine has and lacks: Python, torch, GPU, extras, disk space for a base.
 
-    The exit code is 3 where something is missing that every command needs.
+    Folders that are named are read through instead: every file that has a checksum is held against it, and a run's base
+    as well. The exit code is 3 where something is missing that every command needs, or a checksum does not hold.
     """
     from rich.table import Table
 
     from vlaft.cli.console import print_json, show
     from vlaft.errors import CheckFailed
 
-    findings = [_python(), *_torch_and_gpu(), *_extras(), _trackers(), _disk()]
+    if folders:
+        findings = [finding for folder in folders for finding in _readings(folder)]
+    else:
+        findings = [_python(), *_torch_and_gpu(), *_extras(), _trackers(), _disk()]
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:
@@ -63,7 +75,15 @@ def doctor(as_json: AsJson = False) -> None:
         show(table)
     problems = [one for one in findings if one.state == "problem"]
     if problems:
-        raise CheckFailed("; ".join(f"{one.subject}: {one.advice or one.found}" for one in problems))
+        told = (one.found if folders else f"{one.subject}: {one.advice or one.found}" for one in problems)
+        raise CheckFailed("; ".join(told))
+
+
+def _readings(folder: Path) -> list[Finding]:
+    from vlaft.integrity import check_folder
+
+    states: dict[bool | None, Literal["ok", "note", "problem"]] = {True: "ok", None: "note", False: "problem"}
+    return [Finding(str(one.subject), states[one.whole], one.found) for one in check_folder(folder)]
 
 
 def _python() -> Finding:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
@@ -30,7 +31,7 @@ from vlaft.cli import (
     serve,
     train,
 )
-from vlaft.errors import ConfigError, VlaftError
+from vlaft.errors import ConfigError, Unchecked, VlaftError
 
 app = typer.Typer(
     name="vlaft",
@@ -79,6 +80,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words or os.environ.get("VLAFT_DEBUG", "0") not in ("", "0")
     words = [word for word in words if word != "--debug"]  # accepted after the verb as well
+    with warnings.catch_warnings():
+        _tell_what_is_unchecked()
+        return _run(words, debug)
+
+
+def _tell_what_is_unchecked() -> None:
+    """Show warnings of what cannot be checked as sentences, each once; all others stay as they are."""
+    show, told = warnings.showwarning, set[str]()
+
+    def show_warning(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if not issubclass(category, Unchecked):
+            show(message, category, filename, lineno, file, line)
+        elif str(message) not in told:
+            from vlaft.cli.console import warn
+
+            told.add(str(message))
+            warn(str(message))
+
+    warnings.simplefilter("always", Unchecked)
+    warnings.showwarning = show_warning
+
+
+def _run(words: list[str], debug: bool) -> int:
     try:
         result = app(words or ["--help"], prog_name="vlaft", standalone_mode=False)
         sys.stdout.flush()  # a closed pipe must show here, not while the interpreter shuts down

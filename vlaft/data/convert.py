@@ -43,16 +43,18 @@ from vlaft.data.convert_staging import (
 )
 from vlaft.data.images import ImagePipeline
 from vlaft.data.prompts import BaseFiles, load_base_files
-from vlaft.data.statistics import write_statistics
+from vlaft.data.statistics import read_statistics, write_statistics
 from vlaft.data.store import (
     DATASET_FILE,
     FORMAT_VERSION,
     SPLITS,
+    STATISTICS_CHECKSUM,
     STATISTICS_FILE,
     shard_entry,
     write_json,
 )
 from vlaft.errors import ConfigError, DataError
+from vlaft.files import content_checksum, sealed
 
 __all__ = ["Conversion", "ConvertRequest", "Skipped", "SourceRequest", "convert"]
 
@@ -166,7 +168,9 @@ def convert(request: ConvertRequest, *, dry_run: bool = False, progress: Progres
             plan = _plan(request, opened, base, known, progress)
         conversion = _conversion(request, opened, plan, results, reused)
         write_statistics(staging / STATISTICS_FILE, conversion.statistics)
-        write_json(staging / DATASET_FILE, _describe(request, plan, base, pipeline, conversion, results))
+        described = _describe(request, plan, base, pipeline, conversion, results)
+        described[STATISTICS_CHECKSUM] = content_checksum(read_statistics(staging / STATISTICS_FILE))
+        write_json(staging / DATASET_FILE, sealed(described))
         # something may have come to lie there in the meantime
         check_output(request.out, [source.path for source in request.sources], request.overwrite)
         move_into_place(staging, request.out)

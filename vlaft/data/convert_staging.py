@@ -12,8 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from vlaft.data.convert_shards import Damaged, ShardResult
-from vlaft.data.store import DATASET_FILE, Shard, checksum, read_json, sync_file, sync_folder, write_json
+from vlaft.data.store import DATASET_FILE, Shard, read_json, sync_file, sync_folder, write_json
 from vlaft.errors import DataError
+from vlaft.files import checksum
 
 STATE = ".conversion"  # folder inside the staging folder: the fingerprint and what is finished
 _DAMAGE = "damaged.json"  # in there: episodes whose frames turned out damaged

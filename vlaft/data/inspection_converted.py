@@ -63,6 +63,7 @@ def inspect_converted(
         DataError: it is damaged, or has no rows.
     """
     dataset = ConvertedDataset(path)
+    dataset.verify()
     sources: list[dict[str, Any]] = list(dataset.info.get("sources", []))
     if not sources or not all(isinstance(source, dict) for source in sources):
         raise DataError(f"{path / DATASET_FILE} names no source; convert the source again")
@@ -130,6 +131,8 @@ def inspect_converted(
         progress("reading episodes", len(places), len(places))
     skipped = dataset.info.get("skipped") or []
     told = [str(sentence) for sentence in dataset.info.get("warnings") or []]
+    if not dataset.has_checksum:
+        told.append(f"an earlier vlaft wrote {DATASET_FILE} without a checksum, so a change in it would not be seen")
     if skipped:
         told.append(f"the conversion left out {len(skipped)} episodes; dataset.json says which and why")
     return Inspection(

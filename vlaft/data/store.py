@@ -25,10 +25,12 @@ from numpy.typing import NDArray
 from vlaft.data.images import ImagePipeline
 from vlaft.data.statistics import read_statistics
 from vlaft.errors import DataError
+from vlaft.files import SEAL, UNSEALED, checksum, content_checksum, holds, seal_holds, unsealed
 
 FORMAT_VERSION = 1
 DATASET_FILE = "dataset.json"
 STATISTICS_FILE = "dataset_statistics.json"
+STATISTICS_CHECKSUM = "statistics_crc32c"  # key of the checksum of their content
 MAIN_CAMERA = "image"
 ROW_GROUP = 8  # rows read together at random access: 0.2 MB of JPEG
 SPLITS = ("train", "val")
@@ -162,17 +164,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def checksum(path: Path) -> str:
-    """Return the CRC-32C of a file, eight hexadecimal digits."""
-    import google_crc32c
-
-    digest = google_crc32c.Checksum()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return str(digest.digest().hex())
-
-
 def sync_file(path: Path) -> None:
     """Make the content of a file durable."""
     with path.open("rb") as file:
@@ -191,9 +182,13 @@ def sync_folder(folder: Path) -> None:
 class ConvertedDataset:
     """A folder that `vlaft convert` wrote, opened for reading; any number of threads may read.
 
+    Each file is held against its checksum where it is first read: `dataset.json` and the statistics here, a shard with
+    the first of its rows.
+
     Attributes:
         path: the folder.
-        info: `dataset.json`.
+        info: `dataset.json`, without its checksums.
+        has_checksum: whether `dataset.json` carries its own checksum; those of earlier versions do not.
         statistics: `dataset_statistics.json`: name to statistics.
         cameras: the image columns, the main one first.
         pipeline: how the frames were prepared.
@@ -204,7 +199,8 @@ class ConvertedDataset:
         """Read the folder's metadata and see whether every shard is there.
 
         Raises:
-            DataError: this is no converted dataset, it is of another version, or a shard is missing or damaged.
+            DataError: this is no converted dataset, it is of another version, a shard is missing or cut off, or a
+                document does not match its checksum.
         """
         self.path = Path(path)
         if not (self.path / DATASET_FILE).is_file():
@@ -226,12 +222,15 @@ class ConvertedDataset:
                 f"{self.path / DATASET_FILE} lacks or misnames {error}; convert the source again"
             ) from error
         self.statistics = read_statistics(self.path / STATISTICS_FILE)
+        self._check_documents()
         self._shards = {split: [shard for shard in shards if shard.split == split] for split in SPLITS}
         self._files: dict[str, pq.ParquetFile] = {}
         self._groups: dict[str, list[tuple[str, int]]] = {}  # per split: (shard file, row group) ...
         self._starts: dict[str, NDArray[np.int64]] = {}  # ... and the number of its first row
         self._cache: OrderedDict[tuple[str, int, str | None], pa.Table] = OrderedDict()
         self._lock = threading.Lock()
+        self._by_name: dict[str, Shard] = {}
+        self._checked: set[str] = set()  # files of the shards that match their checksums
         for split in SPLITS:
             self._index(split)
 
@@ -278,6 +277,7 @@ class ConvertedDataset:
         parts = []
         for shard in self._shards[split]:
             with self._lock:
+                self._check(shard)
                 try:
                     parts.append(self._files[shard.file].read(columns=wanted))
                 except (OSError, pa.ArrowException) as error:
@@ -285,14 +285,40 @@ class ConvertedDataset:
         return pa.concat_tables(parts) if parts else pa.schema([schema.field(name) for name in wanted]).empty_table()
 
     def verify(self) -> None:
-        """Compare every shard with its checksum.
+        """Compare every shard with its checksum, also those that are unchanged since they were last read.
 
         Raises:
             DataError: one differs.
         """
         for shard in (shard for split in SPLITS for shard in self._shards[split]):
-            if checksum(self.path / shard.file) != shard.crc32c:
-                raise DataError(f"{self.path / shard.file} does not match its checksum; convert the source again")
+            self._check(shard, fresh=True)
+
+    def _check(self, shard: Shard, *, fresh: bool = False) -> None:
+        if shard.file in self._checked and not fresh:
+            return
+        path = self.path / shard.file
+        try:
+            whole = holds(path, shard.crc32c, fresh=fresh)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror or error}); convert the source again") from error
+        if not whole:
+            raise DataError(f"{path} does not match its checksum; convert the source again")
+        self._checked.add(shard.file)
+
+    def _check_documents(self) -> None:
+        """Hold `dataset.json` against its own checksum, and the statistics against the one that it has of them."""
+        document = self.path / DATASET_FILE
+        whole = seal_holds(self.info)
+        if whole is False:
+            raise DataError(f"{document} does not match its checksum; convert the source again ({UNSEALED})")
+        self.has_checksum = whole is not None
+        self.info = unsealed(self.info)
+        recorded = self.info.pop(STATISTICS_CHECKSUM, None)
+        if recorded not in (None, content_checksum(self.statistics)):
+            raise DataError(
+                f"{self.path / STATISTICS_FILE} does not match its checksum; convert the source again (if the change is"
+                f' meant, delete the lines "{STATISTICS_CHECKSUM}" and "{SEAL}" in {DATASET_FILE})'
+            )
 
     def _index(self, split: str) -> None:
         groups: list[tuple[str, int]] = []
@@ -316,6 +342,7 @@ class ConvertedDataset:
             if metadata.num_rows != shard.rows or not set(self.cameras) <= set(file.schema_arrow.names):
                 raise DataError(f"{path} is not the shard that {DATASET_FILE} describes; convert the source again")
             self._files[shard.file] = file
+            self._by_name[shard.file] = shard
             groups += [(shard.file, group) for group in range(metadata.num_row_groups)]
             lengths += [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._groups[split] = groups
@@ -326,6 +353,7 @@ class ConvertedDataset:
             key = (file, group, column)
             table = self._cache.pop(key, None)
             if table is None:
+                self._check(self._by_name[file])
                 try:
                     columns = None if column is None else [column]
                     table = self._files[file].read_row_group(group, columns=columns, use_threads=False)

@@ -11,16 +11,20 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from vlaft.errors import CheckpointError, MissingExtra
+from vlaft.files import remembered
 from vlaft.known_bases import nearest_base
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _MAX_HEADER = 100 * 2**20  # safetensors' own bound on a header
+_CHUNK = 2**20  # bytes read at once
+_FEW = 20  # tensors that a disk or a download damages; where more differ, it is another checkpoint
 _SAMPLE = 4096  # bytes of each tensor that the fingerprint reads
 # What bitsandbytes keeps beside a weight of 4 bits (`weight.absmax` ...) or 8 bits (`SCB` ...).
 _STATES_4BIT = ("quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")
@@ -41,6 +45,8 @@ class TensorEntry:
         shape: the tensor's shape.
         begin: first byte in the file.
         end: byte after the last.
+        name: of the tensor, where `crc32c` is given.
+        crc32c: the checksum that its bytes have to have when they are read, or None where nothing says.
     """
 
     file: str
@@ -48,6 +54,8 @@ class TensorEntry:
     shape: tuple[int, ...]
     begin: int
     end: int
+    name: str = ""
+    crc32c: str | None = None
 
 
 def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
@@ -182,6 +190,96 @@ def fingerprint(folder: Path) -> str:
                 file.seek(begin)
                 digest.update(file.read(min(_SAMPLE, entry.end - begin)))
     return digest.hexdigest()[:32]
+
+
+def tensor_checksums(folder: Path, *, fresh: bool = False) -> str:
+    """Return the CRC-32C of every tensor's bytes, eight hexadecimal digits each, in the order of their names.
+
+    Reads all bytes, but each file once as long as it stays as it is; sharding does not matter.
+
+    Args:
+        folder: of a checkpoint.
+        fresh: read also files that are as they were when they were last read.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or cannot be read.
+    """
+    found: dict[str, str] = {}
+    table = tensor_table(folder)
+    for file in sorted({entry.file for entry in table.values()}):
+        try:
+            found |= remembered(folder / file, _checksums_in, fresh=fresh)
+        except OSError as error:
+            raise CheckpointError(f"{folder / file}: cannot be read ({error.strerror or error})") from None
+    return "".join(found[name] for name in sorted(table))
+
+
+def _checksums_in(path: Path) -> dict[str, str]:
+    """Return the CRC-32C of the tensors in one file."""
+    entries = read_header(path)
+    with path.open("rb", buffering=0) as file:
+        return {name: _checksum_between(file, entries[name].begin, entries[name].end) for name in entries}
+
+
+def _checksum_between(file: FileIO, begin: int, end: int) -> str:
+    import google_crc32c
+
+    file.seek(begin)
+    value = 0
+    while begin < end and (block := file.read(min(_CHUNK, end - begin))):
+        value = google_crc32c.extend(value, block)
+        begin += len(block)
+    return f"{value:08x}"
+
+
+def expecting(table: Mapping[str, TensorEntry], folder: Path, recorded: str) -> dict[str, TensorEntry]:
+    """Return the table of `folder` with the checksum that each tensor has to have when it is read.
+
+    Args:
+        table: all tensors of a checkpoint.
+        folder: of the checkpoint, for the message.
+        recorded: what `tensor_checksums` returned.
+
+    Raises:
+        CheckpointError: the checksums are those of other tensors.
+    """
+    if len(recorded) != 8 * len(table):
+        raise CheckpointError(f"{folder}: {len(recorded) // 8} checksums are recorded for its {len(table)} tensors")
+    return {
+        name: replace(table[name], name=name, crc32c=recorded[8 * number : 8 * number + 8])
+        for number, name in enumerate(sorted(table))
+    }
+
+
+def check_tensor_checksums(folder: Path, recorded: str, *, fresh: bool = False) -> None:
+    """Hold a checkpoint's tensors against the checksums that were recorded of them.
+
+    Raises:
+        CheckpointError: some of the tensors are not as they were, all of it is another checkpoint, or a file cannot be
+            read.
+    """
+    now = tensor_checksums(folder, fresh=fresh)
+    table = tensor_table(folder)
+    changed = [
+        entry
+        for number, entry in enumerate(expecting(table, folder, recorded).values())
+        if entry.crc32c != now[8 * number : 8 * number + 8]
+    ]
+    if len(changed) > _FEW:
+        raise CheckpointError(
+            f"{folder}: {len(changed)} of {len(table)} tensors are not those of training, so this is another base; give"
+            " the right one with --base"
+        )
+    if changed:
+        raise changed_tensor(folder, changed[0])
+
+
+def changed_tensor(folder: Path, entry: TensorEntry) -> CheckpointError:
+    """Return the error for a tensor of a base that does not match its checksum."""
+    return CheckpointError(
+        f"{folder / entry.file}: the tensor '{entry.name}' is not as it was in training (its checksum is another):"
+        " download or copy the base again"
+    )
 
 
 def load_config(folder: Path) -> Any:

@@ -15,11 +15,12 @@ from io import FileIO
 from pathlib import Path
 from types import TracebackType
 
+import google_crc32c
 import torch
 from torch import Tensor
 
 from vlaft.errors import CheckpointError
-from vlaft.model.checkpoint import TensorEntry
+from vlaft.model.checkpoint import TensorEntry, changed_tensor
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -41,7 +42,7 @@ def read_tensor(folder: Path, entry: TensorEntry) -> Tensor:
     """Read one tensor into memory of its own.
 
     Raises:
-        CheckpointError: the file ends early, or the type is not known.
+        CheckpointError: the file ends early, the type is not known, or the checksum is not the expected one.
     """
     if entry.dtype not in DTYPES:
         raise CheckpointError(f"{folder / entry.file}: tensors of type {entry.dtype} are not supported")
@@ -50,6 +51,8 @@ def read_tensor(folder: Path, entry: TensorEntry) -> Tensor:
         file.seek(entry.begin)
         if file.readinto(buffer) != len(buffer):
             raise CheckpointError(f"{folder / entry.file}: truncated")
+    if entry.crc32c is not None and f"{google_crc32c.value(bytes(buffer)):08x}" != entry.crc32c:
+        raise changed_tensor(folder, entry)
     if not buffer:
         return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
     return torch.frombuffer(buffer, dtype=DTYPES[entry.dtype]).view(entry.shape)
@@ -81,10 +84,12 @@ def read_rows(folder: Path, entry: TensorEntry, scratch: Scratch) -> Iterator[tu
         The number of the first row and `[rows, ...]`, a number as one row. The second next has its memory.
 
     Raises:
-        CheckpointError: the file ends early, or the type is not known.
+        CheckpointError: the file ends early, the type is not known, or, after the last block, the checksum is not the
+            expected one.
     """
     if entry.dtype not in DTYPES:
         raise CheckpointError(f"{folder / entry.file}: tensors of type {entry.dtype} are not supported")
+    checksum = 0
     shape = entry.shape or (1,)
     row = (entry.end - entry.begin) // max(shape[0], 1)
     rows = max(1, _CHUNK // max(row, 1))
@@ -92,13 +97,17 @@ def read_rows(folder: Path, entry: TensorEntry, scratch: Scratch) -> Iterator[tu
         file.seek(entry.begin)
         for first in range(0, shape[0], rows):
             block = scratch.take("read", DTYPES[entry.dtype], (min(rows, shape[0] - first), *shape[1:]))
-            left = memoryview(block.view(-1).view(torch.uint8).numpy().data)
+            data = left = memoryview(block.view(-1).view(torch.uint8).numpy().data)
             while left:
                 got = file.readinto(left)
                 if not got:
                     raise CheckpointError(f"{folder / entry.file}: truncated")
                 left = left[got:]
+            if entry.crc32c is not None:
+                checksum = google_crc32c.extend(checksum, bytes(data))
             yield first, block
+    if entry.crc32c is not None and f"{checksum:08x}" != entry.crc32c:
+        raise changed_tensor(folder, entry)
 
 
 class ShardWriter:

@@ -4,8 +4,8 @@ A checkpoint `step-000500/` holds
 * the adapter in peft's layout, or `trained.safetensors` with the trained tensors under the base's names;
 * `optimizer.safetensors` and `state.json`: moments, random state, position in the data, best result so far.
 
-Nothing is pickled. `state.json` lists a checksum of each other file and is written last, so that a folder whose
-list does not hold is told apart from a good one.
+Nothing is pickled. `state.json` lists a checksum of each other file, carries its own, and is written last, so that a
+folder in which one does not hold is told apart from a good one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlaft.errors import CheckpointError, VlaftError
+from vlaft.files import SEAL, checksum, holds, seal_holds, sealed, unsealed
 from vlaft.output_folder import sync
-from vlaft.trained import TRAINED_FILE
+from vlaft.trained import STATE_FILE, TRAINED_FILE
 from vlaft.training.distributed import spread_like, whole
 
 _OPTIMIZER_FILE = "optimizer.safetensors"
-_STATE_FILE = "state.json"
 _NAME = re.compile(r"^step-(\d{6,})$")
 _CONSTANTS = ("qmap1", "qmap2")  # code books of 8-bit optimizers, the same for all
 
@@ -161,9 +160,9 @@ def write_checkpoint(
         partial.mkdir(parents=True)
         write_weights(partial)
         save_file(tensors | random_state(), partial / _OPTIMIZER_FILE)
-        files = {path.name: _checksum(path) for path in sorted(partial.iterdir())}
+        files = {path.name: checksum(path) for path in sorted(partial.iterdir())}
         content = state | {"step": step, "optimizer_scalars": scalars, "files": files}
-        (partial / _STATE_FILE).write_text(json.dumps(content, indent=2) + "\n")
+        (partial / STATE_FILE).write_text(json.dumps(sealed(content), indent=2) + "\n")
         for path in partial.iterdir():
             sync(path)
         if final.exists():  # the same step, written before an interruption
@@ -180,20 +179,29 @@ def write_checkpoint(
     return final
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's `state.json` and hold the other files against it.
+def read_state(folder: Path, *, fresh: bool = False) -> dict[str, Any]:
+    """Read a checkpoint's `state.json` and hold it and the other files against their checksums.
+
+    Args:
+        folder: the checkpoint.
+        fresh: read also files that are as they were when they were last read.
+
+    Returns:
+        Its content, with its own checksum where it carries one.
 
     Raises:
         CheckpointError: a file is missing or does not match its checksum.
     """
     try:
-        state = json.loads((folder / _STATE_FILE).read_text())
+        state = json.loads((folder / STATE_FILE).read_text())
         files = dict(state["files"])
-        for name, checksum in files.items():
-            if Path(name).name != name or _checksum(folder / name) != checksum:
+        if seal_holds(state) is False:
+            raise CheckpointError(f"{folder / STATE_FILE}: the file does not match its checksum")
+        for name, recorded in files.items():
+            if Path(name).name != name or not holds(folder / name, recorded, fresh=fresh):
                 raise CheckpointError(f"{folder / name}: the file does not match its checksum")
         if _OPTIMIZER_FILE not in files:
-            raise CheckpointError(f"{folder / _STATE_FILE}: it does not describe a whole checkpoint")
+            raise CheckpointError(f"{folder / STATE_FILE}: it does not describe a whole checkpoint")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder}: the checkpoint is damaged ({error})") from None
     return state
@@ -205,7 +213,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], di
     Raises:
         CheckpointError: a file is missing or does not match its checksum.
     """
-    state = read_state(folder)
+    state = unsealed(read_state(folder))
     try:
         tensors = load_file(folder / _OPTIMIZER_FILE)
     except (OSError, SafetensorError) as error:
@@ -215,14 +223,22 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], di
 
 
 def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint that is whole, and a sentence for each damaged one that was passed over."""
+    """Return the newest checkpoint that is whole, and a sentence for each damaged one that was passed over.
+
+    A whole one whose state could not be checked gives a sentence as well.
+    """
     warnings = []
     for path in reversed(list_checkpoints(folder)):
         try:
-            read_state(path)
+            state = read_state(path)
         except CheckpointError as error:
             warnings.append(f"{error}; falling back to the one before")
             continue
+        if SEAL not in state:
+            warnings.append(
+                f"{path / STATE_FILE}: an earlier vlaft wrote it without a checksum, so a change in it would not be"
+                " seen; those of the other files hold"
+            )
         return path, warnings
     return None, warnings
 
@@ -254,14 +270,6 @@ def rotate(folder: Path, keep: int, best: str | None) -> None:
             path.rename(doomed)
     for path in folder.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _checksum(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            value = zlib.crc32(block, value)
-    return value
 
 
 def write_trained(tensors: Mapping[str, Tensor], folder: Path) -> None:

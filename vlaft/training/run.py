@@ -22,7 +22,8 @@ from vlaft.config import RecipeConfig, resolve_precision
 from vlaft.data.augmentation import pixel_values
 from vlaft.data.loader import IGNORED, Batch
 from vlaft.errors import CheckpointError, ConfigError, VlaftError
-from vlaft.model.checkpoint import fingerprint
+from vlaft.files import content_checksum
+from vlaft.model.checkpoint import fingerprint, tensor_checksums
 from vlaft.training.batches import TrainingData, to_inputs
 from vlaft.training.checkpoints import (
     checkpoint_name,
@@ -75,6 +76,7 @@ class Run:
         )
         self.normalization = Normalization(self.data.pipeline.means, self.data.pipeline.stds)
         self.base_fingerprint = fingerprint(base)
+        self.base_checksums = tensor_checksums(base)
         self.progress = Progress()
         self._told_to_stop: torch.Tensor | None = None
 
@@ -113,7 +115,7 @@ class Run:
         if wanted == "auto" and not pays(shape[0], examples, bytes_per_row, folder):
             return None
         key = {
-            "base": self.base_fingerprint,
+            "base": [self.base_fingerprint, content_checksum(self.base_checksums)],
             "data": self.data.fingerprint,
             "pipeline": self.data.pipeline.to_json(),
             "precision": [self.precision.frozen, self.precision.compute, self.recipe.adapt.quantize],
@@ -207,15 +209,15 @@ class Run:
         return checkpoint_name(self.progress.step)
 
     def _write_checkpoint(self, tensors: dict[str, torch.Tensor]) -> None:
-        model = bare(self.model)
+        model, base = bare(self.model), (self.base_fingerprint, self.base_checksums)
 
         def write_weights(target: Path) -> None:
             if not isinstance(model, PeftModel):
                 write_trained(tensors, target)
             elif self.pissa_start is not None:
-                pissa.save_converted(model, self.pissa_start, target, self.base_fingerprint)
+                pissa.save_converted(model, self.pissa_start, target, *base)
             else:
-                save_adapter(model, target, self.base_fingerprint)
+                save_adapter(model, target, *base)
 
         progress = self.progress
         path = write_checkpoint(

@@ -1,7 +1,8 @@
 """The folder that a run writes: what was asked for, on what, with which versions, and how far it has come.
 
 `run.json` names the base, the best and the last checkpoint; `recipe.yaml` runs the same again; `environment.json`
-says where it ran; `log.jsonl` has one line per logged step; `report.json` puts predicted beside measured.
+says where it ran, and the checksums of the base's tensors; `log.jsonl` has one line per logged step; `report.json`
+puts predicted beside measured. The first three carry their own checksum.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from typing import Any
 
 from vlaft.config import RecipeConfig
 from vlaft.errors import ConfigError, VlaftError
+from vlaft.files import SEAL, UNSEALED, content_checksum, seal_holds, sealed, unsealed
 from vlaft.output_folder import sync
-from vlaft.trained import RUN_FILE
+from vlaft.trained import BASE_CHECKSUMS, ENVIRONMENT_FILE, RUN_FILE, STATISTICS_FILE, read_document
 
 RECIPE_FILE = "recipe.yaml"
 LOG_FILE = "log.jsonl"
+_RECIPE_SEAL = f"# {SEAL}: "  # begins the recipe's last line
 _PACKAGES = ("vlaft", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "numpy", "pyarrow")
 # Settings that may differ between a run and its continuation: they change when something is written or for how
 # long training goes on, not what a step computes.
@@ -80,9 +83,9 @@ class RunFolder:
             return
         with self._writing(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self._replace(RECIPE_FILE, recipe)
-        self.replace_json("dataset_statistics.json", statistics)
-        self.replace_json("environment.json", environment)
+        self._replace(RECIPE_FILE, f"{recipe}{_RECIPE_SEAL}{content_checksum(recipe)}\n")
+        self.replace_json(STATISTICS_FILE, statistics)
+        self.replace_json(ENVIRONMENT_FILE, sealed(environment))
 
     @contextmanager
     def replaced(self) -> Iterator[None]:
@@ -97,7 +100,7 @@ class RunFolder:
             shutil.rmtree(old, ignore_errors=True)
 
     def check_resumable(self) -> None:
-        """Refuse to continue a folder that holds something, but no run.
+        """Refuse to continue a folder that holds something, but no run, or one whose recipe is not as it was written.
 
         Raises:
             ConfigError: as said.
@@ -108,6 +111,26 @@ class RunFolder:
                 f"{self.path}: there is no {RECIPE_FILE}, so this is no run that --resume could continue;"
                 " name the run's folder with --out"
             )
+        if there:
+            self.check_recipe()
+
+    def check_recipe(self) -> bool:
+        """Hold `recipe.yaml` against its checksum; say whether it carries one.
+
+        Raises:
+            ConfigError: it cannot be read, or does not match.
+        """
+        path = self.path / RECIPE_FILE
+        try:
+            text, mark, recorded = path.read_text(encoding="utf-8").rpartition(_RECIPE_SEAL)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: cannot be read ({error})") from None
+        if mark and recorded.strip() != content_checksum(text):
+            raise ConfigError(
+                f"{path}: the file does not match its checksum; take it from a copy of the run (if the change is meant,"
+                " delete its last line)"
+            )
+        return bool(mark)
 
     def read_status(self) -> dict[str, Any]:
         """Return `run.json`, or an empty dict before it was written."""
@@ -117,11 +140,27 @@ class RunFolder:
             return {}
         except (OSError, ValueError) as error:
             raise VlaftError(f"{self.path / RUN_FILE}: cannot be read ({error})") from error
-        return content if isinstance(content, dict) else {}
+        if not isinstance(content, dict):
+            return {}
+        if seal_holds(content) is False:
+            raise VlaftError(
+                f"{self.path / RUN_FILE}: the file does not match its checksum; take it from a copy of the run"
+                f" ({UNSEALED})"
+            )
+        return unsealed(content)
+
+    def read_base_checksums(self) -> str | None:
+        """Return the checksums of the base's tensors that the run began with, or None where it did not note them.
+
+        Raises:
+            CheckpointError: the file that says so is damaged.
+        """
+        path = self.path / ENVIRONMENT_FILE
+        return read_document(path).get(BASE_CHECKSUMS) if path.is_file() else None
 
     def write_status(self, **values: Any) -> None:
         """Change keys of `run.json`, aside and renamed."""
-        self.replace_json(RUN_FILE, self.read_status() | values)
+        self.replace_json(RUN_FILE, sealed(self.read_status() | values))
 
     def replace_json(self, name: str, content: Any) -> None:
         """Write a JSON file aside and rename it into place."""

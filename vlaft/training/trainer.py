@@ -20,7 +20,9 @@ import torch
 from vlaft.adapt.quantize import quantization_config
 from vlaft.config import RecipeConfig, resolve, to_yaml
 from vlaft.errors import ConfigError, Interrupted, VlaftError
-from vlaft.model.checkpoint import resolve_checkpoint
+from vlaft.files import content_checksum
+from vlaft.model.checkpoint import check_tensor_checksums, resolve_checkpoint
+from vlaft.trained import BASE_CHECKSUMS, STATISTICS_CHECKSUM
 from vlaft.training.checkpoints import checkpoint_name, newest_good
 from vlaft.training.events import Banner, EvaluationLine, Listener, RunSummary, StepLine
 from vlaft.training.memory import out_of_memory_told, peak_memory
@@ -108,6 +110,9 @@ def _located(recipe: RecipeConfig, out: Path, *, overwrite: bool) -> tuple[Recip
 def _begin(run: Run, *, resume: bool, overwrite: bool) -> None:
     """Load the model, and continue or create the folder; nothing on the disk changes before the model is there."""
     status = run.folder.read_status() if resume else {}
+    checksums = run.folder.read_base_checksums() if resume else None
+    if checksums is not None and checksums != run.base_checksums:
+        check_tensor_checksums(run.base, checksums)
     for key, now in (("base_fingerprint", run.base_fingerprint), ("data_fingerprint", run.data.fingerprint)):
         if status.get(key) not in (None, now):
             raise ConfigError(
@@ -126,7 +131,11 @@ def _begin(run: Run, *, resume: bool, overwrite: bool) -> None:
             to_yaml(run.recipe),
             run.data.statistics,
             environment(command_line(), str(run.device))
-            | {"base_fingerprint": run.base_fingerprint, "data_fingerprint": run.data.fingerprint},
+            | {
+                "base_fingerprint": run.base_fingerprint,
+                BASE_CHECKSUMS: run.base_checksums,
+                "data_fingerprint": run.data.fingerprint,
+            },
         )
         run.folder.write_status(
             status="running",
@@ -135,6 +144,7 @@ def _begin(run: Run, *, resume: bool, overwrite: bool) -> None:
             base_fingerprint=run.base_fingerprint,
             data_fingerprint=run.data.fingerprint,
             inference=run.data.inference,
+            **{STATISTICS_CHECKSUM: content_checksum(run.data.statistics)},
         )
     if resume:
         run.restore(checkpoint)
