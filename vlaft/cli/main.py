@@ -22,6 +22,7 @@ from vlaft.cli import (
     evaluate,
     export,
     inspect,
+    interrupts,
     merge,
     plot,
     predict,
@@ -76,6 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Known errors become sentences on stderr; anything else is a defect and keeps its traceback.
     """
+    with interrupts.interruptible():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words or os.environ.get("VLAFT_DEBUG", "0") not in ("", "0")
     words = [word for word in words if word != "--debug"]  # accepted after the verb as well
@@ -98,6 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `vlaft recipes | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception:
+        if not interrupts.was_interrupted():  # some packages make an ImportError of an interrupted import
+            raise
+        _print_error("interrupted")
+        return 130
     if result == 130:
         _print_error("interrupted")
     return result if isinstance(result, int) else 0

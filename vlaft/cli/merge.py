@@ -55,7 +55,9 @@ def merge(
     say(f"{total / 1e9:.2f} GB will be written to {out}; {free_bytes(out) / 1e9:.1f} GB are free there")
     check = _check(trained, folder, verify)
     with bytes_progress("merging", total) as advance:
-        result = run_merge(trained, folder, out, base_name=name, dtype=dtype, advance=advance, check=check)
+        result = run_merge(
+            trained, folder, out, base_name=name, dtype=dtype, overwrite=overwrite, advance=advance, check=check
+        )
     say(f"{result.changed} of {result.tensors} tensors changed; {result.bytes / 1e9:.2f} GB written to {out}")
     say(f"next: vlaft predict {out} --image frame.png --instruction 'pick up the cup'")
 

@@ -16,6 +16,7 @@ from vlaft.data.inspection_frames import CameraFacts, evenly, look_at
 from vlaft.data.layout import Layout
 from vlaft.data.store import DATASET_FILE, SPLITS, ConvertedDataset
 from vlaft.errors import DataError
+from vlaft.output_folder import restored
 
 _COLUMNS = ("episode_index", "dataset", "source", "instruction", "state", "action")
 
@@ -45,7 +46,7 @@ class StoredFrames:
 
 def is_converted(path: Path) -> bool:
     """Tell whether the folder is a converted dataset."""
-    return (path / DATASET_FILE).is_file()
+    return (restored(path) / DATASET_FILE).is_file()
 
 
 def inspect_converted(

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from vlaft.data.images import ImagePipeline
 from vlaft.data.statistics import read_statistics
 from vlaft.errors import DataError
+from vlaft.output_folder import restored
 
 FORMAT_VERSION = 1
 DATASET_FILE = "dataset.json"
@@ -91,7 +92,7 @@ def write_shard(path: Path, split: str, schema: pa.Schema, episodes: Iterable[Se
     """Write one shard from the rows of its episodes and return its entry in `dataset.json`.
 
     The same rows always give the same bytes. At most one episode and one row group are held in memory. The file is
-    not synced: whoever makes the dataset whole does so for all files (see `convert_staging.move_into_place`).
+    not synced: whoever makes the dataset whole does so for all files (see `output_folder.publish`).
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     count = 0
@@ -206,7 +207,7 @@ class ConvertedDataset:
         Raises:
             DataError: this is no converted dataset, it is of another version, or a shard is missing or damaged.
         """
-        self.path = Path(path)
+        self.path = restored(Path(path))
         if not (self.path / DATASET_FILE).is_file():
             raise DataError(f"{path} is no converted dataset (it has no {DATASET_FILE}); make one with `vlaft convert`")
         self.info = read_json(self.path / DATASET_FILE)
