@@ -30,6 +30,7 @@ from typing import Any
 
 from vlaft.demo_results import Command, Cost, DemoResult, SeedResult, Success
 from vlaft.errors import VlaftError
+from vlaft.output_folder import output_folder
 
 DATASET = "tabletop_b"
 EVALUATION_EPISODES = 100
@@ -119,9 +120,8 @@ def write_base(out: Path) -> Path:
         shipped = files("vlaft") / "sim" / "tabletop_base"
         if not (shipped / "model.safetensors").is_file():
             raise VlaftError("this installation lacks the demo's base (vlaft/sim/tabletop_base); install vlaft again")
-        with as_file(shipped) as folder:
-            shutil.copytree(folder, out / ".base.partial", dirs_exist_ok=True)
-        (out / ".base.partial").rename(base)
+        with as_file(shipped) as folder, output_folder(base) as partial:
+            shutil.copytree(folder, partial, dirs_exist_ok=True)
     return base
 
 

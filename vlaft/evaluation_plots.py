@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from vlaft.errors import VlaftError
 from vlaft.evaluate import Evaluation
 from vlaft.evaluation_examples import Episode, HeldOut
+from vlaft.output_folder import disk_errors, locked
 from vlaft.plot import COLORS, legend_text, save_figure
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -38,13 +38,13 @@ def draw_evaluations(
         The files.
 
     Raises:
-        VlaftError: the folder cannot be written.
+        VlaftError: the folder cannot be written, or another process writes there.
     """
     numbers = held_out.evaluated
     count = min(episodes, len(numbers))
     drawn = [numbers[index] for index in np.linspace(0, len(numbers) - 1, count).round().astype(int)]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder), disk_errors(folder):
+        folder.mkdir(exist_ok=True)
         for path in folder.iterdir():
             if _OURS.fullmatch(path.name):
                 path.unlink()
@@ -52,8 +52,6 @@ def draw_evaluations(
         for number, file in zip(drawn, files, strict=True):
             save_figure(draw_episode(held_out.episodes[number], evaluations, held_out), file)
         save_figure(draw_errors(evaluations, held_out), folder / ERRORS_FILE)
-    except OSError as error:
-        raise VlaftError(f"{folder}: the plots cannot be written ({error.strerror or error})") from error
     return [*files, folder / ERRORS_FILE]
 
 

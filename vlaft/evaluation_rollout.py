@@ -23,6 +23,7 @@ from vlaft.data.episode import Image
 from vlaft.data.statistics import choose_key
 from vlaft.errors import DataError, UsageError, VlaftError, did_you_mean
 from vlaft.inference import Policy, load
+from vlaft.output_folder import disk_errors, locked
 from vlaft.sim.environment import Environment, described, opened
 from vlaft.sim.rollout import Rollout, check_counts, run_episodes
 from vlaft.sim.scene import SETUP_A, SETUP_B
@@ -193,13 +194,13 @@ def write_pictures(folder: Path, evaluations: Sequence[RolloutEvaluation]) -> li
         The files.
 
     Raises:
-        VlaftError: the folder cannot be written.
+        VlaftError: the folder cannot be written, or another process writes there.
     """
     from vlaft.sim.film import write_contact_sheet, write_film
 
     files = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder), disk_errors(folder):
+        folder.mkdir(exist_ok=True)
         for path in folder.iterdir():
             if _PICTURES.fullmatch(path.name):
                 path.unlink()
@@ -210,8 +211,6 @@ def write_pictures(folder: Path, evaluations: Sequence[RolloutEvaluation]) -> li
             files += [folder / f"{name}.gif", folder / f"{name}.png"]
             write_film(files[-2], shown)
             write_contact_sheet(files[-1], shown)
-    except OSError as error:
-        raise VlaftError(f"{folder}: the pictures cannot be written ({error.strerror or error})") from error
     return files
 
 

@@ -21,7 +21,7 @@ from vlaft.merge import DTYPE_NAMES, checkpoint_dtype, copy_tensors, tensor_byte
 from vlaft.model.checkpoint import TensorEntry, check_tensors, load_config, load_model, tensor_table
 from vlaft.model.tensor_stream import DTYPES
 from vlaft.model_card import write_model_card
-from vlaft.output_folder import output_folder
+from vlaft.output_folder import check_apart, output_folder
 from vlaft.release import Source, copy_licence, open_source, write_release_files
 from vlaft.verify import Comparison, compare, example_inputs, round_parameters
 
@@ -54,6 +54,7 @@ def export_huggingface(
     *,
     dtype: str | None = None,
     repository: str | None = None,
+    overwrite: bool = False,
     advance: Callable[[int], None] = lambda count: None,
 ) -> ExportResult:
     """Write the checkpoint `folder` to `out` in the release's layout, tensor by tensor.
@@ -63,20 +64,22 @@ def export_huggingface(
         out: written beside its place and renamed into it at the end.
         dtype: `float32`, `bfloat16` or `float16`; None keeps each tensor's own.
         repository: where it is going to be on the Hub, `user/name`, or None.
+        overwrite: replace what is in `out`.
         advance: called with the number of bytes that were written.
 
     Raises:
         CheckpointError: `folder` is no plain checkpoint, or lacks statistics or a tokenizer.
         CheckFailed: the exported folder is not what it should be.
-        VlaftError: too little room on the disk.
+        VlaftError: `out` is in use, or holds something without `overwrite`, or there is too little room on the disk.
     """
+    check_apart(out, [folder])
     source = open_source(folder)
     table = tensor_table(folder)
     dtypes = {
         name: DTYPE_NAMES[dtype] if dtype and entry.dtype in _FLOATS else entry.dtype for name, entry in table.items()
     }
     size = tensor_bytes(table, dtypes)
-    with output_folder(out, size) as partial:
+    with output_folder(out, size, overwrite=overwrite) as partial:
         copy_tensors(folder, partial, dtypes, advance=advance)
         write_release_files(source, partial, checkpoint_dtype(dtypes))
         check_weights(partial, dtypes)

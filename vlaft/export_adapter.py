@@ -24,7 +24,7 @@ from vlaft.errors import CheckFailed, CheckpointError
 from vlaft.export import ExportResult, stored_bytes
 from vlaft.model.checkpoint import read_json, resolve_checkpoint, tensor_table
 from vlaft.model_card import write_model_card
-from vlaft.output_folder import output_folder
+from vlaft.output_folder import check_apart, output_folder
 from vlaft.release import is_hub_name, public_name
 from vlaft.trained import STATISTICS_FILE, Trained, write_json
 from vlaft.training_record import training_record
@@ -59,19 +59,21 @@ _KEYS: dict[str, Any] = {
 _OWN = ("auto_mapping", "inference_mode", "peft_type", "base_model_name_or_path")  # not taken from the source
 
 
-def export_adapter(trained: Trained, out: Path, *, base: str | None = None) -> ExportResult:
+def export_adapter(trained: Trained, out: Path, *, base: str | None = None, overwrite: bool = False) -> ExportResult:
     """Write a run's adapter to `out` with its configuration, statistics and model card.
 
     Args:
         trained: weights that are an adapter.
         out: written beside its place and renamed into it at the end.
         base: name of the base on the Hub, for those who download the adapter; None takes the run's.
+        overwrite: replace what is in `out`.
 
     Raises:
         CheckpointError: the weights are whole tensors, damaged, or of a kind that peft 0.11.1 cannot read.
         CheckFailed: the exported folder is not what it should be, or does not fit its base.
-        VlaftError: too little room on the disk.
+        VlaftError: `out` is in use, or holds something without `overwrite`, or there is too little room on the disk.
     """
+    check_apart(out, [trained.weights])
     if not trained.is_adapter:
         raise CheckpointError(f"{trained.weights} holds trained tensors and no adapter; merge it: vlaft merge")
     name = base or trained.base or ""
@@ -89,7 +91,7 @@ def export_adapter(trained: Trained, out: Path, *, base: str | None = None) -> E
     size = sum(tensor.nbytes for tensor in tensors.values())
     fingerprint = trained.base_fingerprint or base_fingerprint(trained.weights)
     checksums = trained.base_checksums or base_checksums(trained.weights)
-    with output_folder(out, size) as partial:
+    with output_folder(out, size, overwrite=overwrite) as partial:
         save_file(tensors, partial / WEIGHTS_FILE, metadata=base_metadata(fingerprint, checksums))
         write_json(partial / CONFIG_FILE, dict(sorted(config.items())))
         if trained.statistics:

@@ -22,7 +22,7 @@ from vlaft.errors import CheckFailed, CheckpointError, MissingExtra
 from vlaft.export import ExportResult, compare_with_source, finish, model_shapes, stored_bytes
 from vlaft.model.checkpoint import INDEX_FILE, check_tensors, load_config, plain_shapes, tensor_table
 from vlaft.model.tensor_stream import read_tensor
-from vlaft.output_folder import output_folder
+from vlaft.output_folder import check_apart, output_folder
 from vlaft.release import open_source, write_release_files
 from vlaft.trained import write_json
 
@@ -32,7 +32,12 @@ _REST = torch.bfloat16  # type of all that is not quantised, and of the products
 
 
 def export_quantized(
-    folder: Path, out: Path, kind: str, *, advance: Callable[[int], None] = lambda count: None
+    folder: Path,
+    out: Path,
+    kind: str,
+    *,
+    overwrite: bool = False,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> ExportResult:
     """Write the checkpoint `folder` to `out` with linear weights in nf4 (scales quantised as well) or int8.
 
@@ -42,14 +47,16 @@ def export_quantized(
         folder: a merged checkpoint or a base.
         out: written beside its place and renamed into it at the end.
         kind: `nf4` or `int8`.
+        overwrite: replace what is in `out`.
         advance: called with the number of bytes that were read.
 
     Raises:
         CheckpointError: `folder` is no plain checkpoint, or lacks statistics or a tokenizer.
         CheckFailed: the exported folder is not what it should be.
         MissingExtra: bitsandbytes is not installed.
-        VlaftError: too little room on the disk.
+        VlaftError: `out` is in use, or holds something without `overwrite`, or there is too little room on the disk.
     """
+    check_apart(out, [folder])
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingExtra(f"--to {kind}", "bitsandbytes", "qlora")
     source = open_source(folder)
@@ -59,7 +66,7 @@ def export_quantized(
     numbers = {name: math.prod(entry.shape) for name, entry in table.items()}
     needed = sum(count * BITS[kind] / 8 if name in chosen else 2 * count for name, count in numbers.items())
     settings = quantization_config(AdaptConfig(quantize=kind, double_quant=kind == "nf4"), _REST)  # type: ignore[arg-type]
-    with output_folder(out, int(needed)) as partial:
+    with output_folder(out, int(needed), overwrite=overwrite) as partial:
         shards = _Shards(partial)
         for name, entry in table.items():
             tensor = read_tensor(folder, entry)

@@ -34,7 +34,7 @@ from vlaft.model.checkpoint import (
     tensor_table,
 )
 from vlaft.model.tensor_stream import DTYPES, Scratch, ShardWriter, read_rows, read_tensor
-from vlaft.output_folder import output_folder
+from vlaft.output_folder import check_apart, output_folder
 from vlaft.trained import STATISTICS_FILE, TRAINED_FILE, Trained, write_json
 from vlaft.training_record import training_record
 
@@ -81,10 +81,11 @@ def merge(
     base_name: str | None = None,
     dtype: str | None = None,
     rounding: Mode = "nearest",
+    overwrite: bool = False,
     advance: Callable[[int], None] = lambda count: None,
     check: Callable[[Path], Mapping[str, Any]] | None = None,
 ) -> MergeResult:
-    """Write `base` with `trained` folded in to `out`, a folder that does not exist yet or is to be replaced.
+    """Write `base` with `trained` folded in to `out`.
 
     Args:
         trained: an adapter or trained tensors.
@@ -93,14 +94,16 @@ def merge(
         base_name: how the base was called, for the record.
         dtype: `float32`, `bfloat16` or `float16` of floating-point tensors; None keeps each tensor's own.
         rounding: how tensors that training changed are rounded to that type.
+        overwrite: replace what is in `out`.
         advance: called with the number of bytes that were written.
         check: called with the finished folder before it is renamed into place; what it returns is kept in
             `merge.json` as `verified`, and when it raises, nothing is published.
 
     Raises:
         CheckpointError: the trained weights belong to another base, are merged into it already, or are damaged.
-        VlaftError: too little room on the disk.
+        VlaftError: `out` is in use, or holds something without `overwrite`, or there is too little room on the disk.
     """
+    check_apart(out, [base, trained.weights])
     base_print = fingerprint(base)
     trained_print = weights_fingerprint(trained)
     _check_provenance(trained, base, base_print, trained_print)
@@ -109,7 +112,7 @@ def merge(
     dtypes = _output_types(table, dtype)
     total = tensor_bytes(table, dtypes)
     rounded = Rounding(rounding)
-    with output_folder(out, total) as folder:
+    with output_folder(out, total, overwrite=overwrite) as folder:
         copy_tensors(base, folder, dtypes, changes, advance, rounded, trained.base_checksums)
         copy_release_files(base, folder)
         _write_config(base, folder, trained, checkpoint_dtype(dtypes))

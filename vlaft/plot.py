@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlaft.errors import DataError, VlaftError
+from vlaft.errors import DataError
+from vlaft.output_folder import output_file, restored
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +72,7 @@ def read_curves(run: Path) -> Curves:
     Raises:
         DataError: there is no log, or nothing that can be drawn in it.
     """
-    path = run / LOG_FILE
+    path = restored(run) / LOG_FILE
     if not path.is_file():
         raise DataError(f"{run} has no {LOG_FILE}; give a folder that `vlaft train` wrote")
     train: list[dict[str, Any]] = []
@@ -109,29 +109,18 @@ def plot_curves(curves: Sequence[Curves], out: Path) -> None:
     Raises:
         VlaftError: the file cannot be written.
     """
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_figure(draw_curves(curves), out)
-    except OSError as error:
-        raise VlaftError(f"{out} cannot be written ({error.strerror or error})") from error
+    save_figure(draw_curves(curves), out)
 
 
 def save_figure(figure: Figure, file: Path) -> None:
     """Write a PNG aside and rename it into place.
 
     Raises:
-        OSError: the disk is full or not writable.
+        VlaftError: the disk is full or not writable, or another process writes there.
     """
-    partial = file.with_name(f".{file.name}.partial")
-    with warnings.catch_warnings():
+    with output_file(file) as partial, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name or instruction in another script
-        try:
-            figure.savefig(partial, format="png", dpi=110)
-            partial.replace(file)
-        except OSError:
-            with suppress(OSError):
-                partial.unlink()
-            raise
+        figure.savefig(partial, format="png", dpi=110)
 
 
 def legend_text(name: str, limit: int = 60) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 from vlaft.errors import CheckpointError, Unchecked
 from vlaft.files import SEAL, UNSEALED, content_checksum, holds, seal_holds
 from vlaft.model.checkpoint import read_json
+from vlaft.output_folder import restored
 
 RUN_FILE = "run.json"
 STATISTICS_FILE = "dataset_statistics.json"
@@ -61,7 +62,7 @@ class Trained:
 
 def is_trained(folder: Path) -> bool:
     """Say whether `folder` is a run, a run's checkpoint, or an adapter."""
-    return any((folder / name).is_file() for name in (RUN_FILE, ADAPTER_CONFIG, TRAINED_FILE))
+    return any((restored(folder) / name).is_file() for name in (RUN_FILE, ADAPTER_CONFIG, TRAINED_FILE))
 
 
 def find_trained(folder: Path, checkpoint: str | None = None) -> Trained:
@@ -75,7 +76,7 @@ def find_trained(folder: Path, checkpoint: str | None = None) -> Trained:
         CheckpointError: nothing of the kind is there, the checkpoint asked for is not, or a file does not match its
             checksum.
     """
-    if not folder.is_dir():
+    if not restored(folder).is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     if (folder / RUN_FILE).is_file():
         return _of_run(folder, checkpoint)

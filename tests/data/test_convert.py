@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -25,7 +23,8 @@ from vlaft.data.convert import ConvertRequest, SourceRequest, convert
 from vlaft.data.convert_plan import plan_shards, split_episodes
 from vlaft.data.readers import EpisodeRef
 from vlaft.data.store import ConvertedDataset
-from vlaft.errors import ConfigError, DataError
+from vlaft.errors import ConfigError, DataError, VlaftError
+from vlaft.output_folder import locked
 
 
 def request(demos: Path, base: str, out: Path, **changes: Any) -> ConvertRequest:
@@ -150,7 +149,7 @@ def test_an_output_that_is_there_is_refused_and_replaced_only_at_the_end(
     out = tmp_path / "out"
     convert(request(demos, base, out, limit=3))
     old = content(out)
-    with pytest.raises(DataError, match="is not empty"):
+    with pytest.raises(VlaftError, match="is not empty"):
         convert(request(demos, base, out))
     stop_after(monkeypatch, 30)
     with pytest.raises(KeyboardInterrupt):
@@ -173,16 +172,20 @@ def test_only_a_converted_dataset_is_overwritten(demos: Path, base: str, tmp_pat
 
 
 def test_an_output_in_use_is_refused(demos: Path, base: str, tmp_path: Path) -> None:
-    staging = tmp_path / "out.partial"
-    staging.mkdir()
-    descriptor = os.open(staging, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    try:
-        with pytest.raises(DataError, match="another conversion is writing to"):
-            convert(request(demos, base, tmp_path / "out"))
-    finally:
-        os.close(descriptor)
+    with locked(tmp_path / "out"), pytest.raises(VlaftError, match=r"out: process .* is writing there"):
+        convert(request(demos, base, tmp_path / "out"))
+    assert not (tmp_path / "out.partial").exists()
     assert convert(request(demos, base, tmp_path / "out")).rows["train"] == 48
+
+
+def test_a_folder_of_the_users_is_not_taken_for_an_unfinished_conversion(
+    demos: Path, base: str, tmp_path: Path
+) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.tex").write_text("years of work")
+    with pytest.raises(DataError, match="holds something that is no unfinished conversion"):
+        convert(request(demos, base, tmp_path / "out"))
+    assert (tmp_path / "out.partial" / "thesis.tex").read_text() == "years of work"
 
 
 def test_actions_that_are_not_numbers(demos: Path, base: str, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_pissa_merged_is_the_model_that_was_trained(small: Small, tmp_path: Path
     sums = MetricSums(started.data.actions, torch.device("cpu"))
     for _ in range(3):
         started.step(sums, want_norm=False)
-    started.folder.create("", {}, {})
+    started.folder.create("", {}, {}, {})
     started.save()
     started.folder.write_status(base=str(small.base))
     merge(find_trained(tmp_path / "run"), small.base, tmp_path / "merged")

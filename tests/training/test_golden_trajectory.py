@@ -65,7 +65,7 @@ def begin_from(recipe: RecipeConfig, out: Path, base: Path, adapter: Path) -> No
     started = Run(recipe, out, base, Silence())
     started.load()
     load_adapter_weights(started.model, adapter)  # type: ignore[arg-type]
-    started.folder.create(to_yaml(recipe), {}, {})
+    started.folder.create(to_yaml(recipe), {}, {}, {})
     started.save()
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from vlaft.errors import UsageError, VlaftError
+from vlaft.errors import UsageError
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
 Recipe = Annotated[str | None, typer.Option("--recipe", help="Name of a shipped recipe, or path of a recipe file.")]
@@ -55,15 +55,18 @@ def parse_size(text: str) -> int:
 
 
 def check_output_folder(folder: Path, *, overwrite: bool, resume: bool = False) -> None:
-    """Refuse an output folder that holds something, unless the user said what to do with it.
+    """Refuse an output folder that holds something, unless the user said what to do with it, or that cannot be made.
+
+    This is said before anything heavy is imported; whoever writes looks again, alone.
 
     Raises:
         UsageError: both `--resume` and `--overwrite` are given.
-        VlaftError: the folder is not empty and neither is given, or the path is a file.
+        VlaftError: the folder is not empty and neither is given, or no folder can be made there.
     """
+    from vlaft.output_folder import replaceable, restored
+
     if overwrite and resume:
         raise UsageError("--resume and --overwrite contradict each other; give one of them")
-    if folder.exists() and not folder.is_dir():
-        raise VlaftError(f"{folder} is a file; --out needs a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (overwrite or resume):
-        raise VlaftError(f"{folder} is not empty; name another folder with --out, or give --overwrite")
+    restored(folder)
+    if not (resume and folder.is_dir() and any(folder.iterdir())):  # what is continued need not be replaced
+        replaceable(folder, overwrite=overwrite)

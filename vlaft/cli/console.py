@@ -16,6 +16,8 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlaft.cli import interrupts
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
@@ -130,6 +132,7 @@ def _bar(console: Console, description: str, total: int | None, unit: str) -> It
         task = bar.add_task(description, total=total, note="")
 
         def advance(count: int = 1, note: str = "") -> None:
+            interrupts.check()
             bar.update(task, advance=count, note=note)
 
         yield advance
@@ -149,6 +152,7 @@ def _lines(description: str, total: int | None, unit: str) -> Iterator[Advance]:
 
     def advance(count: int = 1, note: str = "") -> None:
         nonlocal done, last
+        interrupts.check()
         done += count
         if time.monotonic() - last >= PLAIN_SECONDS:
             last = time.monotonic()

@@ -95,7 +95,7 @@ def convert(
         overwrite=overwrite,
     )
     try:
-        with _terminated_as_interrupted(), _phases() as report:
+        with _phases() as report:
             done = run_conversion(request, dry_run=dry_run, progress=report)
     except KeyboardInterrupt as error:
         raise Interrupted("interrupted; give the same command again to go on, what is finished is kept") from error
@@ -167,22 +167,6 @@ def _layout_settings(words: Sequence[str]) -> dict[str, Any]:
     if problems:
         raise ConfigError(problems)
     return settings
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Let SIGTERM, which batch systems and containers send, end the work as Ctrl-C does."""
-    import signal
-    import threading
-
-    if threading.current_thread() is not threading.main_thread():  # elsewhere Python refuses handlers
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -44,17 +43,26 @@ def demo(
     Example: vlaft demo --out demo-out --recipe lora32
     """
     from vlaft.cli.arguments import check_output_folder
-    from vlaft.cli.console import say, show
-    from vlaft.demo import LEARNING_RATES, Settings, read_result, steps, write_base
-    from vlaft.demo_results import write_result
+    from vlaft.demo import LEARNING_RATES, Settings
     from vlaft.errors import UsageError, did_you_mean
+    from vlaft.output_folder import locked
 
     if recipe not in LEARNING_RATES:
         hint = did_you_mean(recipe, [*LEARNING_RATES])
         raise UsageError(f"--recipe {recipe}: the demo knows {', '.join(LEARNING_RATES)}{hint}")
     check_output_folder(out, overwrite=overwrite, resume=resume)
-    settings = Settings(recipe, demos, seeds)
-    _begin(out, settings, resume=resume, overwrite=overwrite)
+    with locked(out):
+        settings = Settings(recipe, demos, seeds)
+        _begin(out, settings, resume=resume, overwrite=overwrite)
+        _demo(out, settings, all_recipes)
+
+
+def _demo(out: Path, settings: Settings, all_recipes: bool) -> None:
+    """Do what is not done yet, and tell what came of it."""
+    from vlaft.cli.console import say, show
+    from vlaft.demo import read_result, steps, write_base
+    from vlaft.demo_results import write_result
+
     base = write_base(out)
     say(f"{base} is the small base that ships with vlaft: it has learned to pick up blocks, with another robot.")
     commands = _run(steps(out, settings), out)
@@ -64,8 +72,8 @@ def demo(
     if all_recipes:
         from vlaft.demo_recipes import comparison_steps, read_comparison
 
-        count = max(seeds, 3)
-        _run(comparison_steps(out, base, demos, count), out)
+        count = max(settings.seeds, 3)
+        _run(comparison_steps(out, base, settings.demonstrations, count), out)
         comparison = read_comparison(out, count)
         write_result(out / "comparison.json", comparison)
     _write_page(out, result, comparison)
@@ -84,8 +92,10 @@ def _begin(out: Path, settings: Settings, *, resume: bool, overwrite: bool) -> N
     from dataclasses import asdict
 
     from vlaft.errors import ConfigError, VlaftError
+    from vlaft.output_folder import output_file, staged
 
     file = out / "demo.json"
+    content = json.dumps(asdict(settings), indent=2) + "\n"
     if resume and file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
         if before | {"seeds": 0} != asdict(settings) | {"seeds": 0}:
@@ -93,14 +103,15 @@ def _begin(out: Path, settings: Settings, *, resume: bool, overwrite: bool) -> N
                 f"{out} was begun with --recipe {before['recipe']} --demos {before['demonstrations']}: resume it with"
                 " these, or give another --out"
             )
-    if resume and not file.is_file() and out.is_dir() and any(out.iterdir()):
+        with output_file(file) as partial:
+            partial.write_text(content, encoding="utf-8")
+        return
+    if resume and out.is_dir() and any(out.iterdir()):
         raise VlaftError(f"{out} is no demo's folder; name another folder with --out")
-    if overwrite and out.is_dir():
-        if any(out.iterdir()) and not file.is_file():
-            raise VlaftError(f"{out} is no demo's folder, so --overwrite does not clear it; name another with --out")
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")
+    if overwrite and out.is_dir() and any(out.iterdir()) and not file.is_file():
+        raise VlaftError(f"{out} is no demo's folder, so --overwrite does not clear it; name another with --out")
+    with staged(out, overwrite=overwrite) as folder:
+        (folder / file.name).write_text(content, encoding="utf-8")
 
 
 def _run(steps: Iterable[Step], out: Path) -> list[Command]:
@@ -109,6 +120,7 @@ def _run(steps: Iterable[Step], out: Path) -> list[Command]:
 
     from vlaft.cli.console import say
     from vlaft.demo_results import Command
+    from vlaft.output_folder import output_file
 
     file = out / "commands.json"
     known: dict[str, dict] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -122,7 +134,8 @@ def _run(steps: Iterable[Step], out: Path) -> list[Command]:
             began = time.monotonic()
             _run_step(step)
             known[key] = {"line": step.line, "seconds": time.monotonic() - began}
-            file.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+            with output_file(file) as partial:
+                partial.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
         commands.append(Command(**known.get(key, {"line": step.line, "seconds": 0.0})))
     return commands
 
@@ -134,6 +147,7 @@ def _run_step(step: Step) -> None:
         typer.Exit: it failed, and has said why.
     """
     from vlaft.cli.main import main
+    from vlaft.output_folder import output_file
     from vlaft.sim import recording
 
     step.result.parent.mkdir(parents=True, exist_ok=True)
@@ -145,19 +159,18 @@ def _run_step(step: Step) -> None:
         with contextlib.redirect_stdout(captured):
             code = run(list(step.words))
         if code == 0:
-            partial = step.output.with_name(f".{step.output.name}.partial")
-            partial.write_text(captured.getvalue(), encoding="utf-8")
-            partial.replace(step.output)
+            with output_file(step.output) as partial:
+                partial.write_text(captured.getvalue(), encoding="utf-8")
     if code:
         raise typer.Exit(code)
 
 
 def _write_page(out: Path, result: DemoResult, comparison: list[RecipeResult]) -> None:
     from vlaft.demo_page import render
+    from vlaft.output_folder import output_file
 
-    partial = out / ".report.html.partial"
-    partial.write_text(render(result, comparison), encoding="utf-8")
-    partial.replace(out / "report.html")
+    with output_file(out / "report.html") as partial:
+        partial.write_text(render(result, comparison), encoding="utf-8")
 
 
 def _table(result: DemoResult) -> Table:

@@ -55,7 +55,7 @@ def export(
     if push is not None:
         check_repository(push)
     check_output_folder(out, overwrite=overwrite)
-    result = _run(source, out, to, dtype, checkpoint, push)
+    result = _run(source, out, to, dtype, checkpoint, push, overwrite)
     ratio = f", {result.bytes / result.source_bytes:.2f} of the source" if to in ("nf4", "int8") else ""
     say(f"{result.bytes / 1e9:.3f} GB{ratio} written to {out} and checked")
     if (found := result.comparison) is not None:
@@ -68,26 +68,34 @@ def export(
 
 
 def _run(
-    source: str, out: Path, to: str, dtype: str | None, checkpoint: str | None, repository: str | None
+    source: str,
+    out: Path,
+    to: str,
+    dtype: str | None,
+    checkpoint: str | None,
+    repository: str | None,
+    overwrite: bool,
 ) -> ExportResult:
     from vlaft.cli.console import bytes_progress, say
     from vlaft.export import export_huggingface, stored_bytes
     from vlaft.model.checkpoint import resolve_checkpoint, tensor_table
-    from vlaft.output_folder import free_bytes
+    from vlaft.output_folder import free_bytes, restored
     from vlaft.release import open_source
 
     if to == "adapter":
         from vlaft.export_adapter import export_adapter
         from vlaft.trained import find_trained
 
-        return export_adapter(find_trained(Path(source), checkpoint), out)
-    folder = Path(source) if Path(source).is_dir() else resolve_checkpoint(source)
+        return export_adapter(find_trained(Path(source), checkpoint), out, overwrite=overwrite)
+    folder = Path(source) if restored(Path(source)).is_dir() else resolve_checkpoint(source)
     open_source(folder)  # what is wrong with it is said first
     size = stored_bytes(tensor_table(folder).values())
     say(f"{size / 1e9:.2f} GB to read; {free_bytes(out) / 1e9:.1f} GB are free at {out}")
     with bytes_progress("exporting", size) as advance:
         if to == "huggingface":
-            return export_huggingface(folder, out, dtype=dtype, repository=repository, advance=advance)
+            return export_huggingface(
+                folder, out, dtype=dtype, repository=repository, overwrite=overwrite, advance=advance
+            )
         from vlaft.export_quantized import export_quantized
 
-        return export_quantized(folder, out, to, advance=advance)
+        return export_quantized(folder, out, to, overwrite=overwrite, advance=advance)

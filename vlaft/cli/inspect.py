@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -116,16 +115,10 @@ def _check_page(page: Path, overwrite: bool) -> None:
 
 
 def _write(page: Path, content: str) -> None:
-    from vlaft.errors import VlaftError
+    from vlaft.output_folder import output_file
 
-    aside = page.with_name(f".{page.name}.{os.getpid()}.tmp")
-    try:
-        aside.write_text(content, encoding="utf-8")
-        aside.replace(page)
-    except OSError as error:
-        raise VlaftError(f"{page} cannot be written ({error.strerror})") from error
-    finally:
-        aside.unlink(missing_ok=True)
+    with output_file(page) as partial:
+        partial.write_text(content, encoding="utf-8")
 
 
 def _show(summary: Mapping[str, Any], contents: Contents | None) -> None:

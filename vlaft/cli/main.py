@@ -23,6 +23,7 @@ from vlaft.cli import (
     evaluate,
     export,
     inspect,
+    interrupts,
     merge,
     plot,
     predict,
@@ -77,12 +78,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Known errors become sentences on stderr; anything else is a defect and keeps its traceback.
     """
+    with interrupts.interruptible():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words or os.environ.get("VLAFT_DEBUG", "0") not in ("", "0")
     words = [word for word in words if word != "--debug"]  # accepted after the verb as well
     with warnings.catch_warnings():
         _tell_what_is_unchecked()
-        return _run(words, debug)
+        return _run_words(words, debug)
 
 
 def _tell_what_is_unchecked() -> None:
@@ -109,7 +115,7 @@ def _tell_what_is_unchecked() -> None:
     warnings.showwarning = show_warning
 
 
-def _run(words: list[str], debug: bool) -> int:
+def _run_words(words: list[str], debug: bool) -> int:
     try:
         result = app(words or ["--help"], prog_name="vlaft", standalone_mode=False)
         sys.stdout.flush()  # a closed pipe must show here, not while the interpreter shuts down
@@ -129,6 +135,11 @@ def _run(words: list[str], debug: bool) -> int:
     except BrokenPipeError:  # `vlaft recipes | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception:
+        if not interrupts.was_interrupted():  # some packages make an ImportError of an interrupted import
+            raise
+        _print_error("interrupted")
+        return 130
     if result == 130:
         _print_error("interrupted")
     return result if isinstance(result, int) else 0

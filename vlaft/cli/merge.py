@@ -67,7 +67,15 @@ def merge(
     check = _check(trained, folder, verify, mode)
     with bytes_progress("merging", total) as advance:
         result = run_merge(
-            trained, folder, out, base_name=name, dtype=dtype, rounding=mode, advance=advance, check=check
+            trained,
+            folder,
+            out,
+            base_name=name,
+            dtype=dtype,
+            rounding=mode,
+            overwrite=overwrite,
+            advance=advance,
+            check=check,
         )
     say(f"{result.changed} of {result.tensors} tensors changed; {result.bytes / 1e9:.2f} GB written to {out}")
     _tell_rounding(result.rounding)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from vlaft.data.convert_plan import (
 from vlaft.data.convert_shards import ShardJob, ShardResult, convert_shards
 from vlaft.data.convert_staging import (
     check_output,
-    disk_errors,
+    conversion_errors,
     finished_shards,
     known_damage,
     move_into_place,
@@ -55,6 +56,7 @@ from vlaft.data.store import (
 )
 from vlaft.errors import ConfigError, DataError
 from vlaft.files import content_checksum, sealed
+from vlaft.output_folder import locked
 
 __all__ = ["Conversion", "ConvertRequest", "Skipped", "SourceRequest", "convert"]
 
@@ -136,10 +138,19 @@ def convert(request: ConvertRequest, *, dry_run: bool = False, progress: Progres
     Raises:
         ConfigError: a setting is out of range.
         CheckpointError: the base cannot be read or does not fit.
-        DataError: a source is damaged or unusable, the output is in the way or in use, or the disk is full.
+        DataError: a source is damaged or unusable, or the disk is full.
+        VlaftError: the output is in the way, or another process writes to it.
     """
     _check_settings(request)
-    check_output(request.out, [source.path for source in request.sources], request.overwrite)
+    with ExitStack() as held:
+        if not dry_run:
+            held.enter_context(conversion_errors(request.out))
+            held.enter_context(locked(request.out, shared=True))
+        return _convert(request, dry_run, progress)
+
+
+def _convert(request: ConvertRequest, dry_run: bool, progress: Progress) -> Conversion:
+    before = check_output(request.out, [source.path for source in request.sources], request.overwrite)
     base = load_base_files(request.base)
     pipeline = ImagePipeline.for_training(base.config, base.preprocessor)
     if request.image_size is not None:
@@ -153,27 +164,25 @@ def convert(request: ConvertRequest, *, dry_run: bool = False, progress: Progres
         source.request if source.request.path.exists() else replace(source.request, path=source.source.path)
         for source in opened
     )
-    with disk_errors(request.out), open_staging(request.out, _fingerprint(request, opened, base, pipeline)) as staging:
-        known = known_damage(staging) if request.on_error == "skip" else {}
-        if known:  # an earlier run of the same request found damaged frames
-            plan = _plan(request, opened, base, known, progress)
-        while True:
-            results, reused = _write_shards(request, requests, plan, staging, base, pipeline, progress)
-            damage = {(entry.source, entry.index): entry.why for result in results for entry in result.damaged}
-            if not damage:
-                break
-            # The statistics counted these episodes, and every row is normalised by them: all is done again without.
-            known = {**known, **damage}
-            remember_damage(staging, known)
-            plan = _plan(request, opened, base, known, progress)
-        conversion = _conversion(request, opened, plan, results, reused)
-        write_statistics(staging / STATISTICS_FILE, conversion.statistics)
-        described = _describe(request, plan, base, pipeline, conversion, results)
-        described[STATISTICS_CHECKSUM] = content_checksum(read_statistics(staging / STATISTICS_FILE))
-        write_json(staging / DATASET_FILE, sealed(described))
-        # something may have come to lie there in the meantime
-        check_output(request.out, [source.path for source in request.sources], request.overwrite)
-        move_into_place(staging, request.out)
+    staging = open_staging(request.out, _fingerprint(request, opened, base, pipeline))
+    known = known_damage(staging) if request.on_error == "skip" else {}
+    if known:  # an earlier run of the same request found damaged frames
+        plan = _plan(request, opened, base, known, progress)
+    while True:
+        results, reused = _write_shards(request, requests, plan, staging, base, pipeline, progress)
+        damage = {(entry.source, entry.index): entry.why for result in results for entry in result.damaged}
+        if not damage:
+            break
+        # The statistics counted these episodes, and every row is normalised by them: all is done again without.
+        known = {**known, **damage}
+        remember_damage(staging, known)
+        plan = _plan(request, opened, base, known, progress)
+    conversion = _conversion(request, opened, plan, results, reused)
+    write_statistics(staging / STATISTICS_FILE, conversion.statistics)
+    described = _describe(request, plan, base, pipeline, conversion, results)
+    described[STATISTICS_CHECKSUM] = content_checksum(read_statistics(staging / STATISTICS_FILE))
+    write_json(staging / DATASET_FILE, sealed(described))
+    move_into_place(staging, request.out, before)
     return conversion
 
 
@@ -227,7 +236,7 @@ def _write_shards(
     results = finished_shards(staging, [shard.file for shard in plan.shards], key, request.on_error)
     reused = len(results)
     missing = [shard for shard in plan.shards if shard.file not in results]
-    job = ShardJob(staging, requests, plan.found, base.actions, pipeline, request.codec, request.on_error)
+    job = ShardJob(staging, requests, plan.found, base.actions, pipeline, request.codec, request.on_error, request.out)
     total = sum(shard.rows for shard in plan.shards)
     done = sum(shard.rows for shard in plan.shards if shard.file in results)
     progress("writing examples", done, total)

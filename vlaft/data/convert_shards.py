@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_any
@@ -30,11 +31,17 @@ from vlaft.data.convert_plan import (
 from vlaft.data.images import ImagePipeline
 from vlaft.data.store import MAIN_CAMERA, Shard, example_schema, write_shard
 from vlaft.errors import DataError, VlaftError
+from vlaft.output_folder import joined
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """All that a worker needs, small and picklable: it opens the sources itself."""
+    """All that a worker needs, small and picklable: it opens the sources itself.
+
+    Attributes:
+        folder: where the shards are written.
+        out: the output, whose lock is held.
+    """
 
     folder: Path
     requests: tuple[SourceRequest, ...]
@@ -43,6 +50,7 @@ class ShardJob:
     pipeline: ImagePipeline
     codec: ImageCodec
     on_error: OnError
+    out: Path
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,13 @@ def convert_shards(job: ShardJob, plans: Sequence[ShardPlan], workers: int) -> I
         keep_alive,
         ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker, initargs=(job, alive)) as pool,
     ):
-        waiting: set[Future[ShardResult | str]] = {pool.submit(_convert_in_worker, plan) for plan in plans}
+        # Ctrl-C in a terminal goes to every process. The workers leave it to this one: they are started with it
+        # blocked, before they could say so themselves. Here it is delivered a moment later.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            waiting: set[Future[ShardResult | str]] = {pool.submit(_convert_in_worker, plan) for plan in plans}
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         try:
             while waiting:
                 finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
@@ -98,7 +112,7 @@ def convert_shards(job: ShardJob, plans: Sequence[ShardPlan], workers: int) -> I
         finally:
             if waiting:  # something went wrong: nobody needs what the workers are still at
                 keep_alive.close()
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
 
 class _Converter:
@@ -166,11 +180,12 @@ class _Converter:
 
 
 _converter: _Converter | None = None  # a worker's own, set as it starts
+_held = ExitStack()  # a worker's part in the lock: a conversion that begins after a kill does not meet its last writes
 
 
 def _start_worker(job: ShardJob, alive: Connection) -> None:
     global _converter
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    _held.enter_context(joined(job.out))
     threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
     _converter = _Converter(job)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,59 +11,47 @@ from dataclasses import asdict
 from pathlib import Path
 
 from vlaft.data.convert_shards import Damaged, ShardResult
-from vlaft.data.store import DATASET_FILE, Shard, read_json, sync_file, sync_folder, write_json
+from vlaft.data.store import DATASET_FILE, Shard, read_json, write_json
 from vlaft.errors import DataError
 from vlaft.files import checksum
+from vlaft.output_folder import Listing, publish, replaceable
 
 STATE = ".conversion"  # folder inside the staging folder: the fingerprint and what is finished
+_REQUEST = "request.json"  # in there: the fingerprint of what was asked for
 _DAMAGE = "damaged.json"  # in there: episodes whose frames turned out damaged
 
 
-def check_output(out: Path, sources: Sequence[Path], overwrite: bool) -> None:
-    """Refuse an output that is in the way, and to replace anything but a converted dataset."""
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out} is a file; the output has to be a folder")
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise DataError(f"{out} is not empty; name another folder, or give --overwrite")
-        if not (out / DATASET_FILE).is_file():
-            raise DataError(f"{out} holds something that is no converted dataset; it is not overwritten")
+def check_output(out: Path, sources: Sequence[Path], overwrite: bool) -> Listing:
+    """Refuse an output that is in the way, and to replace anything but a converted dataset; return what may be."""
     for source in sources:
-        place, target = source.resolve(), out.resolve()
+        place, target = source.resolve(), Path(os.path.realpath(out))
         if source.exists() and (place == target or place in target.parents or target in place.parents):
             raise DataError(f"the output {out} and the source {source} lie within each other; name another folder")
+    before = replaceable(out, overwrite=overwrite)
+    if before and not (out / DATASET_FILE).is_file():
+        raise DataError(f"{out} holds something that is no converted dataset; it is not overwritten")
+    return before
 
 
-def beside(out: Path, suffix: str = "") -> Path:
-    """Return the absolute path of a folder beside the output (which may have been given as `.`)."""
-    absolute = out.resolve()
-    return absolute.with_name(absolute.name + suffix)
-
-
-@contextmanager
-def open_staging(out: Path, fingerprint: str) -> Iterator[Path]:
-    """Make or take over `<out>.partial`, locked against a second conversion into the same place."""
-    staging = beside(out, ".partial")
-    staging.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(staging, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+def open_staging(out: Path, fingerprint: str) -> Path:
+    """Make or take over `<out>.partial`; the lock of `out` is held."""
+    place = Path(os.path.realpath(out))
+    staging = place.with_name(f"{place.name}.partial")
+    staging.mkdir(exist_ok=True)
+    state, mark = staging / STATE, staging / STATE / _REQUEST
+    if _fingerprint_in(mark) != fingerprint:
+        entries = sorted(staging.iterdir(), key=lambda entry: entry == state)  # what says that it is ours goes last
+        if entries and not state.is_dir() and not (staging / DATASET_FILE).is_file():
             raise DataError(
-                f"another conversion is writing to {out} right now; wait for it or name another folder"
-            ) from error
-        mark = staging / STATE / "request.json"
-        if _fingerprint_in(mark) != fingerprint:
-            for entry in staging.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-            mark.parent.mkdir()
-            write_json(mark, {"fingerprint": fingerprint})
-        for leftover in staging.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
-        yield staging
-    finally:
-        os.close(descriptor)  # releases the lock
+                f"{staging} holds something that is no unfinished conversion; move it or name another --out"
+            )
+        for entry in entries:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        state.mkdir()
+        write_json(mark, {"fingerprint": fingerprint})
+    for leftover in staging.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+    return staging
 
 
 def remember_shard(staging: Path, plan: str, result: ShardResult) -> None:
@@ -114,8 +101,8 @@ def _fingerprint_in(mark: Path) -> object:
 
 
 @contextmanager
-def disk_errors(out: Path) -> Iterator[None]:
-    """Turn what a disk answers (full, read-only, not ours) into a sentence."""
+def conversion_errors(out: Path) -> Iterator[None]:
+    """Turn what a disk answers (full, broken, read-only, not ours) into a sentence."""
     try:
         yield
     except OSError as error:
@@ -124,21 +111,13 @@ def disk_errors(out: Path) -> Iterator[None]:
                 f"the disk is full while writing {out}.partial; free some space and run the same command again,"
                 " finished shards are kept"
             ) from error
-        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
-            raise DataError(f"{out} cannot be written ({error.strerror}); name another folder") from error
-        raise
+        raise DataError(
+            f"{error.filename or out}: {error.strerror or error}; run the same command again once the disk is well,"
+            " finished shards are kept"
+        ) from error
 
 
-def move_into_place(staging: Path, out: Path) -> None:
-    """Give the finished staging folder its name, in the place of what lay there."""
-    shutil.rmtree(staging / STATE)
-    for file in staging.iterdir():
-        sync_file(file)
-    sync_folder(staging)
-    place = beside(out)
-    old = beside(out, f".{os.getpid()}.old")
-    if place.is_dir():
-        place.rename(old)
-    staging.rename(place)
-    sync_folder(place.parent)
-    shutil.rmtree(old, ignore_errors=True)
+def move_into_place(staging: Path, out: Path, before: Listing) -> None:
+    """Give the finished staging folder its name, in the place of what `check_output` found; the lock is held."""
+    # what says which shards are finished stays as long as anything can go wrong
+    publish(staging, out, before, last=lambda: shutil.rmtree(staging / STATE))

@@ -17,6 +17,7 @@ from vlaft.data.inspection_frames import CameraFacts, evenly, look_at
 from vlaft.data.layout import Layout
 from vlaft.data.store import DATASET_FILE, SPLITS, ConvertedDataset
 from vlaft.errors import DataError
+from vlaft.output_folder import restored
 
 _COLUMNS = ("episode_index", "dataset", "source", "instruction", "state", "action")
 
@@ -46,7 +47,7 @@ class StoredFrames:
 
 def is_converted(path: Path) -> bool:
     """Tell whether the folder is a converted dataset."""
-    return (path / DATASET_FILE).is_file()
+    return (restored(path) / DATASET_FILE).is_file()
 
 
 def inspect_converted(

@@ -26,6 +26,7 @@ from vlaft.data.images import ImagePipeline
 from vlaft.data.statistics import read_statistics
 from vlaft.errors import DataError
 from vlaft.files import SEAL, UNSEALED, checksum, content_checksum, holds, seal_holds, unsealed
+from vlaft.output_folder import restored
 
 FORMAT_VERSION = 1
 DATASET_FILE = "dataset.json"
@@ -93,7 +94,7 @@ def write_shard(path: Path, split: str, schema: pa.Schema, episodes: Iterable[Se
     """Write one shard from the rows of its episodes and return its entry in `dataset.json`.
 
     The same rows always give the same bytes. At most one episode and one row group are held in memory. The file is
-    not synced: whoever makes the dataset whole does so for all files (see `convert_staging.move_into_place`).
+    not synced: whoever makes the dataset whole does so for all files (see `output_folder.publish`).
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     count = 0
@@ -202,7 +203,7 @@ class ConvertedDataset:
             DataError: this is no converted dataset, it is of another version, a shard is missing or cut off, or a
                 document does not match its checksum.
         """
-        self.path = Path(path)
+        self.path = restored(Path(path))
         if not (self.path / DATASET_FILE).is_file():
             raise DataError(f"{path} is no converted dataset (it has no {DATASET_FILE}); make one with `vlaft convert`")
         self.info = read_json(self.path / DATASET_FILE)

@@ -19,6 +19,7 @@ from typing import Any
 from vlaft.errors import CheckpointError, MissingExtra
 from vlaft.files import remembered
 from vlaft.known_bases import nearest_base
+from vlaft.output_folder import restored
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -64,7 +65,7 @@ def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
     Raises:
         CheckpointError: neither a folder with a `config.json` nor a repository that can be had.
     """
-    folder = Path(name)
+    folder = restored(Path(name))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder}: no config.json here, so this is no checkpoint folder")

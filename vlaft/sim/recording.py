@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlaft.errors import ConfigError, VlaftError
+from vlaft.output_folder import output_file
 from vlaft.sim.expert import expert_action
 from vlaft.sim.scene import SETUP_B, SETUPS, SetUp
 from vlaft.sim.tabletop import CONTROL_RATE, MAX_STEPS, TabletopEnv
@@ -107,32 +107,23 @@ def record(path: Path, setup: SetUp, seeds: Sequence[int]) -> int:
         raise ConfigError(f"{min(seeds)} is no seed; seeds begin at 0")
     if path.exists():
         raise VlaftError(f"{path} exists; name another file, or remove it first")
-    partial = path.with_name(f".{path.name}.partial")
     frames, colours = 0, list(setup.objects)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(partial, "w") as file:
-            data = file.create_group("data")
-            env = {"env_name": setup.name, "env_kwargs": {"control_freq": CONTROL_RATE}}
-            data.attrs["env_args"] = json.dumps(env)
-            for number, seed in enumerate(seeds):
-                demonstration = demonstrate(setup, seed, colours[number % len(colours)])
-                demo = data.create_group(f"demo_{number}")
-                demo.attrs["num_samples"] = len(demonstration.actions)
-                demo.attrs["seed"] = seed
-                demo.attrs["language_instruction"] = demonstration.instruction
-                demo["actions"] = demonstration.actions
-                demo["obs/robot_state"] = demonstration.states
-                images = demonstration.frames
-                demo.create_dataset("obs/agentview_image", data=images, chunks=(1, *images.shape[1:]), compression=4)
-                frames += len(demonstration.actions)
-            data.attrs["total"] = frames
-        partial.rename(path)
-    except OSError as error:
-        raise VlaftError(f"{path} cannot be written ({error.strerror or error})") from error
-    finally:
-        with contextlib.suppress(OSError):  # the folder may be a file, which has been said
-            partial.unlink()
+    with output_file(path, overwrite=False) as partial, h5py.File(partial, "w") as file:
+        data = file.create_group("data")
+        env = {"env_name": setup.name, "env_kwargs": {"control_freq": CONTROL_RATE}}
+        data.attrs["env_args"] = json.dumps(env)
+        for number, seed in enumerate(seeds):
+            demonstration = demonstrate(setup, seed, colours[number % len(colours)])
+            demo = data.create_group(f"demo_{number}")
+            demo.attrs["num_samples"] = len(demonstration.actions)
+            demo.attrs["seed"] = seed
+            demo.attrs["language_instruction"] = demonstration.instruction
+            demo["actions"] = demonstration.actions
+            demo["obs/robot_state"] = demonstration.states
+            images = demonstration.frames
+            demo.create_dataset("obs/agentview_image", data=images, chunks=(1, *images.shape[1:]), compression=4)
+            frames += len(demonstration.actions)
+        data.attrs["total"] = frames
     return frames
 
 

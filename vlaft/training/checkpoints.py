@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from vlaft.errors import CheckpointError, VlaftError
 from vlaft.files import SEAL, checksum, holds, seal_holds, sealed, unsealed
-from vlaft.output_folder import sync
+from vlaft.output_folder import disk_errors, sync
 from vlaft.trained import STATE_FILE, TRAINED_FILE
 from vlaft.training.distributed import spread_like, whole
 
@@ -166,7 +166,7 @@ def write_checkpoint(
         for path in partial.iterdir():
             sync(path)
         if final.exists():  # the same step, written before an interruption
-            shutil.rmtree(final)
+            _retire(final, "old")
         partial.rename(final)
         sync(folder)
     except (OSError, SafetensorError) as error:
@@ -251,9 +251,8 @@ def set_aside(folder: Path, chosen: Path | None) -> None:
     for path in reversed(list_checkpoints(folder)):
         if path == chosen:
             break
-        damaged = folder / f".{path.name}.damaged"
-        shutil.rmtree(damaged, ignore_errors=True)
-        path.rename(damaged)
+        with disk_errors(path):
+            _retire(path, "damaged")
 
 
 def rotate(folder: Path, keep: int, best: str | None) -> None:
@@ -264,12 +263,17 @@ def rotate(folder: Path, keep: int, best: str | None) -> None:
     paths = list_checkpoints(folder)
     for path in paths[: -max(keep, 1)]:
         if path.name != best:
-            # Renamed first: a kill in mid-deletion leaves nothing that looks like a checkpoint.
-            doomed = folder / f".{path.name}.old"
-            shutil.rmtree(doomed, ignore_errors=True)
-            path.rename(doomed)
+            with disk_errors(path, "; the checkpoints are untouched: continue with --resume"):
+                _retire(path, "old")
     for path in folder.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _retire(path: Path, why: str) -> None:
+    """Give a checkpoint that is to be deleted a hidden name, so that none that is half deleted is taken for whole."""
+    hidden = path.with_name(f".{path.name}.{why}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    path.rename(hidden)
 
 
 def write_trained(tensors: Mapping[str, Tensor], folder: Path) -> None:

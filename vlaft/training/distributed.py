@@ -26,11 +26,21 @@ from vlaft.model.openvla import OpenVLAForActionPrediction
 SHARDED_METHODS = ("full", "frozen-vision")
 
 
+def several() -> bool:
+    """Say whether `torchrun` or `accelerate launch` started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_first() -> bool:
+    """Say, before the processes have joined, whether this is the main one."""
+    return not several() or os.environ.get("RANK", "0") == "0"
+
+
 def join_processes() -> Accelerator:
     """Join the processes that `torchrun` or `accelerate launch` started; alone, be the only one."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return Accelerator(
-        cpu=several and not torch.accelerator.is_available(),  # torchrun says nothing about CPUs; the rest would follow
+        cpu=several()
+        and not torch.accelerator.is_available(),  # torchrun says nothing about CPUs; the rest would follow
         mixed_precision="no",  # the recipe says how to compute, not the launcher
     )
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,12 +19,13 @@ from typing import Any
 from vlaft.config import RecipeConfig
 from vlaft.errors import ConfigError, VlaftError
 from vlaft.files import SEAL, UNSEALED, content_checksum, seal_holds, sealed, unsealed
-from vlaft.output_folder import sync
+from vlaft.output_folder import disk_errors, staged, sync
 from vlaft.trained import BASE_CHECKSUMS, ENVIRONMENT_FILE, RUN_FILE, STATISTICS_FILE, read_document
 
 RECIPE_FILE = "recipe.yaml"
 LOG_FILE = "log.jsonl"
 _RECIPE_SEAL = f"# {SEAL}: "  # begins the recipe's last line
+CONTINUE = "; make room and continue with --resume"
 _PACKAGES = ("vlaft", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "numpy", "pyarrow")
 # Settings that may differ between a run and its continuation: they change when something is written or for how
 # long training goes on, not what a step computes.
@@ -73,31 +72,44 @@ class RunFolder:
         """Where the checkpoints lie."""
         return self.path / "checkpoints"
 
-    def create(self, recipe: str, statistics: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
-        """Write what is known before the first step.
+    def create(
+        self,
+        recipe: str,
+        statistics: Mapping[str, Any],
+        environment: Mapping[str, Any],
+        status: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        """Write what is known before the first step: a new run's folder at once, whole; the lock of it is held.
+
+        Args:
+            recipe: for `recipe.yaml`.
+            statistics: for `dataset_statistics.json`.
+            environment: for `environment.json`.
+            status: keys of `run.json`.
+            overwrite: replace what is there.
 
         Raises:
-            VlaftError: the folder cannot be written.
+            VlaftError: the folder cannot be written, or holds something that is not to be replaced.
         """
         if not self.writes:
             return
-        with self._writing(self.path):
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self._replace(RECIPE_FILE, f"{recipe}{_RECIPE_SEAL}{content_checksum(recipe)}\n")
-        self.replace_json(STATISTICS_FILE, statistics)
-        self.replace_json(ENVIRONMENT_FILE, sealed(environment))
-
-    @contextmanager
-    def replaced(self) -> Iterator[None]:
-        """Move what is in the folder aside while a new run is created in its place, then delete it."""
-        old = self.path.with_name(f".{self.path.name}.old")
-        if self.writes and self.path.is_dir():
-            with self._writing(self.path):
-                shutil.rmtree(old, ignore_errors=True)
-                self.path.rename(old)
-        yield
-        if self.writes:
-            shutil.rmtree(old, ignore_errors=True)
+        continued = not overwrite and (self.path / RECIPE_FILE).is_file()
+        files = {
+            RECIPE_FILE: f"{recipe}{_RECIPE_SEAL}{content_checksum(recipe)}\n",
+            STATISTICS_FILE: _json(statistics),
+            ENVIRONMENT_FILE: _json(sealed(environment)),
+            RUN_FILE: _json(sealed(self.read_status() | dict(status) if continued else status)),
+        }
+        if continued:
+            for name, text in files.items():
+                self._replace(name, text)
+            return
+        with staged(self.path, overwrite=overwrite) as folder:
+            (folder / self.checkpoints.name).mkdir()
+            for name, text in files.items():
+                (folder / name).write_text(text, encoding="utf-8")
 
     def check_resumable(self) -> None:
         """Refuse to continue a folder that holds something, but no run, or one whose recipe is not as it was written.
@@ -105,7 +117,7 @@ class RunFolder:
         Raises:
             ConfigError: as said.
         """
-        there = self.path.is_dir() and any(not path.name.startswith(".") for path in self.path.iterdir())
+        there = self.path.is_dir() and any(self.path.iterdir())
         if there and not (self.path / RECIPE_FILE).is_file():
             raise ConfigError(
                 f"{self.path}: there is no {RECIPE_FILE}, so this is no run that --resume could continue;"
@@ -164,31 +176,22 @@ class RunFolder:
 
     def replace_json(self, name: str, content: Any) -> None:
         """Write a JSON file aside and rename it into place."""
-        self._replace(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        self._replace(name, _json(content))
 
     def _replace(self, name: str, text: str) -> None:
         if not self.writes:
             return
         partial = self.path / f".{name}.partial"
-        with self._writing(self.path / name):
+        with disk_errors(self.path / name, CONTINUE):
             partial.write_text(text, encoding="utf-8")
             sync(partial)
             partial.replace(self.path / name)
-
-    @contextmanager
-    def _writing(self, path: Path) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise VlaftError(
-                f"{path}: cannot be written ({error.strerror or error}); make room and continue with --resume"
-            ) from error
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append a line to `log.jsonl`."""
         if self.writes:
             path = self.path / LOG_FILE
-            with self._writing(path), path.open("a", encoding="utf-8") as file:
+            with disk_errors(path, CONTINUE), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
     def truncate_log(self, step: int) -> None:
@@ -197,7 +200,9 @@ class RunFolder:
         if not self.writes or not path.is_file():
             return
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        with disk_errors(path, CONTINUE):
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        for line in lines:
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
@@ -219,6 +224,10 @@ def check_same_recipe(old: RecipeConfig, new: RecipeConfig, folder: Path) -> Non
     if different:
         told = ", ".join(f"{key} (was {before[key]}, now {after.get(key)})" for key in different)
         raise ConfigError(f"{folder}: --resume continues the run as it was, but these settings differ: {told}")
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -30,9 +30,9 @@ class StopSignals:
         return self
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True  # before the exception, which code in between may lose
         if not self._deferred:
             raise KeyboardInterrupt
-        self.received = True
         self._restore()
 
     def _restore(self) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,8 +22,10 @@ from vlaft.config import RecipeConfig, resolve, to_yaml
 from vlaft.errors import ConfigError, Interrupted, VlaftError
 from vlaft.files import content_checksum
 from vlaft.model.checkpoint import check_tensor_checksums, resolve_checkpoint
+from vlaft.output_folder import check_apart, joined, locked
 from vlaft.trained import BASE_CHECKSUMS, STATISTICS_CHECKSUM
 from vlaft.training.checkpoints import checkpoint_name, newest_good
+from vlaft.training.distributed import is_first, several
 from vlaft.training.events import Banner, EvaluationLine, Listener, RunSummary, StepLine
 from vlaft.training.memory import out_of_memory_told, peak_memory
 from vlaft.training.metrics import Metrics, MetricSums
@@ -59,16 +61,20 @@ def train(
         MissingExtra: the recipe needs a package that is not installed.
         Interrupted: SIGINT or SIGTERM, after the step under way was finished and saved.
         KeyboardInterrupt: either signal, before the first step.
-        VlaftError: the loss is not finite, the disk is full, or memory is.
+        VlaftError: another process trains into `out`, the loss is not finite, the disk is full, or memory is.
     """
     began = time.monotonic()
-    with StopSignals() as signals:
+    with StopSignals() as signals, ExitStack() as held:
+        if is_first():
+            held.enter_context(locked(out, shared=several()))
         recipe, base = _located(recipe, out, overwrite=overwrite)
         if resume:
             RunFolder(out).check_resumable()
             if (out / RECIPE_FILE).is_file():
                 check_same_recipe(resolve(out / RECIPE_FILE), recipe, out)
         run = Run(recipe, out, base, listener)
+        if not is_first():  # the first one has the lock by now, or they would not have found each other
+            held.enter_context(joined(out))
         with out_of_memory_told(recipe, "loading the base"):
             _begin(run, resume=resume, overwrite=overwrite)
         signals.defer()
@@ -83,9 +89,9 @@ def train(
                 with suppress(VlaftError):  # the disk may be what failed
                     run.folder.write_status(status="failed")
             raise
-    summary = _finish(run, time.monotonic() - began, stopped_early, predicted_bytes)
-    run.listener.finished(summary)
-    run.close()
+        summary = _finish(run, time.monotonic() - began, stopped_early, predicted_bytes)
+        run.listener.finished(summary)
+        run.close()
     return summary
 
 
@@ -101,9 +107,7 @@ def _located(recipe: RecipeConfig, out: Path, *, overwrite: bool) -> tuple[Recip
     if Path(recipe.base).is_dir():
         recipe = replace(recipe, base=str(base.resolve()))
     if overwrite:
-        for path in (base, *map(Path, recipe.data.paths)):
-            if path.resolve().is_relative_to(out.resolve()):
-                raise ConfigError(f"{path} lies in {out}, which --overwrite would delete; give another --out")
+        check_apart(out, [base, *map(Path, recipe.data.paths)])
     return recipe, base
 
 
@@ -126,26 +130,16 @@ def _begin(run: Run, *, resume: bool, overwrite: bool) -> None:
         if checkpoint is None:
             run.listener.warned(f"{run.folder.path}: no checkpoint to continue from; beginning at step 0")
     run.load(start=checkpoint is None)
-    with run.folder.replaced() if overwrite else nullcontext():
-        run.folder.create(
-            to_yaml(run.recipe),
-            run.data.statistics,
-            environment(command_line(), str(run.device))
-            | {
-                "base_fingerprint": run.base_fingerprint,
-                BASE_CHECKSUMS: run.base_checksums,
-                "data_fingerprint": run.data.fingerprint,
-            },
-        )
-        run.folder.write_status(
-            status="running",
-            recipe=run.recipe.name,
-            base=run.recipe.base,
-            base_fingerprint=run.base_fingerprint,
-            data_fingerprint=run.data.fingerprint,
-            inference=run.data.inference,
-            **{STATISTICS_CHECKSUM: content_checksum(run.data.statistics)},
-        )
+    prints = {"base_fingerprint": run.base_fingerprint, "data_fingerprint": run.data.fingerprint}
+    run.folder.create(
+        to_yaml(run.recipe),
+        run.data.statistics,
+        environment(command_line(), str(run.device)) | prints | {BASE_CHECKSUMS: run.base_checksums},
+        {"status": "running", "recipe": run.recipe.name, "base": run.recipe.base}
+        | prints
+        | {"inference": run.data.inference, STATISTICS_CHECKSUM: content_checksum(run.data.statistics)},
+        overwrite=overwrite,
+    )
     if resume:
         run.restore(checkpoint)
 
