@@ -231,29 +231,60 @@ def set_aside(folder: Path, chosen: Path | None) -> None:
     """Rename the damaged checkpoints behind `chosen`, so that they neither count nor are taken for good ones.
 
     They are deleted once a new checkpoint is written.
+
+    Raises:
+        VlaftError: one of them cannot be renamed.
     """
     for path in reversed(list_checkpoints(folder)):
         if path == chosen:
             break
-        damaged = folder / f".{path.name}.damaged"
-        shutil.rmtree(damaged, ignore_errors=True)
-        path.rename(damaged)
+        try:
+            _move_away(path, folder / f".{path.name}.damaged")
+        except OSError as error:
+            raise VlaftError(
+                f"{path}: this damaged checkpoint cannot be set aside ({error.strerror or error}); delete it, then"
+                " continue with --resume"
+            ) from error
 
 
-def rotate(folder: Path, keep: int, best: str | None) -> None:
+def rotate(folder: Path, keep: int, best: str | None) -> list[str]:
     """Delete all but the newest `keep` checkpoints and the best; the newest always stays.
 
     What kills and damage left behind goes too.
+
+    Returns:
+        A sentence for each that could not be deleted: they take room and nothing else, so the run goes on.
     """
-    paths = list_checkpoints(folder)
-    for path in paths[: -max(keep, 1)]:
+    warnings = []
+    for path in list_checkpoints(folder)[: -max(keep, 1)]:
         if path.name != best:
-            # Renamed first: a kill in mid-deletion leaves nothing that looks like a checkpoint.
-            doomed = folder / f".{path.name}.old"
-            shutil.rmtree(doomed, ignore_errors=True)
-            path.rename(doomed)
+            try:
+                # Renamed first: a kill in mid-deletion leaves nothing that looks like a checkpoint.
+                _move_away(path, folder / f".{path.name}.old")
+            except OSError as error:
+                warnings.append(_not_deleted(path, error))
     for path in folder.glob(".step-*"):
-        shutil.rmtree(path, ignore_errors=True)
+        try:
+            _delete(path)
+        except OSError as error:
+            warnings.append(_not_deleted(path, error))
+    return warnings
+
+
+def _move_away(path: Path, target: Path) -> None:
+    _delete(target)
+    path.rename(target)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _not_deleted(path: Path, error: OSError) -> str:
+    return f"{path}: an old checkpoint could not be deleted ({error.strerror or error}); delete it to make room"
 
 
 def _checksum(path: Path) -> int:
