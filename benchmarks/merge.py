@@ -25,7 +25,6 @@ from pathlib import Path
 
 TARGETS = {"memory over peft": 0.15, "time over peft": 0.6, "time over cp": 2.0}
 RANK = 32
-SHARD_BYTES = 5e9
 
 # Each job is run by `python -c` and prints its peak of resident memory last.
 _PEAK = """
@@ -51,6 +50,7 @@ PeftModel.from_pretrained(model, sys.argv[2]).merge_and_unload().save_pretrained
 def make_files(folder: Path, size_gb: float) -> None:
     """Write `base` and `adapter`; run as a process of its own, so that its memory is not the benchmark's."""
     import torch
+    from make_7b_folder import write_weights
 
     from vlaft.config import LORA_TARGETS
     from vlaft.model.configuration import OpenVLAConfig
@@ -83,27 +83,7 @@ def make_files(folder: Path, size_gb: float) -> None:
     base.mkdir()
     adapter.mkdir()
     (base / "config.json").write_text(json.dumps(config))
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
-    used = 0.0
-    for name, shape in shapes.items():
-        size = 2 * torch.Size(shape).numel()
-        if used + size > SHARD_BYTES:
-            shards.append({})
-            used = 0.0
-        shards[-1][name] = shape
-        used += size
-    noise = (0.02 * torch.randn(2**22)).bfloat16()
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        with ShardWriter(base / file, {name: ("BF16", shape) for name, shape in shard.items()}) as writer:
-            for name, shape in shard.items():
-                size = torch.Size(shape).numel()
-                writer.write(name, noise.repeat(-(-size // len(noise)))[:size].view(shape))
-                weight_map[name] = file
-    total = sum(2 * torch.Size(shape).numel() for shape in shapes.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_weights(base, OpenVLAConfig.from_dict(config))
 
     modules = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight")}
     adapted = {name: shape for name, shape in modules.items() if name.rsplit(".", 1)[-1] in LORA_TARGETS}

@@ -12,6 +12,13 @@ from types import ModuleType
 
 import pytest
 from golden_models import MINI
+from small_base import convert_small
+
+from vlaft.accounting.meta import meta_model
+from vlaft.cli.main import main as cli
+from vlaft.model.checkpoint import tensor_table
+from vlaft.model.configuration import OpenVLAConfig
+from vlaft.model.tensor_stream import read_tensor
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 BASE = str(MINI / "fused")
@@ -117,3 +124,57 @@ def test_scaling_is_measured_predicted_and_drawn(monkeypatch: pytest.MonkeyPatch
     assert row["bytes"][0] < row["bytes"][1]
     scaling.plot([row, row | {"parameters": 2 * row["parameters"]}], tmp_path / "scaling.png", "a test")
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+SMALL_7B = {  # a release in miniature, with its whole vocabulary
+    "dtype": "bfloat16",
+    "vision_backbone_id": "siglip-vit-so400m",
+    "llm_backbone_id": "llama2-7b-pure",
+    "arch_specifier": "no-align+gelu-mlp",
+    "image_sizes": [56],
+    "vision_overrides": [{"embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0}],
+    "text_config": {
+        "model_type": "llama",
+        "pad_token_id": 32000,
+        "vocab_size": 32064,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    },
+}
+
+
+def test_a_random_folder_in_a_releases_sizes_is_a_base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = importlib.import_module("make_7b_folder")
+    monkeypatch.setitem(script.BASES, "openvla/openvla-7b", SMALL_7B)
+    monkeypatch.setattr(script, "SHARD_BYTES", 1_100_000)
+    base, out = tmp_path / "base", tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["make_7b_folder.py", "--out", str(base)])
+    assert script.main() == 0
+    assert script.main() == 1  # what is there is never overwritten
+    table = tensor_table(base)
+    model = meta_model(OpenVLAConfig(**SMALL_7B))
+    assert {name: entry.shape for name, entry in table.items()} == {
+        name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
+    }
+    assert {entry.dtype for entry in table.values()} == {"BF16"} and len({entry.file for entry in table.values()}) == 2
+    head = read_tensor(base, table["language_model.lm_head.weight"]).float()
+    assert abs(float(head.std()) - 0.02) < 0.001 and len(head.unique(dim=0)) == len(head)
+    data = convert_small(base, tmp_path / "data")
+    words = ["train", "--recipe", "lora8", "--base", str(base), "--data", str(data), "--out", str(out)]
+    assert cli([*words, "train.steps=1", "train.batch_size=2", "train.accumulation=1"]) == 0
+    assert (out / "checkpoints" / "step-000001").is_dir()
+
+
+def test_a_random_folder_is_not_begun_where_the_disk_is_too_small(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = importlib.import_module("make_7b_folder")
+    monkeypatch.setattr(script.shutil, "disk_usage", lambda path: argparse.Namespace(free=10**9))
+    monkeypatch.setattr(sys, "argv", ["make_7b_folder.py", "--out", str(tmp_path / "base")])
+    assert script.main() == 1
+    assert "15.1 GB are needed and 1.0 GB are free" in capsys.readouterr().err
+    assert not (tmp_path / "base").exists()

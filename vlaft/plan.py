@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlaft.accounting.main_memory import MainMemory, predict_main_memory
 from vlaft.accounting.memory import MemoryPrediction, memory_model, predict
 from vlaft.accounting.parameters import ParameterCount, count_parameters
 from vlaft.config import RecipeConfig
@@ -28,6 +29,7 @@ class Plan:
         counted: its parameters.
         prediction: of a step's memory on a GPU.
         gpu_memory: bytes of the GPU that it is meant for, or None.
+        main_memory: what a step takes of a CPU's memory, where it is planned for the CPU that is here; else None.
         data: per dataset: name, episodes and examples per split, action dimensions, cameras.
     """
 
@@ -35,6 +37,7 @@ class Plan:
     counted: ParameterCount
     prediction: MemoryPrediction
     gpu_memory: int | None
+    main_memory: MainMemory | None
     data: list[dict[str, Any]]
 
     @property
@@ -43,12 +46,13 @@ class Plan:
         return self.gpu_memory is None or self.prediction.peak <= self.gpu_memory
 
 
-def plan_run(recipe: RecipeConfig, gpu_memory: int | None = None) -> Plan:
+def plan_run(recipe: RecipeConfig, gpu_memory: int | None = None, *, on_cpu: bool = False) -> Plan:
     """Settle the batch size and predict the cost.
 
     Args:
         recipe: resolved settings.
         gpu_memory: bytes of the GPU; None means none is known, so that `auto` takes the whole batch at once.
+        on_cpu: predict the main memory of a step on a CPU, too.
 
     Raises:
         MissingExtra: the recipe needs a package that is not installed.
@@ -60,7 +64,8 @@ def plan_run(recipe: RecipeConfig, gpu_memory: int | None = None) -> Plan:
     data = [describe(ConvertedDataset(Path(path))) for path in recipe.data.paths]
     config = base_config(recipe.base)
     recipe = settle_batch(recipe, gpu_memory)
-    return Plan(recipe, count_parameters(recipe, config), predict(recipe, config), gpu_memory, data)
+    counted, prediction = count_parameters(recipe, config), predict(recipe, config)
+    return Plan(recipe, counted, prediction, gpu_memory, predict_main_memory(recipe, config) if on_cpu else None, data)
 
 
 def settle_batch(recipe: RecipeConfig, gpu_memory: int | None) -> RecipeConfig:
@@ -77,6 +82,13 @@ def settle_batch(recipe: RecipeConfig, gpu_memory: int | None) -> RecipeConfig:
     # traced with accumulation, so that the gradients which wait for the next pass are counted
     largest = memory_model(with_batch(recipe, 1), base_config(recipe.base)).largest_batch(gpu_memory)
     return with_batch(recipe, next((size for size in divisors(effective) if size <= largest), 1))
+
+
+def runs_on_cpu() -> bool:
+    """Say whether a run that begins here would take the CPU."""
+    import torch
+
+    return not torch.accelerator.is_available()
 
 
 def present_gpu() -> int | None:

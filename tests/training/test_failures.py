@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Small, checkpoint_content, log_lines, run
+from safetensors.torch import load_file, save_file
 from small_base import convert_small, write_small_base
 
 from vlaft.cli.main import main
@@ -212,7 +213,7 @@ def test_resume_into_another_run_is_refused(small: Small, tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match=r"train.learning_rate \(was 0.0005, now 0.1\)"):
         run(small.recipe("lora8", "train.learning_rate=0.1"), out, resume=True)
     other_data = convert_small(small.base, tmp_path / "other", seed=1)
-    with pytest.raises(ConfigError, match=r"these settings differ: data.path"):
+    with pytest.raises(ConfigError, match=rf"the data is no longer the one that the run began with \({other_data}\)"):
         run(small.recipe("lora8", f"data.path='{other_data}'"), out, resume=True)
     other_base = write_small_base(tmp_path / "base", "fused")
     with pytest.raises((ConfigError, DataError), match="base"):
@@ -236,6 +237,169 @@ def test_resume_with_base_or_data_exchanged_in_place_is_refused(tmp_path: Path) 
     shard.write_bytes(content)
     with pytest.raises(ConfigError, match="the base is no longer the one that the run began with"):
         run(here.recipe("lora8"), tmp_path / "run", resume=True)
+
+
+def test_a_run_whose_data_and_base_moved_goes_on_where_they_are_now(tmp_path: Path) -> None:
+    base = write_small_base(tmp_path / "base")
+    here = Small(base, convert_small(base, tmp_path / "data"))
+    run(here.recipe("lora8", *STEPS, "train.steps=4"), tmp_path / "run")
+    run(here.recipe("lora8", *STEPS), tmp_path / "whole")
+    moved = Small(tmp_path / "elsewhere" / "base", tmp_path / "elsewhere" / "data")
+    moved.base.parent.mkdir()
+    for old, new in ((here.base, moved.base), (here.data, moved.data)):
+        old.rename(new)
+    told = run(moved.recipe("lora8", *STEPS), tmp_path / "run", resume=True)
+    assert told.banner is not None and told.banner.first_step == 4
+    contents = [checkpoint_content(tmp_path / name, "step-000006") for name in ("run", "whole")]
+    for content in contents:
+        del content["adapter_config.json"]  # it names the base's folder
+    assert contents[0] == contents[1]
+    assert str(moved.data) in (tmp_path / "run" / "recipe.yaml").read_text()
+    assert find_trained(tmp_path / "run").base == str(moved.base)
+
+
+def test_moved_data_is_named_to_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    base = write_small_base(tmp_path / "base")
+    here = Small(base, convert_small(base, tmp_path / "data"))
+    assert main(["train", "--recipe", "lora8", "--out", str(tmp_path / "run"), *here.words()]) == 0
+    (tmp_path / "data").rename(tmp_path / "new")
+    again = ["train", "--resume", "--out", str(tmp_path / "run"), "train.steps=4"]
+    capfd.readouterr()
+    assert main(again) == 1
+    said = capfd.readouterr().err
+    assert (
+        said.count("\n") == 1
+        and f"data of {tmp_path / 'run'} is not here; if it moved, say where to with --data" in said
+    )
+    assert main([*again, "--data", str(tmp_path / "new")]) == 0
+    assert "step-000004" in capfd.readouterr().err
+
+
+def test_a_run_without_a_fingerprint_of_its_data_keeps_its_path(small: Small, tmp_path: Path) -> None:
+    run(small.recipe("lora8"), tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text("{}")
+    moved = shutil.copytree(small.data, tmp_path / "moved")
+    with pytest.raises(ConfigError, match=r"these settings differ: data.path"):
+        run(small.recipe("lora8", f"data.path='{moved}'"), tmp_path / "run", resume=True)
+
+
+def spoiled_base(folder: Path) -> Small:
+    """Return a base whose head is not finite, and data for it."""
+    base = write_small_base(folder / "base")
+    here = Small(base, convert_small(base, folder / "data"))
+    for file in base.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in tensors:
+            if name.endswith("lm_head.weight"):
+                tensors[name].fill_(float("nan"))
+        save_file(tensors, file, metadata={"format": "pt"})
+    return here
+
+
+def test_a_base_that_gives_no_finite_loss_leaves_no_folder_and_replaces_none(small: Small, tmp_path: Path) -> None:
+    spoiled = spoiled_base(tmp_path)
+    sentence = "not finite before the first step"
+    with pytest.raises(VlaftError, match=sentence):
+        run(spoiled.recipe("lora8"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    run(small.recipe("lora8"), tmp_path / "run")
+    before = checkpoint_content(tmp_path / "run", "step-000003")
+    with pytest.raises(VlaftError, match=sentence):
+        run(spoiled.recipe("lora8"), tmp_path / "run", overwrite=True)
+    assert checkpoint_content(tmp_path / "run", "step-000003") == before
+
+
+def test_a_run_that_diverges_before_its_first_checkpoint_does_not_block_its_folder(
+    small: Small, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    words = ["train", "--recipe", "lora8", "--out", str(out), *small.words()]
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, spoil_weights)
+        assert main(words) == 1
+    said = capfd.readouterr().err
+    assert "the loss is nan at step 2; nothing was saved yet: begin again with a lower train.learning_rate" in said
+    assert len((out / "log.jsonl").read_text().splitlines()) == 2  # what led there can be looked at
+    assert main([*words, "train.learning_rate=1e-5"]) == 0  # no --overwrite
+    assert checkpoints(out) == ["step-000003"] and len((out / "log.jsonl").read_text().splitlines()) == 4
+    assert main(words) == 1  # a run that came to something is never replaced unasked
+    assert "is not empty" in capfd.readouterr().err
+
+
+def test_a_failed_run_with_a_file_of_the_users_is_not_replaced(
+    small: Small, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["train", "--recipe", "lora8", "--out", str(tmp_path / "run"), *small.words()]
+    with monkeypatch.context() as patch:
+        at_step(patch, 0, spoil_weights)
+        assert main(words) == 1
+    (tmp_path / "run" / "notes.txt").write_text("why?")
+    capfd.readouterr()
+    assert main(words) == 1
+    assert "is not empty" in capfd.readouterr().err
+    assert (tmp_path / "run" / "notes.txt").read_text() == "why?"
+
+
+def test_after_a_divergence_the_advice_can_be_followed(
+    small: Small, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    words = ["train", "--recipe", "lora8", "--out", str(out), *small.words(), *STEPS]
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, spoil_weights)
+        assert main(words) == 1
+    said = capfd.readouterr().err
+    assert "the last good checkpoint, step-000002, is untouched: continue from it with --resume and a lower" in said
+    assert main([*words, "--resume", "train.learning_rate=1e-5", "train.max_grad_norm=1"]) == 0
+    assert checkpoints(out)[-1] == "step-000006"
+    assert main([*words, "--resume"]) == 1  # back to the first settings, of a run that no longer fails
+    assert "train.learning_rate (was 1e-05, now 0.0005)" in capfd.readouterr().err
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_told_and_the_run_goes_on(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rename = tmp_path / "run", Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if str(target).endswith(".old"):
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    told = run(small.recipe("lora8", *STEPS, "train.keep_checkpoints=1"), out)
+    assert told.summary is not None and told.summary.last == "step-000006"
+    assert "step-000002: an old checkpoint could not be deleted (Input/output error)" in told.warnings[0]
+    assert checkpoints(out) == ["step-000002", "step-000004", "step-000006"]
+
+
+def test_what_lies_where_old_and_damaged_checkpoints_go_is_in_nobodys_way(small: Small, tmp_path: Path) -> None:
+    recipe, out = small.recipe("lora8", *STEPS, "train.keep_checkpoints=1"), tmp_path / "run"
+    (out / "checkpoints").mkdir(parents=True)
+    (out / "checkpoints" / ".step-000002.old").write_text("a file")
+    (out / "checkpoints" / ".step-000004.old").symlink_to(tmp_path)
+    told = run(recipe, out)
+    assert checkpoints(out) == ["step-000006"] and not told.warnings
+    damage(out, "step-000006", "state.json")
+    (out / "checkpoints" / ".step-000006.damaged").write_text("a file")
+    run(recipe, out, resume=True)
+    assert checkpoints(out) == ["step-000006"] and (tmp_path / "run").is_dir()
+
+
+def test_a_damaged_checkpoint_that_cannot_be_set_aside_is_named(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = small.recipe("lora8", *STEPS), tmp_path / "run"
+    run(recipe, out)
+    damage(out, "step-000006", "state.json")
+
+    def failing(self: Path, target: Path) -> Path:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vlaft.training.checkpoints._move_away", failing)
+        with pytest.raises(VlaftError, match=r"step-000006: this damaged checkpoint cannot be set aside \(Input"):
+            run(recipe, out, resume=True)
 
 
 def test_resume_into_a_folder_that_is_no_run_is_refused(small: Small, tmp_path: Path) -> None:

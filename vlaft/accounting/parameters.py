@@ -70,6 +70,15 @@ def part_of(name: str) -> str:
     return "head" if name.startswith("language_model.lm_head") else "language model"
 
 
+def base_name(name: str) -> str:
+    """Return a parameter's name in the base's own files.
+
+    >>> base_name("base_model.model.projector.fc1.base_layer.weight")
+    'projector.fc1.weight'
+    """
+    return name.removeprefix(_PREFIX).replace(".base_layer.", ".")
+
+
 def folded(name: str) -> str:
     """Return the base's module that a parameter belongs to, block numbers replaced by N.
 

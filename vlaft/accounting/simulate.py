@@ -51,11 +51,7 @@ def trace_step(
         forward_pass: the trainer's, or another to compare it with.
     """
     precision = resolve_precision(recipe.precision, on_gpu)
-    base = meta_model(config, DTYPES[precision.frozen])
-    with WithoutValues():
-        model = make_trainable(base, recipe, precision)
-    counted = count(model, trained_by(recipe.adapt, model, base))
-    pack_linears(model, recipe.adapt, DTYPES[precision.compute])
+    model, counted = trainable_without_data(recipe, config, precision)
     in_recomputed_blocks(model, on_gpu)
     traces = []
     for batch_size in batch_sizes:
@@ -69,6 +65,18 @@ def trace_step(
         step = partial(follow_steps, forward_pass=forward_pass, steady=on_gpu)
         traces.append(step(model, optimizer, inputs, normalization, recipe, precision))
     return traces, counted
+
+
+def trainable_without_data(
+    recipe: RecipeConfig, config: OpenVLAConfig, precision: PrecisionConfig
+) -> tuple[nn.Module, ParameterCount]:
+    """Return the model that a recipe trains, on the meta device and quantised as it says, and its parameters."""
+    base = meta_model(config, DTYPES[precision.frozen])
+    with WithoutValues():
+        model = make_trainable(base, recipe, precision)
+    counted = count(model, trained_by(recipe.adapt, model, base))
+    pack_linears(model, recipe.adapt, DTYPES[precision.compute])
+    return model, counted
 
 
 def follow_steps(

@@ -34,16 +34,20 @@ def train(
     Example: vlaft train --recipe lora32 --data data/ --base openvla/openvla-7b --out run/ train.steps=2000
     """
     from vlaft.cli.arguments import check_output_folder, parse_size
+    from vlaft.training.run_folder import RunFolder
 
-    check_output_folder(out, overwrite=overwrite, resume=resume)
+    again = not resume and RunFolder(out).holds_nothing()  # after a divergence: its log was all there was to keep
+    check_output_folder(out, overwrite=overwrite or again, resume=resume)
     resolved = resolve_recipe(recipe, config, settings, data, base, gpu_memory, run=out if resume else None)
     memory = parse_size(gpu_memory) if gpu_memory else None
     from vlaft.errors import ConfigError, VlaftError
-    from vlaft.plan import plan_run, present_gpu
+    from vlaft.plan import plan_run, present_gpu, runs_on_cpu
 
     if not resolved.data.paths:
         raise ConfigError("data.path is missing: name the converted dataset with --data")
-    plan = plan_run(resolved, memory or present_gpu())
+    if resume:
+        _check_there(resolved, out)
+    plan = plan_run(resolved, memory or present_gpu(), on_cpu=runs_on_cpu())
     if dry_run:
         _show_plan(plan)
         if not plan.fits:
@@ -52,16 +56,27 @@ def train(
                 f" {plan.prediction.peak / 1e9:.1f} GB; `vlaft report` says what fits"
             )
         return
+    from vlaft.training.events import PredictedMemory
     from vlaft.training.trainer import train as run_training
 
-    run_training(
-        plan.recipe,
-        out,
-        _Printer(),
-        resume=resume,
-        overwrite=overwrite,
-        predicted_bytes=plan.prediction.allocated,
-    )
+    cpu = plan.main_memory
+    predicted = PredictedMemory(plan.prediction.allocated, cpu.own if cpu else None, cpu.mapped if cpu else None)
+    run_training(plan.recipe, out, _Printer(), resume=resume, overwrite=overwrite or again, predicted=predicted)
+
+
+def _check_there(recipe: RecipeConfig, run: Path) -> None:
+    """Say of a run to be continued whether its data or base has moved; what they hold is compared later.
+
+    Raises:
+        ConfigError: one of them is not where it was.
+    """
+    from vlaft.errors import ConfigError
+
+    places = [("data", path) for path in recipe.data.paths]
+    places += [("base", recipe.base)] if Path(recipe.base).is_absolute() else []
+    for kind, path in places:
+        if not Path(path).exists():
+            raise ConfigError(f"{path}: the {kind} of {run} is not here; if it moved, say where to with --{kind}")
 
 
 def resolve_recipe(
@@ -133,12 +148,43 @@ def _show_plan(plan: Plan) -> None:
     )
     show(f"batch   {train.batch_size} x {train.accumulation} examples per step and GPU")
     show(f"memory  {plan.prediction.peak / 1e9:.1f} GB of a GPU, predicted; most at: {plan.prediction.moment}")
+    if plan.main_memory is not None:
+        show(
+            f"memory  {_main_memory(plan.main_memory.own, plan.main_memory.mapped)}, predicted;"
+            f" most at: {plan.main_memory.moment}"
+        )
+
+
+def _main_memory(own: int, mapped: int) -> str:
+    """Say what the tensors of a step take on a CPU."""
+    besides = f" and {mapped / 1e9:.2f} GB of the base's files, mapped," if mapped else ""
+    return f"{own / 1e9:.2f} GB of main memory{besides} for the tensors of a step on this CPU"
 
 
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _peak(summary: RunSummary) -> str:
+    """Say what a run took, beside what was predicted for the device that it was on."""
+    peak, predicted = summary.peak, summary.predicted
+    if summary.on_gpu:
+        beside = f" ({predicted.gpu_bytes / 1e9:.2f} GB were predicted)" if predicted else ""
+        return f"{peak.bytes / 1e9:.2f} GB allocated on the GPU{beside}"
+    beside = ""
+    if predicted and predicted.cpu_bytes is not None:
+        beside = f" ({predicted.cpu_bytes / 1e9:.2f} GB were predicted for the tensors of a step"
+        if peak.before_bytes is not None:
+            beside += f"; {peak.before_bytes / 1e9:.2f} GB were taken before the base was loaded"
+        beside += ")"
+    if peak.mapped_bytes is None:
+        return f"{peak.bytes / 1e9:.2f} GB of main memory{beside}"
+    return (
+        f"{peak.bytes / 1e9:.2f} GB of main memory{beside}, and up to {peak.mapped_bytes / 1e9:.2f} GB of pages of"
+        " mapped files, which the kernel takes back when it needs them"
+    )
 
 
 class _Printer:
@@ -151,8 +197,10 @@ class _Printer:
         say(f"recipe {banner.recipe} ({banner.method}) on {banner.base}, {banner.device}")
         say(f"data   {banner.train_examples:,} training and {banner.val_examples:,} held-out examples")
         say(f"params {banner.trainable:,} of {banner.total:,} are trained ({share:.2f} %)")
-        if banner.predicted_bytes is not None:
-            say(f"memory {banner.predicted_bytes / 1e9:.2f} GB allocated at the peak of a step, predicted for a GPU")
+        if (predicted := banner.predicted) and banner.on_gpu:
+            say(f"memory {predicted.gpu_bytes / 1e9:.2f} GB allocated at the peak of a step, predicted for a GPU")
+        elif predicted and predicted.cpu_bytes is not None:
+            say(f"memory {_main_memory(predicted.cpu_bytes, predicted.mapped_bytes or 0)}, predicted")
         if banner.feature_cache is not None:
             say(f"cache  features of the frozen ViTs are kept in {banner.feature_cache}")
         say(f"steps  {banner.first_step:,} of {banner.steps:,} done, {banner.effective_batch} examples each")
@@ -188,11 +236,7 @@ class _Printer:
         stopped = ", stopped early" if summary.stopped_early else ""
         best = f"; best: {summary.best} (held-out action L1 {summary.best_l1:.4f})" if summary.best else ""
         say(f"{summary.steps} steps in {_duration(summary.seconds)}{stopped}; last: {summary.last}{best}")
-        what = "allocated on the GPU" if summary.on_gpu else "of main memory"
-        predicted = ""
-        if summary.predicted_bytes is not None:
-            predicted = f" ({summary.predicted_bytes / 1e9:.2f} GB were predicted for a GPU)"
-        say(f"peak memory {summary.peak_bytes / 1e9:.2f} GB {what}{predicted}; written to {summary.folder}")
+        say(f"peak memory {_peak(summary)}; written to {summary.folder}")
         say(f"next: vlaft merge {summary.folder} --out {summary.folder}-merged")
 
     def warned(self, sentence: str) -> None:

@@ -1,6 +1,6 @@
 """The two released bases, described without a download: what `report` counts and `doctor` names.
 
-Only sizes are here; weights, tokenizer and statistics come from the Hub.
+Only sizes and number formats are here; weights, tokenizer and statistics come from the Hub.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ _LLAMA_2_7B = {"model_type": "llama", "pad_token_id": 32000, "vocab_size": 32064
 
 BASES: dict[str, dict] = {
     "openvla/openvla-7b": {
+        "dtype": "bfloat16",
         "vision_backbone_id": "dinosiglip-vit-so-224px",
         "llm_backbone_id": "llama2-7b-pure",
         "arch_specifier": "no-align+fused-gelu-mlp",
@@ -21,6 +22,7 @@ BASES: dict[str, dict] = {
         "text_config": _LLAMA_2_7B,
     },
     "openvla/openvla-v01-7b": {
+        "dtype": "bfloat16",
         "vision_backbone_id": "siglip-vit-so400m",
         "llm_backbone_id": "vicuna-v15-7b",
         "arch_specifier": "no-align+gelu-mlp",

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from vlaft.errors import CheckpointError, VlaftError
 from vlaft.files import SEAL, checksum, holds, seal_holds, sealed, unsealed
-from vlaft.output_folder import disk_errors, sync
+from vlaft.output_folder import sync
 from vlaft.trained import STATE_FILE, TRAINED_FILE
 from vlaft.training.distributed import spread_like, whole
 
@@ -166,7 +166,7 @@ def write_checkpoint(
         for path in partial.iterdir():
             sync(path)
         if final.exists():  # the same step, written before an interruption
-            _retire(final, "old")
+            _move_away(final, folder / f".{final.name}.old")
         partial.rename(final)
         sync(folder)
     except (OSError, SafetensorError) as error:
@@ -247,33 +247,60 @@ def set_aside(folder: Path, chosen: Path | None) -> None:
     """Rename the damaged checkpoints behind `chosen`, so that they neither count nor are taken for good ones.
 
     They are deleted once a new checkpoint is written.
+
+    Raises:
+        VlaftError: one of them cannot be renamed.
     """
     for path in reversed(list_checkpoints(folder)):
         if path == chosen:
             break
-        with disk_errors(path):
-            _retire(path, "damaged")
+        try:
+            _move_away(path, folder / f".{path.name}.damaged")
+        except OSError as error:
+            raise VlaftError(
+                f"{path}: this damaged checkpoint cannot be set aside ({error.strerror or error}); delete it, then"
+                " continue with --resume"
+            ) from error
 
 
-def rotate(folder: Path, keep: int, best: str | None) -> None:
+def rotate(folder: Path, keep: int, best: str | None) -> list[str]:
     """Delete all but the newest `keep` checkpoints and the best; the newest always stays.
 
     What kills and damage left behind goes too.
+
+    Returns:
+        A sentence for each that could not be deleted: they take room and nothing else, so the run goes on.
     """
-    paths = list_checkpoints(folder)
-    for path in paths[: -max(keep, 1)]:
+    warnings = []
+    for path in list_checkpoints(folder)[: -max(keep, 1)]:
         if path.name != best:
-            with disk_errors(path, "; the checkpoints are untouched: continue with --resume"):
-                _retire(path, "old")
+            try:
+                # Renamed first: a kill in mid-deletion leaves nothing that looks like a checkpoint.
+                _move_away(path, folder / f".{path.name}.old")
+            except OSError as error:
+                warnings.append(_not_deleted(path, error))
     for path in folder.glob(".step-*"):
-        shutil.rmtree(path, ignore_errors=True)
+        try:
+            _delete(path)
+        except OSError as error:
+            warnings.append(_not_deleted(path, error))
+    return warnings
 
 
-def _retire(path: Path, why: str) -> None:
-    """Give a checkpoint that is to be deleted a hidden name, so that none that is half deleted is taken for whole."""
-    hidden = path.with_name(f".{path.name}.{why}")
-    shutil.rmtree(hidden, ignore_errors=True)
-    path.rename(hidden)
+def _move_away(path: Path, target: Path) -> None:
+    _delete(target)
+    path.rename(target)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _not_deleted(path: Path, error: OSError) -> str:
+    return f"{path}: an old checkpoint could not be deleted ({error.strerror or error}); delete it to make room"
 
 
 def write_trained(tensors: Mapping[str, Tensor], folder: Path) -> None:

@@ -8,6 +8,40 @@ from typing import Protocol
 
 
 @dataclass(frozen=True)
+class PredictedMemory:
+    """What the tensors of a training step are predicted to take.
+
+    Attributes:
+        gpu_bytes: what `torch.cuda.max_memory_allocated` would report of a GPU.
+        cpu_bytes: main memory on a CPU, mapped weights left out; None where the run is not on one.
+        mapped_bytes: besides, weights that lie in the base's files as they are needed and are used in place; None as
+            `cpu_bytes`.
+    """
+
+    gpu_bytes: int
+    cpu_bytes: int | None = None
+    mapped_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """The memory that a run took at its peak, start and evaluations included.
+
+    Attributes:
+        bytes: allocated on a GPU; on a CPU the process's anonymous memory, which nobody else can take back.
+        measured_as: how.
+        before_bytes: of those, what the process held before the base was loaded; None where not told apart.
+        mapped_bytes: on a CPU, the most resident pages of mapped files (the base's, libraries), which the kernel takes
+            back when it needs them; None where not told apart.
+    """
+
+    bytes: int
+    measured_as: str
+    before_bytes: int | None = None
+    mapped_bytes: int | None = None
+
+
+@dataclass(frozen=True)
 class Banner:
     """What a run is about to do.
 
@@ -23,7 +57,8 @@ class Banner:
         device: where it runs.
         first_step: number of steps done before.
         steps: number of steps in all.
-        predicted_bytes: what a step is predicted to allocate on a GPU, or None.
+        predicted: memory of a step, or None.
+        on_gpu: whether the run is on one.
         feature_cache: file that keeps the features of frozen ViTs, or None.
     """
 
@@ -38,7 +73,8 @@ class Banner:
     device: str
     first_step: int
     steps: int
-    predicted_bytes: int | None = None
+    predicted: PredictedMemory | None = None
+    on_gpu: bool = False
     feature_cache: Path | None = None
 
 
@@ -93,9 +129,9 @@ class RunSummary:
         last: name of the last checkpoint.
         best_l1: action L1 of the best checkpoint.
         seconds: of this call.
-        peak_bytes: device memory at its peak; resident memory of the process on a CPU.
+        peak: memory at its peak.
         stopped_early: whether evaluation stopped improving.
-        predicted_bytes: what was predicted for a GPU; comparable where the run was on one.
+        predicted: memory of a step, or None.
         on_gpu: whether it was.
     """
 
@@ -105,9 +141,9 @@ class RunSummary:
     last: str
     best_l1: float | None
     seconds: float
-    peak_bytes: int
+    peak: PeakMemory
     stopped_early: bool
-    predicted_bytes: int | None = None
+    predicted: PredictedMemory | None = None
     on_gpu: bool = False
 
 

@@ -4,21 +4,80 @@ from __future__ import annotations
 
 import resource
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
 
 import torch
 
 from vlaft.config import RecipeConfig
 from vlaft.errors import VlaftError
+from vlaft.training.events import PeakMemory
+
+_STATUS = Path("/proc/self/status")
+_EVERY = 0.02  # seconds between two looks
 
 
-def peak_memory(device: torch.device) -> int:
-    """Return the peak of what was allocated on a GPU, or of this process's resident memory on a CPU, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+class MemoryWatch:
+    """Follows the memory that a run takes, from `with` to its end.
+
+    On a GPU PyTorch keeps the peak. On a CPU the kernel keeps that of all resident pages together, most of which may be
+    pages of the base's files that it takes back at will. So a thread looks at the two kinds apart (`RssAnon`, `RssFile`
+    of `/proc/self/status`) every 20 ms; what lives shorter than that may be missed. Where there is no such file
+    (macOS), all resident pages count as the process's own.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._before = self._own = self._mapped = 0
+
+    def __enter__(self) -> MemoryWatch:
+        if self._device.type != "cuda" and resident() is not None:
+            self._look()
+            self._before = self._own
+            self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(_EVERY):
+            self._look()
+
+    def _look(self) -> None:
+        own, mapped = resident() or (0, 0)
+        self._own, self._mapped = max(self._own, own), max(self._mapped, mapped)
+
+    def peak(self) -> PeakMemory:
+        """Return the peak so far."""
+        if self._device.type == "cuda":
+            return PeakMemory(torch.cuda.max_memory_allocated(self._device), "torch.cuda.max_memory_allocated")
+        if self._thread is None:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            peak = peak if sys.platform == "darwin" else peak * 1024
+            return PeakMemory(peak, "resident memory of the process")
+        self._look()
+        return PeakMemory(self._own, "anonymous memory of the process (RssAnon)", self._before, self._mapped)
+
+
+def resident() -> tuple[int, int] | None:
+    """Return this process's resident bytes: anonymous ones, and pages of mapped files; None where Linux is not."""
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return None
+    sizes = {words[0]: 1024 * int(words[1]) for line in lines if (words := line.split())[:1] and "Rss" in words[0]}
+    return (sizes["RssAnon:"], sizes["RssFile:"]) if "RssAnon:" in sizes and "RssFile:" in sizes else None
 
 
 @contextmanager

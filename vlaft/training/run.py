@@ -28,6 +28,7 @@ from vlaft.training.batches import TrainingData, to_inputs
 from vlaft.training.checkpoints import (
     checkpoint_name,
     flatten_optimizer,
+    list_checkpoints,
     load_trained,
     read_checkpoint,
     restore_optimizer,
@@ -43,7 +44,7 @@ from vlaft.training.events import Listener, Silence
 from vlaft.training.feature_cache import FeatureCache, cache_folder, cacheable, pays
 from vlaft.training.metrics import Metrics, MetricSums
 from vlaft.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
-from vlaft.training.run_folder import RunFolder
+from vlaft.training.run_folder import LOG_FILE, RunFolder
 from vlaft.training.session import DTYPES, load_trainable, trained_names
 from vlaft.training.signals import StopSignals
 from vlaft.training.step import Inputs, Normalization, autocast, forward
@@ -232,8 +233,9 @@ class Run:
             },
         )
         self._write_progress(path.name)
-        rotate(self.folder.checkpoints, self.recipe.train.keep_checkpoints, progress.best)
         self.listener.saved(path)
+        for sentence in rotate(self.folder.checkpoints, self.recipe.train.keep_checkpoints, progress.best):
+            self.listener.warned(sentence)
 
     def _write_progress(self, last: str) -> None:
         progress = self.progress
@@ -245,9 +247,21 @@ class Run:
         if bool(self.accelerator.reduce(odd, reduction="sum")):
             raise VlaftError(
                 f"{self.folder.path}: trained weights are no longer finite at step {self.progress.step}, so they are"
-                " not saved; continue from the last checkpoint with a lower train.learning_rate or"
-                " train.max_grad_norm=1"
+                f" not saved; {self.after_divergence()}"
             )
+
+    def after_divergence(self) -> str:
+        """Return what to do once the loss or the weights are not finite."""
+        change = "a lower train.learning_rate, or train.max_grad_norm=1"
+        saved = list_checkpoints(self.folder.checkpoints)
+        if saved:
+            return (
+                f"the last good checkpoint, {saved[-1].name}, is untouched: continue from it with --resume and {change}"
+            )
+        return (
+            f"nothing was saved yet: begin again with {change}; the same --out will do, and until then its {LOG_FILE}"
+            " has the losses"
+        )
 
     def restore(self, checkpoint: Path | None) -> None:
         """Continue from `checkpoint`, a whole one; without one, begin anew.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +26,7 @@ RECIPE_FILE = "recipe.yaml"
 LOG_FILE = "log.jsonl"
 _RECIPE_SEAL = f"# {SEAL}: "  # begins the recipe's last line
 CONTINUE = "; make room and continue with --resume"
+_OWN_FILES = {RUN_FILE, RECIPE_FILE, LOG_FILE, STATISTICS_FILE, ENVIRONMENT_FILE, "checkpoints"}
 _PACKAGES = ("vlaft", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "numpy", "pyarrow")
 # Settings that may differ between a run and its continuation: they change when something is written or for how
 # long training goes on, not what a step computes.
@@ -144,6 +145,18 @@ class RunFolder:
             )
         return bool(mark)
 
+    def holds_nothing(self) -> bool:
+        """Say whether here is a run that failed before its first checkpoint, and nothing besides."""
+        try:
+            there = {path.name for path in self.path.iterdir()}
+            return (
+                there <= _OWN_FILES
+                and self.read_status().get("status") == "failed"
+                and not any(self.checkpoints.iterdir())
+            )
+        except (OSError, VlaftError):
+            return False
+
     def read_status(self) -> dict[str, Any]:
         """Return `run.json`, or an empty dict before it was written."""
         try:
@@ -211,14 +224,22 @@ class RunFolder:
         self._replace(LOG_FILE, "".join(f"{line}\n" for line in kept))
 
 
-def check_same_recipe(old: RecipeConfig, new: RecipeConfig, folder: Path) -> None:
+def check_same_recipe(old: RecipeConfig, new: RecipeConfig, folder: Path, free: Collection[str] = frozenset()) -> None:
     """Refuse to continue a run under settings that would make it another run.
+
+    Args:
+        old: settings of the run.
+        new: those that it is to be continued with.
+        folder: of the run, for errors.
+        free: further settings that may differ.
 
     Raises:
         ConfigError: each setting that differs, in one sentence.
     """
     before, after = _flat(asdict(old)), _flat(asdict(new))
-    different = [key for key in before if before[key] != after.get(key) and key not in _FREE_KEYS | {"train.steps"}]
+    different = [
+        key for key in before if before[key] != after.get(key) and key not in {"train.steps", *_FREE_KEYS, *free}
+    ]
     if old.train.schedule.name in ("cosine", "linear") and old.train.steps != new.train.steps:
         different.append("train.steps")  # the schedule's shape depends on it
     if different:

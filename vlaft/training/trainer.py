@@ -26,14 +26,25 @@ from vlaft.output_folder import check_apart, joined, locked
 from vlaft.trained import BASE_CHECKSUMS, STATISTICS_CHECKSUM
 from vlaft.training.checkpoints import checkpoint_name, newest_good
 from vlaft.training.distributed import is_first, several
-from vlaft.training.events import Banner, EvaluationLine, Listener, RunSummary, StepLine
-from vlaft.training.memory import out_of_memory_told, peak_memory
+from vlaft.training.events import (
+    Banner,
+    EvaluationLine,
+    Listener,
+    PeakMemory,
+    PredictedMemory,
+    RunSummary,
+    StepLine,
+)
+from vlaft.training.memory import MemoryWatch, out_of_memory_told
 from vlaft.training.metrics import Metrics, MetricSums
 from vlaft.training.optimizer import check_installed
 from vlaft.training.run import Run
 from vlaft.training.run_folder import RECIPE_FILE, RunFolder, check_same_recipe, command_line, environment
 from vlaft.training.signals import StopSignals
 from vlaft.training.trackers import check_trackers, tracked
+
+# Settings that say where something lies, and the key of `run.json` that says what it held.
+_CONTENT = {"base": "base_fingerprint", "data.path": "data_fingerprint"}
 
 
 def train(
@@ -43,7 +54,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    predicted_bytes: int | None = None,
+    predicted: PredictedMemory | None = None,
 ) -> RunSummary:
     """Train as `recipe` says and write the run to `out`.
 
@@ -52,7 +63,7 @@ def train(
         out: the run's folder.
         listener: told what happens, in the main process.
         resume: continue from the newest whole checkpoint in `out`.
-        predicted_bytes: what a step is predicted to allocate on a GPU, for the record.
+        predicted: what a step is predicted to take, for the record.
         overwrite: replace what is in `out`, once the model is loaded and the new run begins.
 
     Raises:
@@ -69,27 +80,25 @@ def train(
             held.enter_context(locked(out, shared=several()))
         recipe, base = _located(recipe, out, overwrite=overwrite)
         if resume:
-            RunFolder(out).check_resumable()
-            if (out / RECIPE_FILE).is_file():
-                check_same_recipe(resolve(out / RECIPE_FILE), recipe, out)
+            _check_continues(recipe, out)
         run = Run(recipe, out, base, listener)
         if not is_first():  # the first one has the lock by now, or they would not have found each other
             held.enter_context(joined(out))
-        with out_of_memory_told(recipe, "loading the base"):
-            _begin(run, resume=resume, overwrite=overwrite)
-        signals.defer()
-        run.check_batches()
-        run.listener.started(_banner(run, predicted_bytes))
-        try:
-            told = out_of_memory_told(recipe, f"a step of train.batch_size={recipe.train.batch_size}")
-            with told, tracked(run.listener, recipe, out, run.progress.step) as run.listener:
-                stopped_early = _loop(run, signals)
-        except VlaftError as error:
-            if not isinstance(error, Interrupted):
-                with suppress(VlaftError):  # the disk may be what failed
-                    run.folder.write_status(status="failed")
-            raise
-        summary = _finish(run, time.monotonic() - began, stopped_early, predicted_bytes)
+        with MemoryWatch(run.device) as memory:
+            with out_of_memory_told(recipe, "loading the base and a first look at held-out examples"):
+                _begin(run, resume=resume, overwrite=overwrite)
+            signals.defer()
+            run.listener.started(_banner(run, predicted))
+            try:
+                told = out_of_memory_told(recipe, f"a step of train.batch_size={recipe.train.batch_size}")
+                with told, tracked(run.listener, recipe, out, run.progress.step) as run.listener:
+                    stopped_early = _loop(run, signals)
+            except VlaftError as error:
+                if not isinstance(error, Interrupted):
+                    with suppress(VlaftError):  # the disk may be what failed
+                        run.folder.write_status(status="failed")
+                raise
+        summary = _finish(run, time.monotonic() - began, stopped_early, memory.peak(), predicted)
         run.listener.finished(summary)
         run.close()
     return summary
@@ -111,16 +120,39 @@ def _located(recipe: RecipeConfig, out: Path, *, overwrite: bool) -> tuple[Recip
     return recipe, base
 
 
+def _check_continues(recipe: RecipeConfig, out: Path) -> None:
+    """Hold the settings against those of the run in `out`, as far as that can be done before anything is opened.
+
+    Where base and data lie may change: `_begin` compares what they hold. A run that diverged would do so again, so it
+    may go on with another learning rate or with clipping.
+    """
+    folder = RunFolder(out)
+    folder.check_resumable()
+    if not (out / RECIPE_FILE).is_file():
+        return
+    status = folder.read_status()
+    free = {key for key, content in _CONTENT.items() if status.get(content)}
+    if status.get("status") == "failed":
+        free |= {"train.learning_rate", "train.max_grad_norm"}
+    check_same_recipe(resolve(out / RECIPE_FILE), recipe, out, free)
+
+
 def _begin(run: Run, *, resume: bool, overwrite: bool) -> None:
-    """Load the model, and continue or create the folder; nothing on the disk changes before the model is there."""
+    """Load the model, look at two batches, and continue or create the folder.
+
+    Nothing on the disk changes before the model is there and, where the run is a new one, gives a finite loss: what is
+    in the folder stays, and there is no folder where there was none.
+    """
     status = run.folder.read_status() if resume else {}
     checksums = run.folder.read_base_checksums() if resume else None
     if checksums is not None and checksums != run.base_checksums:
         check_tensor_checksums(run.base, checksums)
-    for key, now in (("base_fingerprint", run.base_fingerprint), ("data_fingerprint", run.data.fingerprint)):
-        if status.get(key) not in (None, now):
+    paths = ", ".join(run.recipe.data.paths)
+    for kind, where, now in (("base", run.base, run.base_fingerprint), ("data", paths, run.data.fingerprint)):
+        if status.get(f"{kind}_fingerprint") not in (None, now):
             raise ConfigError(
-                f"{run.folder.path}: --resume: the {key.split('_')[0]} is no longer the one that the run began with"
+                f"{run.folder.path}: --resume: the {kind} is no longer the one that the run began with ({where});"
+                f" name that one with --{kind}, wherever it lies now"
             )
     checkpoint = None
     if resume:
@@ -130,6 +162,8 @@ def _begin(run: Run, *, resume: bool, overwrite: bool) -> None:
         if checkpoint is None:
             run.listener.warned(f"{run.folder.path}: no checkpoint to continue from; beginning at step 0")
     run.load(start=checkpoint is None)
+    if not resume:
+        run.check_batches()
     prints = {"base_fingerprint": run.base_fingerprint, "data_fingerprint": run.data.fingerprint}
     run.folder.create(
         to_yaml(run.recipe),
@@ -142,13 +176,15 @@ def _begin(run: Run, *, resume: bool, overwrite: bool) -> None:
     )
     if resume:
         run.restore(checkpoint)
+        run.check_batches()
 
 
-def _finish(run: Run, seconds: float, stopped_early: bool, predicted_bytes: int | None) -> RunSummary:
-    peak = peak_memory(run.device)
+def _finish(
+    run: Run, seconds: float, stopped_early: bool, peak: PeakMemory, predicted: PredictedMemory | None
+) -> RunSummary:
     progress = run.progress
     run.folder.write_status(status="stopped early" if stopped_early else "finished")
-    run.folder.replace_json("report.json", _report(run, peak, seconds, predicted_bytes))
+    run.folder.replace_json("report.json", _report(run, peak, seconds, predicted))
     return RunSummary(
         folder=run.folder.path,
         steps=progress.step,
@@ -156,9 +192,9 @@ def _finish(run: Run, seconds: float, stopped_early: bool, predicted_bytes: int 
         last=checkpoint_name(progress.step),
         best_l1=progress.best_l1,
         seconds=seconds,
-        peak_bytes=peak,
+        peak=peak,
         stopped_early=stopped_early,
-        predicted_bytes=predicted_bytes,
+        predicted=predicted,
         on_gpu=run.device.type == "cuda",
     )
 
@@ -181,7 +217,7 @@ def _loop(run: Run, signals: StopSignals) -> bool:
         if logs or stop:
             metrics = run.read(sums)
             _log_step(run, metrics, norm, time.monotonic() - mark, steps_since, waited)
-            _check_loss(metrics.loss, upcoming)
+            _check_loss(run, metrics.loss)
             waited, steps_since = 0.0, 0
         if evaluates and not stop:
             _evaluate(run)
@@ -203,12 +239,9 @@ def _patience_lost(run: Run) -> bool:
     return patience is not None and run.progress.evaluations_since_best >= patience
 
 
-def _check_loss(loss: float, step: int) -> None:
+def _check_loss(run: Run, loss: float) -> None:
     if not math.isfinite(loss):
-        raise VlaftError(
-            f"the loss is {loss} at step {step}; the last good checkpoint is untouched: continue from it with a lower"
-            " train.learning_rate or with train.max_grad_norm=1"
-        )
+        raise VlaftError(f"the loss is {loss} at step {run.progress.step}; {run.after_divergence()}")
 
 
 def _log_step(run: Run, metrics: Metrics, norm: torch.Tensor | None, elapsed: float, steps: int, waited: float) -> None:
@@ -233,7 +266,7 @@ def _evaluate(run: Run) -> None:
     metrics = run.evaluate()
     if metrics is None:
         return
-    _check_loss(metrics.loss, run.progress.step)
+    _check_loss(run, metrics.loss)
     progress = run.progress
     best = progress.best_l1 is None or metrics.action_l1 < progress.best_l1
     if best:
@@ -246,7 +279,7 @@ def _evaluate(run: Run) -> None:
     run.listener.evaluated(line)
 
 
-def _banner(run: Run, predicted_bytes: int | None) -> Banner:
+def _banner(run: Run, predicted: PredictedMemory | None) -> Banner:
     return Banner(
         recipe=run.recipe.name or "(unnamed)",
         base=run.recipe.base,
@@ -259,13 +292,13 @@ def _banner(run: Run, predicted_bytes: int | None) -> Banner:
         device=str(run.device),
         first_step=run.progress.step,
         steps=run.recipe.train.steps,
-        predicted_bytes=predicted_bytes,
+        predicted=predicted,
+        on_gpu=run.device.type == "cuda",
         feature_cache=run.features.path if run.features else None,
     )
 
 
-def _report(run: Run, peak: int, seconds: float, predicted_bytes: int | None) -> dict:
-    on_gpu = run.device.type == "cuda"
+def _report(run: Run, peak: PeakMemory, seconds: float, predicted: PredictedMemory | None) -> dict:
     return {
         "recipe": run.recipe.name,
         "trainable_parameters": run.trainable,
@@ -273,8 +306,13 @@ def _report(run: Run, peak: int, seconds: float, predicted_bytes: int | None) ->
         "steps": run.progress.step,
         "seconds": seconds,
         "memory": {
-            "predicted_gpu_peak_bytes": predicted_bytes,
-            "measured_peak_bytes": peak,
-            "measured_as": "torch.cuda.max_memory_allocated" if on_gpu else "resident memory of the process",
+            "device": run.device.type,
+            "predicted_gpu_peak_bytes": predicted.gpu_bytes if predicted else None,
+            "predicted_cpu_peak_bytes": predicted.cpu_bytes if predicted else None,
+            "predicted_mapped_bytes": predicted.mapped_bytes if predicted else None,
+            "measured_peak_bytes": peak.bytes,
+            "measured_as": peak.measured_as,
+            "measured_before_the_base_bytes": peak.before_bytes,
+            "measured_mapped_bytes": peak.mapped_bytes,
         },
     }
