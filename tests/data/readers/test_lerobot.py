@@ -120,7 +120,7 @@ def test_wrong_metadata_are_told(shared: Path) -> None:
     internvla = LeRobotSource(shared / "data/lerobot/v2.1-internvla_pick_place").warnings
     assert any("'video.base_view' has a video for only 1 of 4 episodes" in text for text in internvla)
     assert any(
-        "action=[action.delta_eef_position,action.delta_eef_rotation,action.gripper_close]" in t for t in internvla
+        "action='[action.delta_eef_position, action.delta_eef_rotation, action.gripper_close]'" in t for t in internvla
     )
     assert LeRobotSource(shared / "data/lerobot/v2.1-pusht_image").warnings == []
     assert LeRobotSource(shared / "data/lerobot/v3.0-internvla_pick_place").warnings == []
