@@ -21,6 +21,7 @@ from torch import Tensor
 from vlaft.adapt.adapter_files import CONFIG_FILE, adapter_table, read_settings
 from vlaft.adapt.merging import ModuleAdapter, StoredSettings, sort_parts
 from vlaft.base_licence import base_licence
+from vlaft.data.statistics import BOUNDS, read_statistics
 from vlaft.errors import CheckpointError
 from vlaft.model.checkpoint import (
     INDEX_FILE,
@@ -291,7 +292,7 @@ def _write_config(base: Path, target: Path, trained: Trained, dtype: str | None)
     config = read_json(base / "config.json") | dict(trained.inference)
     statistics = dict(trained.statistics)
     if not statistics and (base / STATISTICS_FILE).is_file():
-        statistics = read_json(base / STATISTICS_FILE)
+        statistics = read_statistics(base / STATISTICS_FILE, BOUNDS)
     if statistics:
         config["norm_stats"] = statistics
         write_json(target / STATISTICS_FILE, statistics)

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from vlaft import __version__
+from vlaft.checked import is_text
 from vlaft.cli import (
     convert,
     demo,
@@ -30,6 +31,7 @@ from vlaft.cli import (
     serve,
     train,
 )
+from vlaft.cli.console import fail
 from vlaft.errors import ConfigError, VlaftError
 
 app = typer.Typer(
@@ -79,6 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words or os.environ.get("VLAFT_DEBUG", "0") not in ("", "0")
     words = [word for word in words if word != "--debug"]  # accepted after the verb as well
+    if odd := [word for word in words if not is_text(word)]:
+        fail(f"'{odd[0]}' is no text in UTF-8, in which paths and instructions are kept; write it in UTF-8")
+        return 1
     try:
         result = app(words or ["--help"], prog_name="vlaft", standalone_mode=False)
         sys.stdout.flush()  # a closed pipe must show here, not while the interpreter shuts down
@@ -87,28 +92,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         problems = error.problems if isinstance(error, ConfigError) else [str(error)]
         for problem in problems:
-            _print_error(problem)
+            fail(problem)
         return error.exit_code
     except typer.TyperException as error:  # an unknown option, a missing argument, a value of the wrong type
-        _print_error(_usage_sentence(error, words))
+        fail(_usage_sentence(error, words))
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        _print_error("interrupted")
+        fail("interrupted")
         return 130
     except BrokenPipeError:  # `vlaft recipes | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a file that may not be read, a disk that fails: what no verb has words of its own for
+        if error.filename is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        fail(f"{error.filename}: cannot be read or written ({error.strerror})")
+        return 1
     if result == 130:
-        _print_error("interrupted")
+        fail("interrupted")
     return result if isinstance(result, int) else 0
-
-
-def _print_error(sentence: str) -> None:
-    from rich.text import Text
-
-    from vlaft.cli.console import stderr_console
-
-    stderr_console().print(Text.assemble(("error: ", "bold red"), sentence), soft_wrap=True, highlight=False)
 
 
 def _usage_sentence(error: typer.TyperException, words: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,67 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vlaft.checked import read_as, shown
 from vlaft.errors import CheckpointError, VlaftError
 from vlaft.output_folder import sync
-from vlaft.trained import TRAINED_FILE
+from vlaft.trained import CHECKPOINT_NAME, TRAINED_FILE
 from vlaft.training.distributed import spread_like, whole
 
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _STATE_FILE = "state.json"
-_NAME = re.compile(r"^step-(\d{6,})$")
+_SCALAR = re.compile(r"\d{1,9}\.\w+")
 _CONSTANTS = ("qmap1", "qmap2")  # code books of 8-bit optimizers, the same for all
+
+
+@dataclass
+class Progress:
+    """What changes from step to step and is kept in a checkpoint."""
+
+    step: int = 0
+    best: str | None = None
+    best_l1: float | None = None
+    evaluations_since_best: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what no run comes to."""
+        if self.step < 0 or self.evaluations_since_best < 0:
+            raise ValueError(f"step {self.step} and {self.evaluations_since_best} evaluations cannot be")
+        if self.best is not None and not CHECKPOINT_NAME.match(self.best):
+            raise ValueError(f"the best checkpoint cannot be called {shown(self.best)}")
+
+
+@dataclass(frozen=True)
+class _Position:
+    """Where in the data a run is: `ExampleLoader.state_dict`."""
+
+    seed: int
+    epoch: int
+    offset: int
+    data: str
+
+    def __post_init__(self) -> None:
+        """Refuse what no order of examples has."""
+        if not (0 <= self.epoch < 2**31 and 0 <= self.offset < 2**40):
+            raise ValueError(f"epoch {self.epoch}, example {self.offset} cannot be")
+
+
+@dataclass(frozen=True)
+class _State:
+    """`state.json`; what is not of the checkpoint itself is there in a run's."""
+
+    step: int
+    optimizer_scalars: dict[str, int | float | bool]
+    files: dict[str, int]
+    progress: Progress | None = None
+    loader: _Position | None = None
+    effective_batch: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself."""
+        if self.progress is not None and self.step != self.progress.step:
+            raise ValueError(f"step {self.step} and progress.step {self.progress.step} are not the same")
+        if odd := [name for name in self.optimizer_scalars if not _SCALAR.fullmatch(name)]:
+            raise ValueError(f"{shown(odd[0])} is nothing that an optimizer keeps")
 
 
 def checkpoint_name(step: int) -> str:
@@ -43,7 +96,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Return the finished checkpoints in `folder`, oldest first."""
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.match(path.name))]
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := CHECKPOINT_NAME.match(path.name))]
     return [path for _, path in sorted(found)]
 
 
@@ -188,15 +241,15 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     try:
         state = json.loads((folder / _STATE_FILE).read_text())
-        files = dict(state["files"])
+        files = read_as(_State, state).files
         for name, checksum in files.items():
             if Path(name).name != name or _checksum(folder / name) != checksum:
                 raise CheckpointError(f"{folder / name}: the file does not match its checksum")
         if _OPTIMIZER_FILE not in files:
             raise CheckpointError(f"{folder / _STATE_FILE}: it does not describe a whole checkpoint")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder}: the checkpoint is damaged ({error})") from None
-    return state
+    return state  # type: ignore[no-any-return]
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:

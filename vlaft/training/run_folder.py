@@ -20,7 +20,7 @@ from typing import Any
 from vlaft.config import RecipeConfig
 from vlaft.errors import ConfigError, VlaftError
 from vlaft.output_folder import sync
-from vlaft.trained import RUN_FILE
+from vlaft.trained import RUN_FILE, read_status
 
 RECIPE_FILE = "recipe.yaml"
 LOG_FILE = "log.jsonl"
@@ -110,14 +110,12 @@ class RunFolder:
             )
 
     def read_status(self) -> dict[str, Any]:
-        """Return `run.json`, or an empty dict before it was written."""
-        try:
-            content = json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError) as error:
-            raise VlaftError(f"{self.path / RUN_FILE}: cannot be read ({error})") from error
-        return content if isinstance(content, dict) else {}
+        """Return `run.json`, or an empty dict before it was written.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        return read_status(self.path) if (self.path / RUN_FILE).is_file() else {}
 
     def write_status(self, **values: Any) -> None:
         """Change keys of `run.json`, aside and renamed."""
