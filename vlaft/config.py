@@ -6,7 +6,7 @@ those of upstream's LoRA fine-tuning script, except where the comment says other
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -131,13 +131,15 @@ def resolve(
     recipe: str | Path | None = None,
     config_files: Sequence[str | Path] = (),
     words: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
 ) -> RecipeConfig:
-    """Return the settings of one call; later layers win: defaults, recipe, files in order, words in order.
+    """Return the settings of one call; later layers win: defaults, recipe, files in order, words in order, settings.
 
     Args:
         recipe: name of a shipped recipe, or path of a YAML file; None for the defaults alone.
         config_files: YAML files in the shape of a recipe.
         words: `key=value` overrides, the key with dots (`train.batch_size=4`), the value in YAML.
+        settings: overrides by their dotted keys, as values: a path may hold any sign.
 
     Raises:
         ConfigError: every unknown key, wrong value, unreadable file and contradiction, all in one.
@@ -166,6 +168,7 @@ def resolve(
         except ConfigError as error:
             problems += error.problems
 
+    layers.append(("", dict(settings or {})))
     config, layer_problems = merge_layers(layers)
     problems += [*layer_problems, *find_problems(config)]
     if problems:

@@ -6,18 +6,18 @@ environment) and large files are refused.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from vlaft.checked import in_words, is_text, shown
 from vlaft.config import RecipeConfig
 from vlaft.errors import ConfigError, did_you_mean
+from vlaft.plain_yaml import NotYaml, parse_yaml
 from vlaft.recipe_files import recipes_folder
 
 MAX_RECIPE_BYTES = 64 * 1024  # a recipe has some thirty lines
-MAX_DEPTH = 10  # of nested mappings and lists; the settings themselves need four
 
 
 def recipe_names() -> list[str]:
@@ -61,49 +61,24 @@ def read_settings(file: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, too large, not UTF-8 or not YAML, has aliases, or is no mapping.
     """
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     try:
         with file.open("rb") as stream:
             raw = stream.read(MAX_RECIPE_BYTES + 1)
         if len(raw) > MAX_RECIPE_BYTES:
             raise ConfigError(f"{file}: larger than {MAX_RECIPE_BYTES // 1024} KiB, so not a recipe")
-        text = raw.decode("utf-8")
-        _refuse_tricks(text)
-        if not text.strip() or yaml.compose(text, yaml.SafeLoader) is None:
-            return {}
-        content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+        content = parse_yaml(raw.decode("utf-8"))
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: not UTF-8 text") from error
-    except yaml.MarkedYAMLError as error:
-        where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{file}{where}: not valid YAML ({error.problem or error.context})") from error
-    except (yaml.YAMLError, OmegaConfBaseException, RecursionError, ValueError, TypeError, AssertionError) as error:
-        raise ConfigError(f"{file}: not valid YAML ({_first_line(error)})") from error
-    if not isinstance(content, dict) or (len(content) == 1 and ":" not in text):
+    except NotYaml as error:
+        where = f", line {error.line}" if error.line else ""
+        raise ConfigError(f"{file}{where}: not valid YAML ({error})") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
         raise ConfigError(f"{file}: a recipe is a mapping of keys to values")
     return {str(key): value for key, value in content.items()}
-
-
-def _refuse_tricks(text: str) -> None:
-    """Refuse YAML that is small to write and large or slow to load: aliases, and deep nesting.
-
-    Raises:
-        ValueError: the text has either.
-    """
-    import yaml
-
-    depth = 0
-    for event in yaml.parse(text, yaml.SafeLoader):  # lazily, so a deep text is left before it gets slow
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_DEPTH:
-            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-        if isinstance(event, yaml.AliasEvent):
-            raise ValueError("aliases, *name, are not supported; write the value out")
 
 
 def parse_word(word: str) -> dict[str, Any]:
@@ -112,21 +87,17 @@ def parse_word(word: str) -> dict[str, Any]:
     Raises:
         ConfigError: the word is not `key=value`, begins with a dash, or its value is not YAML.
     """
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
+    if not is_text(word):
+        raise ConfigError(f"{shown(word)} is no text in UTF-8")
     if word.startswith("-"):
         raise ConfigError(f"'{word}' is no setting; write key=value, no dashes")
     key, equals, value = word.partition("=")
     if not equals or not key:
         raise ConfigError(f"'{word}' is no setting; write key=value, such as train.steps=1000")
     try:
-        _refuse_tricks(value)
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException, RecursionError, ValueError, TypeError) as error:
-        raise ConfigError(f"'{word}': the value is not valid YAML ({_first_line(error)})") from error
-    return {key: parsed["value"] if isinstance(parsed, dict) else None}
+        return {key: parse_yaml(value)}
+    except NotYaml as error:
+        raise ConfigError(f"'{word}': the value is not valid YAML ({error})") from error
 
 
 def merge_layers(layers: Sequence[tuple[str, dict[str, Any]]]) -> tuple[RecipeConfig, list[str]]:
@@ -204,26 +175,10 @@ def _wrong_value(key: str, value: Any, hint: Any) -> str:
     choices = [
         str(choice) for part in (hint, *get_args(hint)) if get_origin(part) is Literal for choice in get_args(part)
     ]
-    shown = "null" if value is None else f"'{str(value).lower() if isinstance(value, bool) else value}'"
-    return f"{key} must be {_describe(hint)}, not {shown}{did_you_mean(str(value), choices)}"
-
-
-_PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
-
-
-def _describe(hint: Any) -> str:
-    """Return a type hint in words: `a whole number or one of none, all`."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_describe(argument) for argument in arguments)
-    if origin is Literal:
-        names = ", ".join(str(argument) for argument in arguments)
-        return f"one of {names}" if len(arguments) > 1 else f"'{names}'"
-    if origin is list:
-        return "a list of texts, such as [a, b]"
-    if origin is tuple:
-        return f"a list of {len(arguments)} numbers, such as [{', '.join('0.9' for _ in arguments)}]"
-    return _PLAIN[hint]
+    yaml = {True: "true", False: "false", None: "null"}
+    named = yaml[value] if value is None or isinstance(value, bool) else shown(value)
+    told = named if value is None or named.startswith("'") else f"'{named}'"
+    return f"{key} must be {in_words(hint)}, not {told}{did_you_mean(named.strip(chr(39)), choices)}"
 
 
 def _make_writable(node: Any) -> None:
@@ -234,7 +189,3 @@ def _make_writable(node: Any) -> None:
     for key in node:
         if isinstance(node[key], DictConfig):
             _make_writable(node[key])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -25,9 +25,9 @@ from vlaft.data.augmentation import center_crop, pixel_values
 from vlaft.data.episode import Image
 from vlaft.data.images import ImagePipeline
 from vlaft.data.prompts import BaseFiles, load_base_files, prompt_style_of
-from vlaft.data.statistics import choose_key
+from vlaft.data.statistics import BOUNDS, check_statistics, choose_key, read_statistics
 from vlaft.errors import CheckpointError, DataError, UsageError
-from vlaft.model.checkpoint import check_tensor_checksums, fingerprint, load_model, read_json, resolve_checkpoint
+from vlaft.model.checkpoint import check_tensor_checksums, fingerprint, load_model, resolve_checkpoint
 from vlaft.model.cuda_graphs import CudaGraphs
 from vlaft.model.generation import generate_action_ids
 from vlaft.model.packed_linear import pack_linears
@@ -213,8 +213,10 @@ def _place(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"--device {device}: give auto, cpu, cuda or cuda:N") from error
+    except RuntimeError:
+        place = torch.device("meta")
+    if place.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {device}: give auto, cpu, cuda or cuda:N")
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {device}: {torch.cuda.device_count()} GPUs are here; give auto or cpu")
     return place
@@ -273,5 +275,6 @@ def _pipeline(files: BaseFiles) -> ImagePipeline:
 def _statistics(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The file beside the weights wins: upstream's fine-tuning leaves the base's statistics in `config.json`."""
     if (folder / STATISTICS_FILE).is_file():
-        return read_json(folder / STATISTICS_FILE)
-    return config.get("norm_stats") or {}
+        return read_statistics(folder / STATISTICS_FILE, BOUNDS)
+    found = config.get("norm_stats")
+    return check_statistics(found, f"{folder / 'config.json'}: norm_stats", BOUNDS) if found else {}

@@ -193,7 +193,7 @@ def _actions(inspection: Inspection) -> str:
             continue
         for number, episode in enumerate(shown):
             axes.plot(episode.action[:, dim], linewidth=0.8, alpha=0.7, color=_colour(number, len(shown)))
-        axes.set_title(_title(inspection.action_names, dim), fontsize=9, loc="left")
+        axes.set_title(_title(inspection.action_names, dim), fontsize=9, loc="left", parse_math=False)
     more = f"; the first {len(shown)} of {len(inspection.episodes)}" if len(shown) < len(inspection.episodes) else ""
     return (
         "<h2>Actions over time</h2>"
@@ -221,7 +221,7 @@ def _figures(title: str, action: Mapping[str, Any], note: str = "") -> str:
         axes.set_yscale("symlog", linthresh=1)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.set_ylim(bottom=0)
-        axes.set_title(_title(action["names"], dim), fontsize=9, loc="left")
+        axes.set_title(_title(action["names"], dim), fontsize=9, loc="left", parse_math=False)
     columns = ("mean", "std", "min", "q01", "q99", "max")
     clipped = action.get("clipped")
     head = "".join(f"<th>{name}" for name in (*columns, *(["clipped"] if clipped else [])))

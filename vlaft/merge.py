@@ -22,6 +22,7 @@ from vlaft.adapt.adapter_files import CONFIG_FILE, adapter_table, read_settings
 from vlaft.adapt.merging import ModuleAdapter, StoredSettings, sort_parts
 from vlaft.adapt.rounding import Mode, Rounding
 from vlaft.base_licence import base_licence
+from vlaft.data.statistics import BOUNDS, read_statistics
 from vlaft.errors import CheckpointError
 from vlaft.model.checkpoint import (
     INDEX_FILE,
@@ -327,7 +328,7 @@ def _write_config(base: Path, target: Path, trained: Trained, dtype: str | None)
         config["center_crop"] = bool(pipeline.get("center_crop"))  # in the open, for upstream's code
     statistics = dict(trained.statistics)
     if not statistics and (base / STATISTICS_FILE).is_file():
-        statistics = read_json(base / STATISTICS_FILE)
+        statistics = read_statistics(base / STATISTICS_FILE, BOUNDS)
     if statistics:
         config["norm_stats"] = statistics
         write_json(target / STATISTICS_FILE, statistics)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import html
+import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,8 @@ from vlaft.release import is_hub_name, public_name
 from vlaft.verify import Comparison
 
 CARD_FILE = "README.md"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_SIGNS = re.compile(r"[\\`*\[\]|~#]|(?<!\w)_|_(?!\w)")  # what Markdown reads as more than itself
 _KINDS = {
     "huggingface": "A checkpoint in the layout of the OpenVLA release.",
     "nf4": "Linear weights are held in 4 bits (nf4, bitsandbytes); the head and all else in bfloat16.",
@@ -58,13 +63,14 @@ def write_model_card(
     head: dict[str, Any] = {"library_name": "peft" if kind == "adapter" else "transformers"}
     head |= {"pipeline_tag": "robotics", "tags": ["robotics", "vision-language-action", "openvla", "vlaft"]}
     head["license"] = licence or "other"
-    if is_hub_name(base):
+    if _is_link(base):
         head["base_model"] = base
-    name = ", ".join(statistics) or "a robot"
+    name = ", ".join(plain_text(name) for name in statistics) or "a robot"
     parts = [
         "---\n" + yaml.safe_dump(head, sort_keys=False) + "---",
-        f"# {public_name(base)} adapted to {name}",
-        f"{_KINDS[kind]} Made with vlaft {training.get('versions', {}).get('vlaft') or ''}".rstrip() + ".",
+        f"# {plain_text(public_name(base))} adapted to {name}",
+        f"{_KINDS[kind]} Made with vlaft {plain_text((training.get('versions') or {}).get('vlaft') or '')}".rstrip()
+        + ".",
         _training_section(training, base),
         _data_section(training, statistics),
         _measured_section(training, record.get("verified"), record.get("rounding"), comparison, kind),
@@ -86,7 +92,7 @@ def _training_section(training: Mapping[str, Any], base: str) -> str:
     else:
         taught = _METHODS.get(str(training.get("method")), str(training.get("method")))
     rows = {
-        "Base": f"[{base}](https://huggingface.co/{base})" if is_hub_name(base) else public_name(base),
+        "Base": base,
         "Recipe": training.get("recipe"),
         "Trained": taught,
         "Base in training": f"quantised to {training['quantize']}"
@@ -97,18 +103,22 @@ def _training_section(training: Mapping[str, Any], base: str) -> str:
         **{key.replace("_", " ").capitalize(): value for key, value in (training.get("train") or {}).items()},
         "Image augmentation": {True: "yes", False: "no"}.get(training.get("augment")),  # type: ignore[arg-type]
     }
-    return "## Training\n\n" + _table(("", ""), [(key, value) for key, value in rows.items() if value is not None])
+    cells = {key: plain_text(value) for key, value in rows.items() if value is not None}
+    cells["Base"] = f"[{base}](https://huggingface.co/{base})" if _is_link(base) else plain_text(public_name(base))
+    return "## Training\n\n" + _table(("", ""), list(cells.items()))
 
 
 def _data_section(training: Mapping[str, Any], statistics: Mapping[str, Any]) -> str:
     lines = ["## Data and statistics"]
     if sources := training.get("data"):
         keys = ("name", "format", "episodes", "steps", "fps")
-        lines.append(_table(keys, [tuple(source.get(key, "") for key in keys) for source in sources]))
+        lines.append(_table(keys, [tuple(plain_text(source.get(key, "")) for key in keys) for source in sources]))
     for name, entry in statistics.items():
         action = entry["action"]
         counts = [f"{entry[key]:,} {word}" for key, word in _COUNTS.items() if entry.get(key)]
-        lines.append(f"Statistics `{name}`" + (f" ({', '.join(counts)})" if counts else "") + ", per action dimension:")
+        lines.append(
+            f"Statistics {_code(name)}" + (f" ({', '.join(counts)})" if counts else "") + ", per action dimension:"
+        )
         size = len(action["q01"])
         mask = action.get("mask") or [True] * size
         rows = [
@@ -160,12 +170,11 @@ def _measured_section(
 
 def _use_section(kind: str, base: str, statistics: Mapping[str, Any]) -> str:
     if kind == "adapter":
-        code = (
-            f"vlaft predict ADAPTER_FOLDER --base {public_name(base)} --image frame.png --instruction 'pick up the cup'"
-        )
+        named = shlex.quote(_one_line(public_name(base)).replace("`", ""))
+        code = f"vlaft predict ADAPTER_FOLDER --base {named} --image frame.png --instruction 'pick up the cup'"
     else:
         code = "vlaft predict MODEL_FOLDER --image frame.png --instruction 'pick up the cup'"
-    keys = ", ".join(f"`{name}`" for name in statistics)
+    keys = ", ".join(_code(name) for name in statistics)
     return f"## Use\n\n```sh\n{code}\n```\n\nKey of the statistics (`unnorm_key`): {keys}."
 
 
@@ -189,9 +198,9 @@ def _frames_section(config: Mapping[str, Any]) -> str:
 
 def _licence_section(base: str, licence: Any, config: Mapping[str, Any]) -> str:
     stated = (
-        f"Its base, {public_name(base)}, is under: {licence}."
+        f"Its base, {plain_text(public_name(base))}, is under: {plain_text(licence)}."
         if licence
-        else (f"The licence of its base, {public_name(base)}, is not recorded; look it up before publishing.")
+        else f"The licence of its base, {plain_text(public_name(base))}, is not recorded; look it up before publishing."
     )
     llama = str(config.get("llm_backbone_id", "")).startswith(("llama2", "vicuna"))
     derived = " Its language model derives from Llama 2, so that the Llama 2 Community License applies as well."
@@ -200,7 +209,30 @@ def _licence_section(base: str, licence: Any, config: Mapping[str, Any]) -> str:
 
 def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def plain_text(value: Any) -> str:
+    r"""Return a name from data as Markdown that shows it as it is: no links, no HTML, no lines of its own.
+
+    >>> plain_text("my_robot <b>|[a](b)")
+    'my_robot &lt;b&gt;\\|\\[a\\](b)'
+    """
+    return _SIGNS.sub(r"\\\g<0>", html.escape(_one_line(str(value)), quote=False))
+
+
+def _code(name: str) -> str:
+    """Return a name as code; a backtick, which would end it, becomes an apostrophe."""
+    return "`" + _one_line(name).replace("`", "'") + "`"
+
+
+def _one_line(text: str) -> str:
+    return "".join(sign if sign.isprintable() else " " for sign in text)
+
+
+def _is_link(base: str) -> bool:
+    """Say whether the base is a repository on the Hub, by a name that any may have."""
+    return is_hub_name(base) and _HUB_NAME.fullmatch(base) is not None
 
 
 def _count(value: Any) -> str | None:

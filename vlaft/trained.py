@@ -8,12 +8,15 @@ checksum is held against it here, once for all that use trained weights.
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlaft.checked import WrongValue, read_as, shown
+from vlaft.data.statistics import BOUNDS, read_statistics
 from vlaft.errors import CheckpointError, Unchecked
 from vlaft.files import SEAL, UNSEALED, content_checksum, holds, seal_holds
 from vlaft.model.checkpoint import read_json
@@ -28,6 +31,7 @@ STATE_FILE = "state.json"  # of a checkpoint; lists the checksums of its other f
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TRAINED_FILE = "trained.safetensors"
+CHECKPOINT_NAME = re.compile(r"^step-(\d{6,15})$")
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,43 @@ class Trained:
     def is_adapter(self) -> bool:
         """Whether the weights are an adapter; otherwise they are whole tensors."""
         return (self.weights / ADAPTER_CONFIG).is_file()
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """`run.json`: what a run says of itself; each key appears when it is known."""
+
+    status: str | None = None
+    recipe: str | None = None
+    base: str | None = None
+    base_fingerprint: str | None = None
+    data_fingerprint: str | None = None
+    inference: dict[str, Any] | None = None
+    last: str | None = None
+    best: str | None = None
+    step: int = 0
+    best_l1: float | None = None
+    statistics_crc32c: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse names that are no checkpoint's."""
+        for name in (self.last, self.best):
+            if name is not None and not CHECKPOINT_NAME.match(name):
+                raise ValueError(f"{shown(name)} is no name of a checkpoint, such as step-000500")
+
+
+def read_status(run: Path) -> dict[str, Any]:
+    """Return a run's `run.json`, whose keys are as `RunStatus` says.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    content = read_document(run / RUN_FILE)
+    try:
+        read_as(RunStatus, content)
+    except WrongValue as error:
+        raise CheckpointError(f"{run / RUN_FILE}: {error}") from None
+    return content
 
 
 def is_trained(folder: Path) -> bool:
@@ -93,15 +134,15 @@ def find_trained(folder: Path, checkpoint: str | None = None) -> Trained:
 
 
 def _of_run(run: Path, checkpoint: str | None) -> Trained:
-    content = read_document(run / RUN_FILE)
+    content = read_status(run)
     environment = read_document(run / ENVIRONMENT_FILE) if (run / ENVIRONMENT_FILE).is_file() else {}
     name = checkpoint
     if checkpoint in (None, "best", "last"):
         name = content.get(checkpoint) if checkpoint else content.get("best") or content.get("last")
     if not name:
         raise CheckpointError(f"{run}: the run has no {checkpoint or 'finished'} checkpoint yet")
-    weights = run / "checkpoints" / str(name)
-    if Path(str(name)).name != name or name == ".." or not weights.is_dir():
+    weights = run / "checkpoints" / name
+    if not CHECKPOINT_NAME.match(name) or not weights.is_dir():
         there = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
         raise CheckpointError(f"{run}: no checkpoint '{name}' (there are: {', '.join(there) or 'none'})")
     checked = check_weights(weights)
@@ -191,12 +232,13 @@ def _of_adapter(folder: Path) -> Trained:
 
     check_weights(folder)
     content = read_json(folder / ADAPTER_CONFIG)
+    base = content.get("base_model_name_or_path")
     # Upstream leaves the statistics beside the adapter or in the folder above it.
     places = [folder / STATISTICS_FILE, folder.parent / STATISTICS_FILE]
-    statistics = next((read_json(place) for place in places if place.is_file()), {})
+    statistics = next((read_statistics(place, BOUNDS) for place in places if place.is_file()), {})
     return Trained(
         weights=folder,
-        base=content.get("base_model_name_or_path") or None,
+        base=base if isinstance(base, str) and base else None,
         base_fingerprint=base_fingerprint(folder),
         base_checksums=base_checksums(folder),
         statistics=statistics,

@@ -7,14 +7,61 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import yaml
-
+from vlaft.checked import WrongValue, read_as
+from vlaft.config import resolve
+from vlaft.errors import ConfigError
 from vlaft.trained import Trained
 
-_MEASURES = ("val_loss", "val_action_accuracy", "val_action_l1")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """A line of `log.jsonl` about held-out examples."""
+
+    step: int
+    val_loss: float
+    val_action_accuracy: float | None = None
+    val_action_l1: float | None = None
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What is told of `report.json`."""
+
+    trainable_parameters: int | None = None
+    total_parameters: int | None = None
+
+
+@dataclass(frozen=True)
+class _Environment:
+    """What is told of `environment.json`."""
+
+    versions: dict[str, str | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is told of a source in `dataset.json`."""
+
+    name: str
+    format: str | None = None
+    preset: str | None = None
+    episodes: int | None = None
+    steps: int | None = None
+    fps: float | None = None
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What is told of `dataset.json`."""
+
+    sources: list[_Source] = field(default_factory=list)
 
 
 def training_record(trained: Trained) -> dict[str, Any] | None:
@@ -38,10 +85,10 @@ def training_record(trained: Trained) -> dict[str, Any] | None:
     record["train"] = {key: train[key] for key in keys if key in train}
     record["augment"] = _mapping(recipe.get("data")).get("augment")
     record["data"] = [source for path in data_paths(trained) for source in _sources(path)]
-    report = _json(trained.run / "report.json")
-    record["parameters"] = {key: report.get(f"{key}_parameters") for key in ("trainable", "total")}
+    report = _json(trained.run / "report.json", _Report)
+    record["parameters"] = {"trainable": report.trainable_parameters, "total": report.total_parameters}
     record["measured"] = _measured(trained.run, trained.weights.name)
-    record["versions"] = _mapping(_json(trained.run / "environment.json").get("versions"))
+    record["versions"] = dict(_json(trained.run / "environment.json", _Environment).versions)
     return record
 
 
@@ -53,14 +100,8 @@ def data_paths(trained: Trained) -> list[Path]:
 
 
 def _sources(path: Path) -> list[dict[str, Any]]:
-    info = _json(path / "dataset.json")
-    sources = info.get("sources")
-    keys = ("name", "format", "preset", "episodes", "steps", "fps", "weight")
-    return [
-        {key: source[key] for key in keys if source.get(key) is not None}
-        for source in (sources if isinstance(sources, list) else [])
-        if isinstance(source, Mapping)
-    ]
+    sources = _json(path / "dataset.json", _Data).sources
+    return [{key: value for key, value in asdict(source).items() if value is not None} for source in sources]
 
 
 def _measured(run: Path, checkpoint: str) -> dict[str, Any]:
@@ -74,27 +115,30 @@ def _measured(run: Path, checkpoint: str) -> dict[str, Any]:
     for line in lines:
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if not isinstance(entry, dict) or "val_loss" not in entry:
-            continue
-        if step is None or entry.get("step", 0) <= step:
-            measured = {key: entry[key] for key in ("step", *_MEASURES) if key in entry}
+        try:
+            line = read_as(_Evaluation, entry)
+        except WrongValue:
+            continue  # not as vlaft writes it
+        if step is None or line.step <= step:
+            measured = {key: value for key, value in asdict(line).items() if value is not None}
     return measured
 
 
 def _recipe(run: Path) -> Mapping[str, Any]:
     try:
-        return _mapping(yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return asdict(resolve(run / "recipe.yaml"))
+    except ConfigError:
         return {}
 
 
-def _json(path: Path) -> Mapping[str, Any]:
+def _json(path: Path, kind: type[T]) -> T:
+    """Return what is told of a file; of one that is absent or damaged nothing."""
     try:
-        return _mapping(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
+        return read_as(kind, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
+        return kind()
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

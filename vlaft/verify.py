@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vlaft.adapt.rounding import Mode, generator_of, round_to
 from vlaft.data.images import ImagePipeline
+from vlaft.data.statistics import BOUNDS, check_statistics
 from vlaft.errors import CheckFailed, CheckpointError, DataError
 from vlaft.model.checkpoint import read_json, tensor_table
 from vlaft.trained import TRAINED_FILE, Trained
@@ -140,8 +141,9 @@ def _synthetic(base: Path, config: dict[str, Any], pipeline: ImagePipeline, coun
         from vlaft.data.prompts import load_base_files
 
         prompt = load_base_files(str(base)).prompt_token_ids(_INSTRUCTION)
-    statistics = config.get("norm_stats")
-    sizes = [len(entry["action"]["q01"]) for entry in statistics.values()] if isinstance(statistics, dict) else []
+    found = config.get("norm_stats")
+    statistics = check_statistics(found, f"{base / 'config.json'}: norm_stats", BOUNDS) if found else {}
+    sizes = [len(entry["action"]["q01"]) for entry in statistics.values()]
     generator = np.random.default_rng(0)
     size = pipeline.size
     coarse = generator.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)

@@ -21,7 +21,7 @@ from vlaft.data.store import ConvertedDataset, example_schema, shard_entry, writ
 from vlaft.errors import DataError
 
 PIPELINE = ImagePipeline(8, "lanczos", "resize-naive", (0, 0, 0), False, ((0.5, 0.5, 0.5),), ((0.5, 0.5, 0.5),))
-TOKENIZER = {"base": "b", "eos_id": 2, "pad_id": 3, "fingerprint": "f"}
+TOKENIZER = {"base": "b", "eos_id": 2, "pad_id": 3, "fingerprint": "f", "action_vocab_size": 600, "n_action_bins": 256}
 
 
 def write_dataset(
@@ -70,6 +70,7 @@ def write_dataset(
             "image": {"cameras": ["image"], "pipeline": PIPELINE.to_json()},
             "prompt_style": "openvla",
             "tokenizer": TOKENIZER,
+            "counts": {"episodes": {}, "rows": {}},
             "shards": [shard_entry(shard) for shard in shards],
         }
         | info,

@@ -59,6 +59,16 @@ def write_dataset(folder: Path) -> Path:
         folder / "dataset.json",
         {
             "format_version": 1,
+            "sources": [{"name": "toy", "weight": 1.0}],
+            "prompt_style": "openvla",
+            "tokenizer": {
+                "fingerprint": "0" * 64,
+                "action_vocab_size": 512,
+                "n_action_bins": 256,
+                "eos_id": 2,
+                "pad_id": 0,
+            },
+            "counts": {"episodes": {"train": 3, "val": 1}, "rows": {"train": 65, "val": 5}},
             "image": {"cameras": cameras, "pipeline": PIPELINE.to_json()},
             "shards": [shard_entry(shard) for shard in shards],
         },
@@ -147,7 +157,7 @@ def test_faults_are_sentences_that_name_the_file(folder: Path, tmp_path: Path) -
     with pytest.raises(DataError, match="outside of its folder"):
         ConvertedDataset(folder)
     edit(folder, shards=[{"file": "x"}])
-    with pytest.raises(DataError, match="lacks or misnames"):
+    with pytest.raises(DataError, match=r"shards\[0\].split' is missing"):
         ConvertedDataset(folder)
     edit(folder, format_version=7)
     with pytest.raises(DataError, match="format version 7"):

@@ -1,6 +1,7 @@
-"""What a person sees (stderr) and what a program reads (stdout), kept apart.
+r"""What a person sees (stderr) and what a program reads (stdout), kept apart.
 
-Rich honours NO_COLOR and TERM=dumb itself, and writes no colours to a pipe.
+Rich honours NO_COLOR and TERM=dumb itself, and writes no colours to a pipe. Texts of data, files and words may hold
+what a terminal takes for commands; it is shown written out (`\x1b`), whatever prints it.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,39 +21,75 @@ from typing import TYPE_CHECKING, Any
 from vlaft.cli import interrupts
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
 
 PIPE_WIDTH = 400  # columns of a table that goes to a file or pipe: wide enough that no cell is folded
+LONGEST_LINE = 2000  # characters of a warning or error; a name in it may be as long as a stranger likes
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
 
 Advance = Callable[..., None]
+# Control characters but for line ends and tabs, marks that turn the direction of writing, and halves of pairs, which
+# cannot be written at all.
+_COMMANDS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+
+
+def visible(text: str) -> str:
+    r"""Return a text with what a terminal would obey written out.
+
+    >>> visible("a\x1b[2Jb"), visible("\u202etxt")
+    ('a\\x1b[2Jb', '\\u202etxt')
+    """
+    return _COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+@functools.cache
+def _console_class() -> type[Console]:
+    from rich.console import Console
+
+    class SafeConsole(Console):
+        """A console on which only rich itself commands the terminal."""
+
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else segment._replace(text=visible(segment.text))
+
+    return SafeConsole
 
 
 @functools.cache  # one for all, so that a message written during a progress bar does not tear it
 def stderr_console() -> Console:
     """Return the console for people: messages, warnings, progress."""
-    from rich.console import Console
-
-    return Console(stderr=True)
+    return _console_class()(stderr=True)
 
 
 def stdout_console() -> Console:
     """Return the console for results."""
-    from rich.console import Console
-
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    return _console_class()(file=sys.stdout, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
 def say(text: str) -> None:
-    """Print one line for people on stderr, as it is: no markup, no folding."""
+    """Print one line for people on stderr: no markup, no folding."""
     stderr_console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def fail(sentence: str) -> None:
+    """Print one line that begins with `error:` on stderr."""
+    from rich.text import Text
+
+    stderr_console().print(Text.assemble(("error: ", "bold red"), _one_line(sentence)), soft_wrap=True, highlight=False)
 
 
 def warn(text: str) -> None:
     """Print one line that begins with `warning:` on stderr."""
     from rich.text import Text
 
-    stderr_console().print(Text.assemble(("warning: ", "yellow"), text), highlight=False, soft_wrap=True)
+    stderr_console().print(Text.assemble(("warning: ", "yellow"), _one_line(text)), highlight=False, soft_wrap=True)
+
+
+def _one_line(text: str) -> str:
+    """Keep what a text holds from looking like a message of its own, and from burying the others."""
+    return text.replace("\n", "\\n") if len(text) <= LONGEST_LINE else f"{_one_line(text[:LONGEST_LINE])} ..."
 
 
 def show(renderable: RenderableType) -> None:
@@ -61,7 +99,10 @@ def show(renderable: RenderableType) -> None:
 
 def print_json(value: Any) -> None:
     """Print one JSON document on stdout; numbers that JSON lacks (NaN, infinity) become null."""
-    sys.stdout.write(json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+    # json escapes only what is below a blank; the others stand inside texts, where JSON takes \u009b as well
+    written = _COMMANDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    sys.stdout.write(written + "\n")
 
 
 def _plain(value: Any) -> Any:

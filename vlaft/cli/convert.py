@@ -115,7 +115,7 @@ def _sources(
     from vlaft.data.mixes import mix_requests
     from vlaft.errors import UsageError
 
-    paths = [word for word in words if "=" not in word or Path(word).exists()]
+    paths = [word for word in words if "=" not in word or _exists(word)]
     settings = _layout_settings([word for word in words if word not in paths])
     if mix is not None:
         if presets or names or weights:
@@ -138,6 +138,13 @@ def _sources(
         )
         for number, path in enumerate(paths)
     ]
+
+
+def _exists(word: str) -> bool:
+    try:
+        return Path(word).exists()
+    except (OSError, ValueError):  # no name of a file: too long, as an instruction may be
+        return False
 
 
 def _layout_settings(words: Sequence[str]) -> dict[str, Any]:

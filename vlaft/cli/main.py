@@ -16,6 +16,7 @@ from typing import Annotated, TextIO
 import typer
 
 from vlaft import __version__
+from vlaft.checked import is_text
 from vlaft.cli import (
     convert,
     demo,
@@ -32,6 +33,7 @@ from vlaft.cli import (
     serve,
     train,
 )
+from vlaft.cli.console import fail
 from vlaft.errors import ConfigError, Unchecked, VlaftError
 
 app = typer.Typer(
@@ -86,6 +88,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words or os.environ.get("VLAFT_DEBUG", "0") not in ("", "0")
     words = [word for word in words if word != "--debug"]  # accepted after the verb as well
+    if odd := [word for word in words if not is_text(word)]:
+        fail(f"'{odd[0]}' is no text in UTF-8, in which paths and instructions are kept; write it in UTF-8")
+        return 1
     with warnings.catch_warnings():
         _tell_what_is_unchecked()
         return _run_words(words, debug)
@@ -124,33 +129,32 @@ def _run_words(words: list[str], debug: bool) -> int:
             traceback.print_exc()
         problems = error.problems if isinstance(error, ConfigError) else [str(error)]
         for problem in problems:
-            _print_error(problem)
+            fail(problem)
         return error.exit_code
     except typer.TyperException as error:  # an unknown option, a missing argument, a value of the wrong type
-        _print_error(_usage_sentence(error, words))
+        fail(_usage_sentence(error, words))
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        _print_error("interrupted")
+        fail("interrupted")
         return 130
     except BrokenPipeError:  # `vlaft recipes | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a file that may not be read, a disk that fails: what no verb has words of its own for
+        if error.filename is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        fail(f"{error.filename}: cannot be read or written ({error.strerror})")
+        return 1
     except Exception:
         if not interrupts.was_interrupted():  # some packages make an ImportError of an interrupted import
             raise
-        _print_error("interrupted")
+        fail("interrupted")
         return 130
     if result == 130:
-        _print_error("interrupted")
+        fail("interrupted")
     return result if isinstance(result, int) else 0
-
-
-def _print_error(sentence: str) -> None:
-    from rich.text import Text
-
-    from vlaft.cli.console import stderr_console
-
-    stderr_console().print(Text.assemble(("error: ", "bold red"), sentence), soft_wrap=True, highlight=False)
 
 
 def _usage_sentence(error: typer.TyperException, words: Sequence[str]) -> str:

@@ -52,6 +52,7 @@ def show_recipe(
     resolved: Annotated[bool, typer.Option("--resolved", help="With every setting, defaults included.")] = False,
 ) -> None:
     """Print a recipe's YAML."""
+    from vlaft.cli.console import visible
     from vlaft.config import resolve, to_yaml
     from vlaft.config_layers import find_recipe, read_settings
 
@@ -60,7 +61,7 @@ def show_recipe(
         return
     file = find_recipe(name)
     read_settings(file)  # refuses what is no recipe, in one sentence
-    typer.echo(file.read_text(encoding="utf-8"), nl=False)
+    typer.echo(visible(file.read_text(encoding="utf-8")), nl=False)
 
 
 @app.command("copy")

@@ -60,8 +60,8 @@ def report(
         raise UsageError("--explain names its recipe itself; leave --recipe out")
     asked = [explain] if explain else recipe or ["all"]
     names = [name for word in asked for name in (recipe_names() if word == "all" else [word])]
-    words = [*([f"base='{base}'"] if base else []), *(settings or [])]
-    recipes = [resolve(name, config_files or (), words) for name in dict.fromkeys(names)]
+    options = {"base": base} if base else {}
+    recipes = [resolve(name, config_files or (), settings or (), options) for name in dict.fromkeys(names)]
     memory = parse_size(gpu_memory) if gpu_memory else _present_gpu() or _NO_GPU
     config = base_config(recipes[0].base)
     costs = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -93,16 +93,15 @@ def resolve_recipe(
     from vlaft.training.run_folder import RECIPE_FILE
 
     words = list(settings or [])
-    if base is not None:
-        words.append(f"base='{base}'")
+    options: dict[str, Any] = {"base": base} if base is not None else {}
     if data:
-        words.append(f"data.path=[{', '.join(repr(str(path)) for path in data)}]")
+        options["data.path"] = [str(path) for path in data]
     name: str | Path | None = recipe
     if recipe in (None, "auto") and run is not None and (run / RECIPE_FILE).is_file():
         name = run / RECIPE_FILE
     elif recipe == "auto":
-        return _choose_recipe(config or [], words, gpu_memory)
-    resolved = resolve(name or "lora32", config or [], words)
+        return _choose_recipe(config or [], words, options, gpu_memory)
+    resolved = resolve(name or "lora32", config or [], words, options)
     if resolved.train.batch_size == "auto" and run is not None and (run / RECIPE_FILE).is_file():
         from dataclasses import replace
 
@@ -112,7 +111,9 @@ def resolve_recipe(
     return resolved
 
 
-def _choose_recipe(config: list[Path], words: list[str], gpu_memory: str | None) -> RecipeConfig:
+def _choose_recipe(
+    config: list[Path], words: list[str], options: dict[str, Any], gpu_memory: str | None
+) -> RecipeConfig:
     """Choose for the card, and say why."""
     from vlaft.accounting.choose import choose
     from vlaft.cli.arguments import parse_size
@@ -125,8 +126,8 @@ def _choose_recipe(config: list[Path], words: list[str], gpu_memory: str | None)
     memory = parse_size(gpu_memory) if gpu_memory else present_gpu()
     if memory is None:
         raise UsageError("--recipe auto: no GPU is here; say for which one to choose with --gpu-memory, such as 24GB")
-    model = base_config(resolve("lora32", config, words).base)
-    choice = choose(lambda name, chosen: resolve(name, config, [*chosen, *words]), model, memory)
+    model = base_config(resolve("lora32", config, words, options).base)
+    choice = choose(lambda name, chosen: resolve(name, config, [*chosen, *words], options), model, memory)
     for reason in choice.reasons:
         say(f"auto   {reason}")
     return choice.recipe

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from vlaft.checked import WrongValue, read_as, shown
 from vlaft.data.episode import Image
 from vlaft.errors import CheckpointError
 
@@ -92,17 +93,11 @@ class ImagePipeline:
             CheckpointError: a key is missing, unknown, or holds what it cannot.
         """
         try:
-            pipeline = cls(
-                **{
-                    **value,
-                    "size": int(value["size"]),
-                    "letterbox_fill": tuple(int(level) for level in value["letterbox_fill"]),
-                    "means": _triples(value["means"]),
-                    "stds": _triples(value["stds"]),
-                }
-            )
-        except (TypeError, KeyError, ValueError) as error:
-            raise CheckpointError(f"this image pipeline cannot be read ({error})") from error
+            pipeline = read_as(cls, value)
+            if unknown := sorted(str(key) for key in set(value) - set(asdict(pipeline))):
+                raise WrongValue(f"unknown key {shown(unknown[0])}")
+        except WrongValue as error:
+            raise CheckpointError(f"the image pipeline cannot be read ({error})") from error
         pipeline._check()
         return pipeline
 
@@ -131,7 +126,7 @@ class ImagePipeline:
                 means, stds = _triples(preprocessor["means"]), _triples(preprocessor["stds"])
             else:
                 means, stds = _normalization_of(str(config.get("vision_backbone_id", "siglip-vit-so400m")))
-        except (TypeError, ValueError, IndexError, KeyError) as error:
+        except (TypeError, ValueError, IndexError, KeyError, AttributeError, OverflowError) as error:
             raise CheckpointError(
                 f"preprocessor_config.json: its sizes, means or stds cannot be read ({error})"
             ) from error

@@ -14,12 +14,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vlaft.data.layout import Layout
 from vlaft.data.reader_options import ADDED_STEPS, separate_options
 from vlaft.data.standardize import parse_steps
 from vlaft.errors import ConfigError, did_you_mean
+from vlaft.plain_yaml import NotYaml, parse_yaml
 from vlaft.recipe_files import recipes_folder
 
 _KEYS = [field.name for field in fields(Layout)]
@@ -110,16 +109,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _LARGEST_FILE:
             raise ConfigError(f"{path} is too large for a preset")
-        text = path.read_text(encoding="utf-8")
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise ConfigError(f"{path} uses YAML aliases; write the values out")
-        content = yaml.safe_load(text)
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" (line {mark.line + 1})" if mark is not None else ""
-        raise ConfigError(f"{path} is not valid YAML{line}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8 text") from None
+    except NotYaml as error:
+        line = f", line {error.line}" if error.line else ""
+        raise ConfigError(f"{path}{line}: not valid YAML ({error})") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

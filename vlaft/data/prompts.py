@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from vlaft.checked import fits, is_text, shown
 from vlaft.data.actions import ActionTokenizer
-from vlaft.errors import CheckpointError, did_you_mean
+from vlaft.errors import CheckpointError, DataError, did_you_mean
 from vlaft.known_bases import nearest_base
 
 PromptStyle = Literal["openvla", "vicuna"]
@@ -75,9 +76,11 @@ class TextTokenizer:
 
         if "tokenizer.json" not in files:
             raise CheckpointError(f"{where} has no tokenizer.json; save its tokenizer in the fast format")
-        data = files["tokenizer.json"].read_bytes()
         try:
+            data = files["tokenizer.json"].read_bytes()
             tokenizer = Tokenizer.from_str(data.decode("utf-8"))
+        except OSError as error:
+            raise CheckpointError(f"{files['tokenizer.json']} cannot be read ({error.strerror})") from error
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{files['tokenizer.json']} is no tokenizer ({str(error)[:100]})") from error
         tokenizer.no_truncation()
@@ -86,6 +89,8 @@ class TextTokenizer:
         tokenizer.encode_special_tokens = True
         names = _read_optional(files, "special_tokens_map.json") | _read_optional(files, "tokenizer_config.json")
         added = _read_optional(files, "added_tokens.json")
+        if not fits(added, dict[str, int]):
+            raise CheckpointError(f"{files['added_tokens.json']} must map tokens to their ids")
 
         def token_id(name: str) -> int | None:
             value = names.get(name)
@@ -141,7 +146,12 @@ class BaseFiles:
 
         Training on text gives that blank by itself, since a space precedes the action; without it actions
         degrade (openvla.md, section 3).
+
+        Raises:
+            DataError: the instruction is no text in UTF-8.
         """
+        if not is_text(instruction):
+            raise DataError(f"the instruction {shown(instruction)} is no text in UTF-8; write it anew")
         ids = self.tokenizer.encode(prompt_text(instruction, self.prompt_style))
         blank = self.tokenizer.blank_id
         return ids if blank is None or ids[-1] == blank else [*ids, blank]

@@ -10,11 +10,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import NoneType, UnionType
-from typing import Union, get_args, get_origin, get_type_hints
+from typing import get_type_hints
 
 import numpy as np
 
+from vlaft.checked import fits, in_words, shown
 from vlaft.data.dimensions import (
     append_constant,
     relabel_from_state,
@@ -164,32 +164,9 @@ def _argument_problems(function: Callable[..., Episode], arguments: Mapping[str,
         if name not in known:
             hint = did_you_mean(str(name), known) or f" (known: {', '.join(known) or 'none'})"
             problems.append(f"unknown argument '{name}'{hint}")
-        elif not _fits(value, hints[name]):
-            problems.append(f"{name} is {value!r}, which is not {_describe(hints[name])}")
+        elif not fits(value, hints[name]):
+            problems.append(f"{name} is {shown(value)}, which is not {in_words(hints[name])}")
     for parameter in parameters:
         if parameter.default is parameter.empty and parameter.name not in arguments:
             problems.append(f"the argument '{parameter.name}' is missing")
     return problems
-
-
-def _fits(value: object, hint: object) -> bool:
-    if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, part) for part in get_args(hint))
-    if get_origin(hint) is list:
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            return False
-        return all(_fits(item, get_args(hint)[0]) for item in value)
-    if isinstance(value, bool):
-        return hint is bool
-    if hint is float:
-        return isinstance(value, int | float)
-    return isinstance(value, hint) if isinstance(hint, type) else False
-
-
-def _describe(hint: object) -> str:
-    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", NoneType: "null"}
-    if get_origin(hint) in (Union, UnionType):
-        return " or ".join(_describe(part) for part in get_args(hint))
-    if get_origin(hint) is list:
-        return f"a list of ({_describe(get_args(hint)[0])})"
-    return words[hint] if isinstance(hint, type) and hint in words else str(hint)

@@ -23,6 +23,7 @@ DatasetStatistics = dict[str, Any]  # one dataset: action, proprio, num_transiti
 Statistics = dict[str, DatasetStatistics]
 
 FIELDS = ("mean", "std", "max", "min", "q01", "q99")
+BOUNDS = ("q01", "q99")  # of those, what actions are scaled by
 FILE_NAME = "dataset_statistics.json"
 _LARGEST_FILE = 64 * 2**20  # bytes; a released file of 25 datasets has 60 kB
 
@@ -109,8 +110,12 @@ def write_statistics(path: Path, statistics: Mapping[str, DatasetStatistics]) ->
         aside.unlink(missing_ok=True)
 
 
-def read_statistics(path: Path) -> Statistics:
+def read_statistics(path: Path, needed: Sequence[str] = FIELDS) -> Statistics:
     """Read and check `dataset_statistics.json`; `path` is the file or the folder that holds it.
+
+    Args:
+        path: as said.
+        needed: as `check_statistics` takes it.
 
     Raises:
         DataError: no such file, no JSON, or not in OpenVLA's layout; the sentence names the file and the key.
@@ -126,10 +131,10 @@ def read_statistics(path: Path) -> Statistics:
         raise DataError(f"{file} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):
         raise DataError(f"{file} is not valid JSON") from None
-    return check_statistics(value, str(file))
+    return check_statistics(value, str(file), needed)
 
 
-def check_statistics(value: object, where: str) -> Statistics:
+def check_statistics(value: object, where: str, needed: Sequence[str] = FIELDS) -> Statistics:
     """Return `value` as statistics when it is in OpenVLA's layout.
 
     A missing `mask` stands for all True, as upstream reads it. `proprio` and the two counts may be missing.
@@ -137,21 +142,22 @@ def check_statistics(value: object, where: str) -> Statistics:
     Args:
         value: the parsed JSON, or `norm_stats` of a checkpoint's config.
         where: the file, for the message.
+        needed: what has to be there; `BOUNDS` is enough for turning tokens into an action.
 
     Raises:
         DataError: it is not; the sentence names the first key that is wrong.
     """
     if not isinstance(value, Mapping) or not value:
         raise DataError(f"{where} holds no dataset statistics: a dictionary of datasets is expected")
-    return {str(name): _check_dataset(entry, f"{where}: {name}") for name, entry in value.items()}
+    return {str(name): _check_dataset(entry, f"{where}: {name}", needed) for name, entry in value.items()}
 
 
-def _check_dataset(entry: object, where: str) -> DatasetStatistics:
+def _check_dataset(entry: object, where: str, needed: Sequence[str]) -> DatasetStatistics:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("action"), Mapping):
         raise DataError(f"{where}.action is missing: these are no dataset statistics")
     checked = dict(entry)
     action = dict(entry["action"])
-    size = _check_lists(action, f"{where}.action")
+    size = _check_lists(action, f"{where}.action", needed)
     mask = action.setdefault("mask", [True] * size)
     if not isinstance(mask, list) or len(mask) != size or not all(isinstance(part, bool) for part in mask):
         raise DataError(f"{where}.action.mask has to be a list of {size} true or false")
@@ -159,7 +165,7 @@ def _check_dataset(entry: object, where: str) -> DatasetStatistics:
     if "proprio" in entry:
         if not isinstance(entry["proprio"], Mapping):
             raise DataError(f"{where}.proprio has to be a dictionary of {', '.join(FIELDS)}")
-        _check_lists(entry["proprio"], f"{where}.proprio")
+        _check_lists(entry["proprio"], f"{where}.proprio", needed)
         checked["proprio"] = dict(entry["proprio"])
     for name in ("num_transitions", "num_trajectories"):
         count = entry.get(name, 0)
@@ -168,15 +174,17 @@ def _check_dataset(entry: object, where: str) -> DatasetStatistics:
     return checked
 
 
-def _check_lists(values: Mapping[str, Any], where: str) -> int:
-    size = None
+def _check_lists(values: Mapping[str, Any], where: str, needed: Sequence[str]) -> int:
+    first, size = "", None
     for name in FIELDS:
+        if name not in needed and name not in values:
+            continue
         numbers = values.get(name)
         if not isinstance(numbers, list) or not numbers or not all(_is_finite(number) for number in numbers):
             raise DataError(f"{where}.{name} has to be a list of finite numbers")
         if size is not None and len(numbers) != size:
-            raise DataError(f"{where}.{name} has {len(numbers)} numbers where {FIELDS[0]} has {size}")
-        size = len(numbers)
+            raise DataError(f"{where}.{name} has {len(numbers)} numbers where {first} has {size}")
+        first, size = first or name, len(numbers)
     return size or 0
 
 

@@ -13,7 +13,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from vlaft.checked import WrongValue, read_as, shown
 from vlaft.data.images import ImagePipeline
 from vlaft.data.statistics import read_statistics
-from vlaft.errors import DataError
+from vlaft.errors import CheckpointError, DataError
 from vlaft.files import SEAL, UNSEALED, checksum, content_checksum, holds, seal_holds, unsealed
 from vlaft.output_folder import restored
 
@@ -36,6 +37,9 @@ MAIN_CAMERA = "image"
 ROW_GROUP = 8  # rows read together at random access: 0.2 MB of JPEG
 SPLITS = ("train", "val")
 
+_LONGEST_NAME = 255  # bytes of a file's name, on every usual file system
+_LARGEST_WEIGHT = 1e6
+_LARGEST_ID = 2**31
 _TEXTS = ["dataset", "source", "instruction"]  # columns that repeat; looking for repeated images takes long
 _MAX_JSON = 256 * 2**20
 _CACHED_GROUPS = 16
@@ -58,6 +62,118 @@ class Shard:
     rows: int
     bytes: int
     crc32c: str
+
+    def __post_init__(self) -> None:
+        """Refuse what no shard can be."""
+        if Path(self.file).name != self.file or len(self.file.encode()) > _LONGEST_NAME:
+            raise ValueError(f"{shown(self.file)} is a shard outside of its folder")
+        if self.split not in SPLITS:
+            raise ValueError(f"{shown(self.split)} is no split; there are {' and '.join(SPLITS)}")
+        if self.rows < 0 or self.bytes < 0:
+            raise ValueError(f"a shard of {self.rows} rows and {self.bytes} bytes cannot be")
+
+
+@dataclass(frozen=True)
+class _Action:
+    """What `dataset.json` says of a source's actions."""
+
+    dimensions: int
+    names: list[str]
+    mask: list[bool]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What `dataset.json` says of how a source was read."""
+
+    action: list[str] = field(default_factory=list)
+    state: list[str] = field(default_factory=list)
+    cameras: dict[str, str] = field(default_factory=dict)
+    steps: list[str | dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What `dataset.json` says of one source."""
+
+    name: str
+    weight: float
+    action: _Action | None = None
+    fps: float | None = None
+    preset: str | None = None
+    format: str = ""
+    episodes: int = 0
+    steps: int = 0
+    instructions: list[str] = field(default_factory=list)
+    cameras: dict[str, str] = field(default_factory=dict)
+    layout: _Layout = field(default_factory=_Layout)
+
+    def __post_init__(self) -> None:
+        """Refuse what it cannot be."""
+        if not 0 < self.weight <= _LARGEST_WEIGHT:
+            raise ValueError(f"the weight {self.weight:g} is not above 0 and at most {_LARGEST_WEIGHT:g}")
+
+
+@dataclass(frozen=True)
+class _Tokenizer:
+    """What `dataset.json` says of the tokenizer that the examples were written with."""
+
+    fingerprint: str
+    action_vocab_size: int
+    n_action_bins: int
+    eos_id: int
+    pad_id: int
+    base: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what it cannot be."""
+        if not (0 <= self.eos_id < _LARGEST_ID and 0 <= self.pad_id < _LARGEST_ID):
+            raise ValueError(f"eos_id {self.eos_id} or pad_id {self.pad_id} is no number of a token")
+
+
+@dataclass(frozen=True)
+class _Images:
+    """What `dataset.json` says of the frames."""
+
+    cameras: list[str]
+    pipeline: dict[str, Any]
+    codec: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what it cannot be."""
+        if self.cameras[:1] != [MAIN_CAMERA] or len(set(self.cameras)) != len(self.cameras):
+            raise ValueError(f"the cameras are {shown(self.cameras)}; each is named once, '{MAIN_CAMERA}' first")
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """What `dataset.json` says of its sizes."""
+
+    episodes: dict[str, int]
+    rows: dict[str, int]
+
+
+@dataclass(frozen=True)
+class _DatasetFile:
+    """`dataset.json`: what every reader of it may rely on."""
+
+    sources: list[_Source]
+    image: _Images
+    prompt_style: str
+    tokenizer: _Tokenizer
+    counts: _Counts
+    shards: list[Shard]
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Refuse a dataset of nothing, and names that are there twice."""
+        for what, names in (
+            ("source", [source.name for source in self.sources]),
+            ("shard", [shard.file for shard in self.shards]),
+        ):
+            if not names or len(set(names)) != len(names):
+                raise ValueError(f"it has to name at least one {what}, and each once")
 
 
 def example_schema(cameras: Sequence[str]) -> pa.Schema:
@@ -188,7 +304,7 @@ class ConvertedDataset:
 
     Attributes:
         path: the folder.
-        info: `dataset.json`, without its checksums.
+        info: `dataset.json`, without its checksums; what `_DatasetFile` names is there and of its kind.
         has_checksum: whether `dataset.json` carries its own checksum; those of earlier versions do not.
         statistics: `dataset_statistics.json`: name to statistics.
         cameras: the image columns, the main one first.
@@ -214,14 +330,13 @@ class ConvertedDataset:
                 " convert the source again"
             )
         try:
-            shards = [Shard(**entry) for entry in self.info["shards"]]
-            self.cameras: tuple[str, ...] = tuple(self.info["image"]["cameras"])
-            self.pipeline = ImagePipeline.from_json(self.info["image"]["pipeline"])
-            self.fingerprint = hashlib.sha256((self.path / DATASET_FILE).read_bytes()).hexdigest()
-        except (KeyError, TypeError) as error:
-            raise DataError(
-                f"{self.path / DATASET_FILE} lacks or misnames {error}; convert the source again"
-            ) from error
+            described = read_as(_DatasetFile, self.info)
+            self.pipeline = ImagePipeline.from_json(described.image.pipeline)
+        except (WrongValue, CheckpointError) as error:
+            raise DataError(f"{self.path / DATASET_FILE}: {error}; convert the source again") from error
+        self.cameras: tuple[str, ...] = tuple(described.image.cameras)
+        self.fingerprint = hashlib.sha256((self.path / DATASET_FILE).read_bytes()).hexdigest()
+        shards = described.shards
         self.statistics = read_statistics(self.path / STATISTICS_FILE)
         self._check_documents()
         self._shards = {split: [shard for shard in shards if shard.split == split] for split in SPLITS}
@@ -326,8 +441,6 @@ class ConvertedDataset:
         lengths: list[int] = []
         for shard in self._shards[split]:
             path = self.path / shard.file
-            if Path(shard.file).name != shard.file:
-                raise DataError(f"{self.path / DATASET_FILE} names a shard outside of its folder: {shard.file}")
             if not path.is_file():
                 raise DataError(f"{path} is missing; copy the dataset again or convert the source again")
             if path.stat().st_size != shard.bytes:

@@ -10,11 +10,12 @@ import importlib.util
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from vlaft.errors import CheckpointError, MissingExtra
 from vlaft.files import remembered
@@ -26,6 +27,7 @@ SINGLE_FILE = "model.safetensors"
 _MAX_HEADER = 100 * 2**20  # safetensors' own bound on a header
 _CHUNK = 2**20  # bytes read at once
 _FEW = 20  # tensors that a disk or a download damages; where more differ, it is another checkpoint
+_MOST_ELEMENTS = 2**48
 _SAMPLE = 4096  # bytes of each tensor that the fingerprint reads
 # What bitsandbytes keeps beside a weight of 4 bits (`weight.absmax` ...) or 8 bits (`SCB` ...).
 _STATES_4BIT = ("quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")
@@ -115,6 +117,13 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: the file is missing; copy or download the checkpoint again")
+    try:
+        return _parse_header(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _parse_header(path: Path) -> dict[str, TensorEntry]:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -136,23 +145,35 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
                 for name, entry in header.items()
                 if name != "__metadata__"
             }
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, OverflowError):
             raise CheckpointError(f"{path}: its safetensors header is damaged") from None
     if any(entry.end > size for entry in entries.values()):
         raise CheckpointError(f"{path}: truncated: tensors end beyond the file's {size:,} bytes")
     for name, entry in entries.items():
         stored, item = entry.end - entry.begin, _ITEM_SIZES.get(entry.dtype)
         fits = item is None or stored == item * math.prod(entry.shape)
-        if entry.begin < 8 + length or stored < 0 or min(entry.shape, default=0) < 0 or not fits:
+        if (
+            entry.begin < 8 + length
+            or stored < 0
+            or min(entry.shape, default=0) < 0
+            or not fits
+            or not _can_be(entry.shape)
+        ):
             raise CheckpointError(f"{path}: its safetensors header is damaged at '{name}'")
     return entries
+
+
+def _can_be(shape: tuple[int, ...]) -> bool:
+    """Say whether any tensor has this shape; one side may be 0, and the others still not be without bounds."""
+    return math.prod(max(side, 1) for side in shape) <= _MOST_ELEMENTS
 
 
 def tensor_table(folder: Path) -> dict[str, TensorEntry]:
     """List every tensor of a checkpoint: names to places, over all shards.
 
     Raises:
-        CheckpointError: no safetensors, a missing or damaged shard, or an index that disagrees with its shards.
+        CheckpointError: no safetensors, a missing or damaged shard, weights in FP8, or an index that disagrees with
+            its shards.
     """
     if (folder / INDEX_FILE).is_file():
         weight_map = read_json(folder / INDEX_FILE).get("weight_map")
@@ -166,9 +187,9 @@ def tensor_table(folder: Path) -> dict[str, TensorEntry]:
         if set(table) != set(weight_map):
             odd = sorted(set(table) ^ set(weight_map))
             raise CheckpointError(f"{folder}: index and shards disagree on {len(odd)} tensors, first '{odd[0]}'")
-        return table
+        return _readable(table, folder)
     if (folder / SINGLE_FILE).is_file():
-        return read_header(folder / SINGLE_FILE)
+        return _readable(read_header(folder / SINGLE_FILE), folder)
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         raise CheckpointError(
             f"{folder}: only pickled weights here; vlaft reads safetensors only, so convert them first"
@@ -176,17 +197,31 @@ def tensor_table(folder: Path) -> dict[str, TensorEntry]:
     raise CheckpointError(f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE} here")
 
 
+def _readable(table: dict[str, TensorEntry], folder: Path) -> dict[str, TensorEntry]:
+    """Return the table; weights in FP8 have their scales elsewhere, in a layout of each writer's own."""
+    for name, entry in table.items():
+        if entry.dtype.startswith("F8"):
+            raise CheckpointError(
+                f"{folder / entry.file}: '{name}' is in FP8 ({entry.dtype}), which cannot be read; take this"
+                " checkpoint's weights in bfloat16"
+            )
+    return table
+
+
 def fingerprint(folder: Path) -> str:
     """Return a short hash of a checkpoint's tensors: names, types, shapes and a sample of each one's bytes.
 
     Reads a few kilobytes per tensor, so that 15 GB take about a second; sharding does not matter.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or cannot be read.
     """
     digest = hashlib.sha256()
     table = tensor_table(folder)
     for name in sorted(table):
         entry = table[name]
         digest.update(f"{name} {entry.dtype} {entry.shape}\n".encode())
-        with (folder / entry.file).open("rb") as file:
+        with _opened(folder / entry.file) as file:
             for begin in sorted({entry.begin, max(entry.begin, entry.end - _SAMPLE)}):
                 file.seek(begin)
                 digest.update(file.read(min(_SAMPLE, entry.end - begin)))
@@ -283,6 +318,15 @@ def changed_tensor(folder: Path, entry: TensorEntry) -> CheckpointError:
     )
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+
+
 def load_config(folder: Path) -> Any:
     """Read `config.json` as an `OpenVLAConfig`.
 
@@ -352,6 +396,8 @@ def load_model(folder: Path, *, dtype: Any = None, device: Any = "cpu", quantiza
         )
     except SafetensorError as error:
         raise CheckpointError(f"{folder}: the weights are damaged ({error})") from None
+    except OSError as error:
+        raise CheckpointError(f"{folder}: the weights cannot be read ({error.strerror or error})") from None
     finally:
         if bar:
             logging.enable_progress_bar()

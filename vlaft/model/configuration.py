@@ -7,12 +7,17 @@ so that inference does the same).
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, get_type_hints
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
+from vlaft.checked import WrongValue, read_as
 from vlaft.errors import CheckpointError
 
+_LARGEST_SIZE = 2**20
+_MOST_LAYERS = 1000
+_LARGEST_IMAGE = 4096  # pixels a side
 # What a `vision_backbone_id` stands for: image size per backbone, and timm ids in feature order
 # (upstream's registry, without the CLIP and ImageNet backbones, which no released OpenVLA uses).
 VISION_BACKBONES: dict[str, tuple[list[int], list[str]]] = {
@@ -28,6 +33,44 @@ VISION_BACKBONES: dict[str, tuple[list[int], list[str]]] = {
         ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_384"],
     ),
 }
+
+
+@dataclass(frozen=True)
+class _TextSizes:
+    """What of `text_config` decides how large the language model is; Llama 2's defaults stand for what is missing."""
+
+    vocab_size: int = 32064
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what no language model has."""
+        sizes = (self.vocab_size, self.hidden_size, self.intermediate_size, self.num_attention_heads)
+        if not all(1 <= size <= _LARGEST_SIZE for size in sizes) or (self.num_key_value_heads or 1) < 1:
+            raise ValueError(f"its sizes must be from 1 to {_LARGEST_SIZE}")
+        if not 1 <= self.num_hidden_layers <= _MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers must be from 1 to {_MOST_LAYERS}, not {self.num_hidden_layers}")
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """The numbers of `config.json` that shapes and loops depend on."""
+
+    image_sizes: list[int] | None
+    llm_max_length: int
+    pad_to_multiple_of: int
+    n_action_bins: int
+    text_config: _TextSizes | None
+
+    def __post_init__(self) -> None:
+        """Refuse what no image and no vocabulary has."""
+        if not all(1 <= size <= _LARGEST_IMAGE for size in self.image_sizes or ()):
+            raise ValueError(f"image_sizes must be from 1 to {_LARGEST_IMAGE} pixels")
+        if self.pad_to_multiple_of < 0 or self.n_action_bins < 2 or self.llm_max_length < 1:
+            raise ValueError("pad_to_multiple_of, n_action_bins or llm_max_length is too small")
 
 
 class OpenVLAConfig(PretrainedConfig):
@@ -79,6 +122,7 @@ class OpenVLAConfig(PretrainedConfig):
         sizes, timm_ids = VISION_BACKBONES[self.vision_backbone_id]
         if self.use_fused_vision_backbone is None:
             self.use_fused_vision_backbone = len(timm_ids) == 2
+        self._check_numbers()
         self.image_sizes = self.image_sizes or sizes
         self.timm_model_ids = self.timm_model_ids or timm_ids
         backbones = 2 if self.use_fused_vision_backbone else 1
@@ -96,6 +140,18 @@ class OpenVLAConfig(PretrainedConfig):
             text = CONFIG_MAPPING[model_type](**{key: value for key, value in text.items() if key != "model_type"})
         self.text_config = text
         super().__post_init__(**kwargs)
+
+    def _check_numbers(self) -> None:
+        """Refuse numbers with which no model can be built, or none that ends.
+
+        Raises:
+            CheckpointError: the first one.
+        """
+        try:
+            values = {name: getattr(self, name) for name in get_type_hints(_Numbers)}
+            read_as(_Numbers, values | ({} if isinstance(self.text_config, dict) else {"text_config": None}))
+        except WrongValue as error:
+            raise CheckpointError(f"config.json: {error}") from None
 
     @property
     def action_vocab_size(self) -> int:

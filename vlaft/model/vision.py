@@ -9,15 +9,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from vlaft.checked import WrongValue, read_as
 from vlaft.errors import CheckpointError
 
+_MOST_BLOCKS = 1000  # the deepest ViTs have a tenth of that
 _EPS = 1e-6  # LayerNorm epsilon of both timm models
 
 
@@ -45,6 +47,15 @@ class ViTConfig:
     layer_scale: bool = False
     attention_pool: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse sizes of which no ViT can be built, or none that ends."""
+        if min(self.embed_dim, self.num_heads, self.patch_size) < 1 or not 0 < self.mlp_ratio < _MOST_BLOCKS:
+            raise ValueError("embed_dim, num_heads, patch_size and mlp_ratio must be above 0")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} does not divide into {self.num_heads} heads")
+        if not 2 <= self.depth <= _MOST_BLOCKS or not 0 <= self.reg_tokens <= _MOST_BLOCKS:
+            raise ValueError(f"depth must be from 2 to {_MOST_BLOCKS}, and reg_tokens at most that")
+
     @property
     def prefix_tokens(self) -> int:
         """Tokens before the patches: DINOv2 has a class token and its registers, SigLIP none."""
@@ -65,14 +76,18 @@ def vit_config(timm_id: str, override: dict | None = None) -> ViTConfig:
     """Return the sizes that `timm_id` stands for, with those of `override` in their place.
 
     Raises:
-        CheckpointError: an unknown timm id, or an unknown key in `override`.
+        CheckpointError: an unknown timm id, or an unknown key or a wrong value in `override`.
     """
     if timm_id not in VIT_CONFIGS:
         raise CheckpointError(f"config.json: vision model '{timm_id}' is not supported ({', '.join(VIT_CONFIGS)})")
     unknown = set(override or {}) - {field.name for field in fields(ViTConfig)}
     if unknown:
         raise CheckpointError(f"config.json: unknown key in vision_overrides: {', '.join(sorted(unknown))}")
-    return replace(VIT_CONFIGS[timm_id], **(override or {}))
+    known = VIT_CONFIGS[timm_id]
+    try:
+        return read_as(ViTConfig, asdict(known) | dict(override or {}))
+    except WrongValue as error:
+        raise CheckpointError(f"config.json: vision_overrides: {error}") from None
 
 
 class LayerScale(nn.Module):

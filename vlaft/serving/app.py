@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import json
 import logging
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -39,6 +39,7 @@ def create_app(policy: Any, name: str, settings: ServeSettings) -> FastAPI:
     """
     batcher = Batcher(_predictor(policy, settings), max_batch=settings.max_batch, max_wait=settings.max_wait)
     gate = _Gate(settings.queue_length)
+    received = _Received(settings.queue_length * settings.max_body)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -70,37 +71,71 @@ def create_app(policy: Any, name: str, settings: ServeSettings) -> FastAPI:
     @app.post("/act")
     async def act(request: Request) -> Response:
         _check_token(request, settings.token)
-        with gate.admit():
-            try:
-                body = await _read_body(request, settings)
-                observation = read_observation(body, policy.statistics, settings)
-                del body  # else it stays for as long as the request is queued
-                prediction = await _unless_gone(request, batcher.submit(observation))
-            except ClientDisconnect:
-                return _GONE
-            except asyncio.CancelledError:  # by the second signal; no cause to fill the log with tracebacks
-                raise busy("the server was stopped before the model answered") from None
+        gate.check()
+        try:
+            with received.lent() as lend:
+                body = await _read_body(request, settings, lend)
+                # a place only from here on: bodies that never end must not keep out those that do
+                with gate.admit():
+                    observation = read_observation(body, policy.statistics, settings)
+                    body.clear()
+                    lend(0)
+                    prediction = await _unless_gone(request, batcher.submit(observation))
+        except ClientDisconnect:
+            return _GONE
+        except asyncio.CancelledError:  # by the second signal; no cause to fill the log with tracebacks
+            raise busy("the server was stopped before the model answered") from None
         return _reply(prediction, observation.double_encoded)
 
     return app
 
 
 class _Gate:
-    """Counts the requests that are inside, from before their body is read until they are answered."""
+    """Counts the requests that are inside, from when their body is here until they are answered."""
 
     def __init__(self, places: int) -> None:
         self._places = places
         self._inside = 0
 
-    @contextmanager
-    def admit(self) -> Iterator[None]:
+    def check(self) -> None:
+        """Refuse a request for which there is no place, before its body is read."""
         if self._inside >= self._places:
             raise busy(f"{self._inside} requests are waiting already; ask again in a second")
+
+    @contextmanager
+    def admit(self) -> Iterator[None]:
+        """Take a place until the request is answered, or refuse it."""
+        self.check()
         self._inside += 1
         try:
             yield
         finally:
             self._inside -= 1
+
+
+class _Received:
+    """Counts the bytes of all bodies that are being received: what may be held of them is bounded, not their number."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._held = 0
+
+    @contextmanager
+    def lent(self) -> Iterator[Callable[[int], None]]:
+        """Yield a function that says how many bytes of one body are held now, and refuses it where that is too much."""
+        mine = 0
+
+        def lend(size: int) -> None:
+            nonlocal mine
+            self._held += size - mine
+            mine = size
+            if self._held > self._most:
+                raise busy("too much is being received already; ask again in a second")
+
+        try:
+            yield lend
+        finally:
+            self._held -= mine
 
 
 def _predictor(policy: Any, settings: ServeSettings) -> Any:
@@ -125,8 +160,13 @@ def _check_token(request: Request, token: str | None) -> None:
         raise Refused(401, sentence, {"WWW-Authenticate": "Bearer"})
 
 
-async def _read_body(request: Request, settings: ServeSettings) -> bytearray:
+async def _read_body(request: Request, settings: ServeSettings, lend: Callable[[int], None]) -> bytearray:
     """Return the body, never holding more than `max_body` bytes of it.
+
+    Args:
+        request: the request.
+        settings: the limits.
+        lend: told how many bytes are held, after each part.
 
     Raises:
         Refused: it is compressed, too large, or did not arrive in time.
@@ -145,6 +185,7 @@ async def _read_body(request: Request, settings: ServeSettings) -> bytearray:
                 body += chunk
                 if len(body) > settings.max_body:
                     raise too_large
+                lend(len(body))
     except TimeoutError:
         sentence = f"the request did not arrive within {settings.body_timeout:g} seconds"
         raise Refused(408, sentence, {"Connection": "close"}) from None

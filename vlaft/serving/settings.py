@@ -19,7 +19,8 @@ class ServeSettings:
         action_ids_only: choose among action tokens only.
         max_batch: at most so many requests go through the model together.
         max_wait: seconds that a request waits for others to join it.
-        queue_length: requests being received, waiting or computed; a further one is answered 503.
+        queue_length: requests waiting or computed; a further one is answered 503. Those still being received do not
+            count, but they hold at most `queue_length` times `max_body` bytes together.
         max_body: bytes of one request; the default holds the largest image in base64.
         max_image_side: pixels.
         body_timeout: seconds in which a request has to have arrived.

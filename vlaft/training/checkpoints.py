@@ -14,6 +14,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,67 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vlaft.checked import read_as, shown
 from vlaft.errors import CheckpointError, VlaftError
 from vlaft.files import SEAL, checksum, holds, seal_holds, sealed, unsealed
 from vlaft.output_folder import sync
-from vlaft.trained import STATE_FILE, TRAINED_FILE
+from vlaft.trained import CHECKPOINT_NAME, STATE_FILE, TRAINED_FILE
 from vlaft.training.distributed import spread_like, whole
 
 _OPTIMIZER_FILE = "optimizer.safetensors"
-_NAME = re.compile(r"^step-(\d{6,})$")
+_SCALAR = re.compile(r"\d{1,9}\.\w+")
 _CONSTANTS = ("qmap1", "qmap2")  # code books of 8-bit optimizers, the same for all
+
+
+@dataclass
+class Progress:
+    """What changes from step to step and is kept in a checkpoint."""
+
+    step: int = 0
+    best: str | None = None
+    best_l1: float | None = None
+    evaluations_since_best: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what no run comes to."""
+        if self.step < 0 or self.evaluations_since_best < 0:
+            raise ValueError(f"step {self.step} and {self.evaluations_since_best} evaluations cannot be")
+        if self.best is not None and not CHECKPOINT_NAME.match(self.best):
+            raise ValueError(f"the best checkpoint cannot be called {shown(self.best)}")
+
+
+@dataclass(frozen=True)
+class _Position:
+    """Where in the data a run is: `ExampleLoader.state_dict`."""
+
+    seed: int
+    epoch: int
+    offset: int
+    data: str
+
+    def __post_init__(self) -> None:
+        """Refuse what no order of examples has."""
+        if not (0 <= self.epoch < 2**31 and 0 <= self.offset < 2**40):
+            raise ValueError(f"epoch {self.epoch}, example {self.offset} cannot be")
+
+
+@dataclass(frozen=True)
+class _State:
+    """`state.json`; what is not of the checkpoint itself is there in a run's."""
+
+    step: int
+    optimizer_scalars: dict[str, int | float | bool]
+    files: dict[str, int | str]
+    progress: Progress | None = None
+    loader: _Position | None = None
+    effective_batch: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself."""
+        if self.progress is not None and self.step != self.progress.step:
+            raise ValueError(f"step {self.step} and progress.step {self.progress.step} are not the same")
+        if odd := [name for name in self.optimizer_scalars if not _SCALAR.fullmatch(name)]:
+            raise ValueError(f"{shown(odd[0])} is nothing that an optimizer keeps")
 
 
 def checkpoint_name(step: int) -> str:
@@ -42,7 +95,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Return the finished checkpoints in `folder`, oldest first."""
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.match(path.name))]
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := CHECKPOINT_NAME.match(path.name))]
     return [path for _, path in sorted(found)]
 
 
@@ -194,7 +247,7 @@ def read_state(folder: Path, *, fresh: bool = False) -> dict[str, Any]:
     """
     try:
         state = json.loads((folder / STATE_FILE).read_text())
-        files = dict(state["files"])
+        files = read_as(_State, state).files
         if seal_holds(state) is False:
             raise CheckpointError(f"{folder / STATE_FILE}: the file does not match its checksum")
         for name, recorded in files.items():
@@ -202,9 +255,9 @@ def read_state(folder: Path, *, fresh: bool = False) -> dict[str, Any]:
                 raise CheckpointError(f"{folder / name}: the file does not match its checksum")
         if _OPTIMIZER_FILE not in files:
             raise CheckpointError(f"{folder / STATE_FILE}: it does not describe a whole checkpoint")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder}: the checkpoint is damaged ({error})") from None
-    return state
+    return state  # type: ignore[no-any-return]
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:

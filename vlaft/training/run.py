@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vlaft.adapt import pissa
 from vlaft.adapt.adapter_files import load_adapter_weights, save_adapter
+from vlaft.checked import read_as
 from vlaft.config import RecipeConfig, resolve_precision
 from vlaft.data.augmentation import pixel_values
 from vlaft.data.loader import IGNORED, Batch
@@ -26,6 +27,7 @@ from vlaft.files import content_checksum
 from vlaft.model.checkpoint import fingerprint, tensor_checksums
 from vlaft.training.batches import TrainingData, to_inputs
 from vlaft.training.checkpoints import (
+    Progress,
     checkpoint_name,
     flatten_optimizer,
     list_checkpoints,
@@ -48,16 +50,6 @@ from vlaft.training.run_folder import LOG_FILE, RunFolder
 from vlaft.training.session import DTYPES, load_trainable, trained_names
 from vlaft.training.signals import StopSignals
 from vlaft.training.step import Inputs, Normalization, autocast, forward
-
-
-@dataclass
-class Progress:
-    """What changes from step to step and is kept in a checkpoint."""
-
-    step: int = 0
-    best: str | None = None
-    best_l1: float | None = None
-    evaluations_since_best: int = 0
 
 
 class Run:
@@ -276,6 +268,8 @@ class Run:
             self.folder.truncate_log(0)
             return
         state, tensors, random = read_checkpoint(checkpoint)
+        if missing := [key for key in ("progress", "loader") if state.get(key) is None]:
+            raise CheckpointError(f"{checkpoint}: its state.json is of another version of vlaft (no '{missing[0]}')")
         model = bare(self.model)
         if not isinstance(model, PeftModel):
             load_trained(model, checkpoint)
@@ -284,10 +278,7 @@ class Run:
         else:
             load_adapter_weights(model, checkpoint)
         restore_optimizer(self.optimizer, tensors, state["optimizer_scalars"])
-        try:
-            self.progress = Progress(**state["progress"])
-        except (TypeError, KeyError) as error:
-            raise CheckpointError(f"{checkpoint}: its state.json is of another version of vlaft ({error})") from None
+        self.progress = read_as(Progress, state["progress"])
         before = state.get("effective_batch", self.effective_batch)
         if before != self.effective_batch:
             self.listener.warned(

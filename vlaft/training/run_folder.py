@@ -18,9 +18,9 @@ from typing import Any
 
 from vlaft.config import RecipeConfig
 from vlaft.errors import ConfigError, VlaftError
-from vlaft.files import SEAL, UNSEALED, content_checksum, seal_holds, sealed, unsealed
+from vlaft.files import SEAL, content_checksum, sealed
 from vlaft.output_folder import disk_errors, staged, sync
-from vlaft.trained import BASE_CHECKSUMS, ENVIRONMENT_FILE, RUN_FILE, STATISTICS_FILE, read_document
+from vlaft.trained import BASE_CHECKSUMS, ENVIRONMENT_FILE, RUN_FILE, STATISTICS_FILE, read_document, read_status
 
 RECIPE_FILE = "recipe.yaml"
 LOG_FILE = "log.jsonl"
@@ -158,21 +158,12 @@ class RunFolder:
             return False
 
     def read_status(self) -> dict[str, Any]:
-        """Return `run.json`, or an empty dict before it was written."""
-        try:
-            content = json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError) as error:
-            raise VlaftError(f"{self.path / RUN_FILE}: cannot be read ({error})") from error
-        if not isinstance(content, dict):
-            return {}
-        if seal_holds(content) is False:
-            raise VlaftError(
-                f"{self.path / RUN_FILE}: the file does not match its checksum; take it from a copy of the run"
-                f" ({UNSEALED})"
-            )
-        return unsealed(content)
+        """Return `run.json`, or an empty dict before it was written.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        return read_status(self.path) if (self.path / RUN_FILE).is_file() else {}
 
     def read_base_checksums(self) -> str | None:
         """Return the checksums of the base's tensors that the run began with, or None where it did not note them.

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlaft.data.contents import alike
+from vlaft.data.unfolding import largest_unfolded
 from vlaft.errors import DataError, did_you_mean
 
 MAX_ARRAY_BYTES = 2**30  # one array of one episode, frames excepted: a million steps of 100 float64 are less
@@ -181,11 +182,17 @@ def check_size(dataset: h5py.Dataset, where: str, limit: int) -> None:
         raise DataError(
             f"{where}: '{dataset.name}' claims {max(claimed, chunk)} bytes ({dataset.shape}), too many to be right"
         )
+    stored = 0 if dataset.is_virtual else dataset.id.get_storage_size()
     # deflate can't exceed about 1000 to 1: the rest would be fill values, that is nothing
-    if claimed > 2**24 and not dataset.is_virtual and dataset.id.get_storage_size() * 4096 < claimed:
+    if claimed > 2**24 and not dataset.is_virtual and stored * 4096 < claimed:
         raise DataError(
             f"{where}: '{dataset.name}' claims shape {dataset.shape} but stores only"
             f" {dataset.id.get_storage_size()} bytes; the file is damaged or was not written to its end"
+        )
+    if not dataset.is_virtual and max(claimed, chunk) > largest_unfolded(stored):
+        raise DataError(
+            f"{where}: the {stored} bytes of '{dataset.name}' claim to unpack to {max(claimed, chunk)}, too many to be"
+            " right; write the file anew"
         )
 
 

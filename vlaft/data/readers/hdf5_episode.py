@@ -29,6 +29,7 @@ from vlaft.data.readers.hdf5_access import (
     read_array,
 )
 from vlaft.data.readers.step_instructions import gather
+from vlaft.data.unfolding import largest_unfolded
 from vlaft.errors import DataError, did_you_mean
 
 # The view that shows the whole scene comes first: it becomes the main camera, the only one that OpenVLA sees.
@@ -216,7 +217,8 @@ def check_frames(dataset: h5py.Dataset, format: FrameFormat, where: str) -> None
                 raise DataError(f"{described} has frames of a size that can't be right")
         if not dtype.hasobject:
             row = int(np.prod(shape[1:], dtype=object)) * dtype.itemsize
-            if row > MAX_ROW_BYTES or _chunk_bytes(dataset) > 4 * MAX_ROW_BYTES:
+            most = 4 * min(MAX_ROW_BYTES, largest_unfolded(dataset.id.get_storage_size()))
+            if row > MAX_ROW_BYTES or _chunk_bytes(dataset) > most:
                 raise DataError(
                     f"{described} is stored in pieces too large to be right ({_chunk_bytes(dataset)} bytes)"
                 )

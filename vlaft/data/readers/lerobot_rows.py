@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from vlaft.data.bounded_parquet import read_bounded
 from vlaft.data.codec import decode_image
 from vlaft.data.episode import Image
 from vlaft.data.readers.lerobot_files import inside
@@ -87,7 +88,8 @@ class RowReader:
         Row-group statistics would do with less reading, but pyarrow aborts the process on damaged ones.
         """
         if self._held_numbers is None or self._held_numbers[0] != path:
-            column = file.read(columns=["episode_index"], use_threads=False).column("episode_index")
+            table = read_bounded(file, range(file.num_row_groups), ["episode_index"], str(path))
+            column = table.column("episode_index")
             self._held_numbers = (path, np.asarray(column.to_numpy()))
         return self._held_numbers[1]
 
@@ -95,7 +97,7 @@ class RowReader:
         if self._held is None or self._held[0] != (path, group):
             # pyarrow takes "action" to mean "action.joints" too, hence the second selection
             self._held = None
-            table = file.read_row_group(group, columns=names, use_threads=False).select(names)
+            table = read_bounded(file, [group], names, str(path)).select(names)
             table.validate(full=True)
             self._held = ((path, group), table)
         return self._held[1]
@@ -190,7 +192,7 @@ def read_records(path: Path, prefixes: tuple[str, ...] = ("",)) -> list[dict[str
             for name in file.schema_arrow.names
             if _loadable(file.schema_arrow.field(name).type, texts=True) and name.startswith(prefixes)
         ]
-        table = file.read(columns=names, use_threads=False).select(names)
+        table = read_bounded(file, range(file.num_row_groups), names, str(path)).select(names)
         table.validate(full=True)
         return list(table.to_pylist())
 

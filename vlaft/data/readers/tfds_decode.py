@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from vlaft.data.codec import MAX_PIXELS, decode_image
 from vlaft.data.readers.tf_example import Stored
 from vlaft.data.readers.tfds_features import Field, Shape
+from vlaft.data.unfolding import largest_unfolded
 from vlaft.errors import DataError
 
 Array = NDArray[np.generic]
 Elements = Array | list[Array] | list[str]
 
-_MAX_FIELD_BYTES = 1 << 30  # of one unpacked field of one episode: compressed bytes may claim a thousand times more
+_MAX_FIELD_BYTES = 1 << 30  # of one unpacked field of one episode
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _shaped(field: Field, example: Mapping[str, Stored], where: str) -> list[Arr
     if rank == 0 or len(shapes) % rank:
         raise DataError(f"{where}: {len(shapes)} dimensions are stored for elements of {rank}")
     result: list[Array] = []
-    start, budget = 0, _MAX_FIELD_BYTES
+    start, budget = 0, _budget(stored)
     for row in range(len(shapes) // rank):
         shape = shapes[row * rank : (row + 1) * rank]
         if field.encoding == "none":
@@ -144,7 +145,8 @@ def _shaped(field: Field, example: Mapping[str, Stored], where: str) -> list[Arr
             flat = _cast(part, field, where)
             start += len(part)
         else:
-            flat = _unpack(_string(stored, row, where), field, budget, where)
+            promised = math.prod(shape) * np.dtype(field.dtype).itemsize
+            flat = _unpack(_string(stored, row, where), field, min(budget, promised), where)
             budget -= flat.nbytes
             start = row + 1
         result.append(_reshape(flat, tuple(shape), where))
@@ -168,16 +170,32 @@ def _elements(field: Field, stored: Stored, shape: Shape, where: str) -> Element
     if field.encoding == "none":
         return _rows(_cast(stored, field, where), field, shape, where)
     unpacked: list[Array] = []
-    budget = _MAX_FIELD_BYTES
-    for row in range(len(stored)):
-        flat = _unpack(_string(stored, row, where), field, budget, where)
-        budget -= flat.nbytes
-        unpacked.append(_reshape(flat, field.shape, where))
+    budget = _budget(stored)
     if None in field.shape:
+        for row in range(len(stored)):
+            flat = _unpack(_string(stored, row, where), field, budget, where)
+            budget -= flat.nbytes
+            unpacked.append(_reshape(flat, field.shape, where))
         return unpacked
     inner = _known(shape[: len(shape) - len(field.shape)])
-    stacked = np.stack(unpacked) if unpacked else np.zeros((0, *_known(field.shape)), field.dtype)
+    element = _known(field.shape)
+    promised = math.prod(element) * np.dtype(field.dtype).itemsize
+    if promised * len(stored) > budget:
+        raise DataError(f"{where}: {_told(promised * len(stored))}")
+    stacked = np.empty((len(stored), *element), field.dtype)  # filled row by row: the same memory is not taken twice
+    for row in range(len(stored)):
+        stacked[row] = _reshape(_unpack(_string(stored, row, where), field, promised, where), field.shape, where)
     return _reshape(stacked.reshape(-1), (None, *inner, *field.shape), where) if inner else stacked
+
+
+def _budget(stored: Stored) -> int:
+    """Return how many bytes the packed elements of a field may unfold to together."""
+    packed = sum(len(part) for part in stored if isinstance(part, bytes))
+    return min(_MAX_FIELD_BYTES, largest_unfolded(packed))
+
+
+def _told(size: int) -> str:
+    return f"the compressed tensors unpack to more than they can hold (at least {size} bytes); write the dataset anew"
 
 
 def _rows(flat: Array, field: Field, shape: Shape, where: str) -> Array:
@@ -255,7 +273,7 @@ def _inflate(data: bytes, limit: int, where: str) -> bytes:
     except zlib.error as error:
         raise DataError(f"{where}: the compressed tensor is damaged") from error
     if len(unpacked) > limit:
-        raise DataError(f"{where}: the compressed tensors unpack to more than {_MAX_FIELD_BYTES} bytes")
+        raise DataError(f"{where}: {_told(len(unpacked))}")
     if not inflater.eof:
         raise DataError(f"{where}: the compressed tensor is cut off")
     return unpacked
