@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ import torch
 import yaml
 from golden_models import base_tensors, copy_checkpoint, golden
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from small_base import write_small_base
 from test_verify import ADAPTER
 
 from vlaft import export as export_module
+from vlaft import export_quantized as export_quantized_module
 from vlaft import push as push_module
 from vlaft.adapt.quantize import SKIPPED, quantization_config
 from vlaft.base_licence import base_licence
@@ -542,3 +546,37 @@ def test_the_card_of_a_base_on_the_hub(tmp_path: Path) -> None:
     (tmp_path / "README.md").unlink()
     write_model_card(tmp_path, "huggingface", {"mine": {"action": action}}, {"training": None}, {})
     assert not (tmp_path / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [SafetensorError("I/O error: No space left on device (os error 28)"), OSError(5, "x")]
+)
+def test_a_disk_that_fills_up_is_a_sentence(
+    merged: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(export_quantized_module, "save_file", fail)
+    assert export(merged, tmp_path / "out", "--to", "nf4") == 1
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and "out: cannot be written (" in told[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", ["huggingface", "nf4"])
+def test_told_to_stop_it_leaves_nothing(merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str) -> None:
+    for module in (export_module, export_quantized_module):
+        monkeypatch.setattr(module, "finish", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert export(merged, tmp_path / "out", "--to", to) == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_exported_is_not_replaced(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export(merged, merged, "--overwrite") == 1
+    assert "which --overwrite would delete" in capsys.readouterr().err
+    assert (merged / MERGE_FILE).is_file()

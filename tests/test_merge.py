@@ -5,27 +5,39 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import faults
 import pytest
 import torch
 from golden_models import NAMES, Golden, base_tensors, copy_checkpoint, golden, write_single_file
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vlaft import merge as merge_module
 from vlaft.adapt.adapter_files import WEIGHTS_FILE, read_adapter_tensors
 from vlaft.cli.main import main
-from vlaft.errors import CheckpointError, VlaftError
+from vlaft.errors import CheckpointError, ConfigError, VlaftError
 from vlaft.merge import MERGE_FILE, merge
-from vlaft.model.checkpoint import INDEX_FILE, SINGLE_FILE, fingerprint, load_model, read_json, tensor_table
+from vlaft.model.checkpoint import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    fingerprint,
+    load_model,
+    read_json,
+    resolve_checkpoint,
+    tensor_table,
+)
 from vlaft.model.tensor_stream import read_tensor
 from vlaft.trained import STATISTICS_FILE, TRAINED_FILE, Trained, find_trained
 
@@ -284,11 +296,68 @@ def test_what_was_there_stays_until_the_end(case: Golden, adapter: Trained, tmp_
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        merge(adapter, case.folder, out, advance=interrupt)
+        merge(adapter, case.folder, out, overwrite=True, advance=interrupt)
     assert [path.name for path in out.iterdir()] == ["precious"]
-    merge(adapter, case.folder, out)
+    with pytest.raises(VlaftError, match="is not empty"):
+        merge(adapter, case.folder, out)
+    merge(adapter, case.folder, out, overwrite=True)
     assert not (out / "precious").exists()
     assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_stop_it_exits_with_130_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    case = golden("single")
+    monkeypatch.setattr(merge_module, "_write_config", lambda *_: os.kill(os.getpid(), number))
+    words = ["merge", str(case.folder / "adapter_trained"), "--base", str(case.folder), "--no-verify"]
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        assert main([*words, "--out", str(tmp_path / "out")]) == 130
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert capsys.readouterr().err.endswith("error: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("fault", ["kill", "term"])
+def test_a_replaced_model_is_there_whenever_it_is_stopped(tmp_path: Path, fault: str) -> None:
+    """At every event from the first rename on; what reads next finds the old model or the new one."""
+    case = golden("single")
+    adapter, base, out = find_trained(case.folder / "adapter_trained"), case.folder, tmp_path / "out"
+    copy_checkpoint(base, out)
+    unchanged = fingerprint(out)
+
+    def work() -> None:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with suppress(KeyboardInterrupt):
+            merge(adapter, base, out, overwrite=True)
+
+    def look(at: int, code: int) -> None:
+        assert fault == "kill" or not list(tmp_path.glob(".*")), at
+        again = fingerprint(resolve_checkpoint(str(out)))
+        assert not (tmp_path / ".out.old").exists(), at
+        assert (again != unchanged) == (out / MERGE_FILE).is_file(), at
+        shutil.rmtree(out)
+        copy_checkpoint(base, out)
+
+    assert faults.at_each_moment(tmp_path, fault, work, look) > 20
+
+
+def test_of_two_merges_at_once_one_is_refused(tmp_path: Path) -> None:
+    case = golden("single")
+    adapter, out = find_trained(case.folder / "adapter_trained"), tmp_path / "out"
+
+    def other(count: int) -> None:
+        with pytest.raises(VlaftError, match=rf"process {os.getpid()} on .* is writing there"):
+            merge(adapter, case.folder, out)
+
+    merge(adapter, case.folder, out, advance=other)
+    assert list(tmp_path.iterdir()) == [out]
+    with pytest.raises(ConfigError, match="which --overwrite would delete"):
+        merge(adapter, out, out, overwrite=True)
 
 
 def test_full_disk_is_foreseen(case: Golden, adapter: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import pytest
 from safetensors import SafetensorError
 
 from vlaft import output_folder as module
-from vlaft.errors import VlaftError
+from vlaft.errors import ConfigError, VlaftError
 from vlaft.output_folder import check_apart, joined, locked, output_file, output_folder, restored
 
 
@@ -343,5 +343,5 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:
     check_apart(tmp_path / "out", [tmp_path / "out-base", tmp_path])
-    with pytest.raises(VlaftError, match="which --overwrite would delete"):
+    with pytest.raises(ConfigError, match="which --overwrite would delete"):
         check_apart(tmp_path / "out", [tmp_path / "out" / "base"])

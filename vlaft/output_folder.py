@@ -25,7 +25,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from vlaft.errors import VlaftError
+from vlaft.errors import ConfigError, VlaftError
 
 Listing = Mapping[str, tuple[int, ...]]  # path within a folder to what changes when it is written
 _HOLDER = re.compile(r"(\d+) ([\w.-]+)")
@@ -203,12 +203,12 @@ def check_apart(out: Path, sources: Iterable[Path]) -> None:
     """Refuse to replace a folder that holds what is to be read.
 
     Raises:
-        VlaftError: as said.
+        ConfigError: as said.
     """
     place = _place(out)
     for source in sources:
         if Path(os.path.realpath(source)).is_relative_to(place):
-            raise VlaftError(f"{source} lies in {out}, which --overwrite would delete; give another --out")
+            raise ConfigError(f"{source} lies in {out}, which --overwrite would delete; give another --out")
 
 
 @contextmanager

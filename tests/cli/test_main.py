@@ -225,3 +225,40 @@ def test_output_folders(tmp_path: Path) -> None:
         check_output_folder(tmp_path, overwrite=True, resume=True)
     with pytest.raises(VlaftError, match="is a file"):
         check_output_folder(tmp_path / "file", overwrite=True)
+
+
+VERBS = {
+    "convert": ["convert", "nowhere", "--overwrite"],
+    "train": ["train", "--overwrite"],
+    "merge": ["merge", "nowhere", "--overwrite"],
+    "export": ["export", "nowhere", "--overwrite"],
+    "demo": ["demo", "--overwrite"],
+}
+
+
+@pytest.mark.parametrize("words", VERBS.values(), ids=VERBS.keys())
+@pytest.mark.parametrize(
+    ("out", "told"),
+    [
+        (".", "is the folder that this command runs in, which cannot be replaced"),
+        ("file", "is a file"),
+        ("file/x", "file is a file"),
+        ("loop", "leads through links in a circle"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_outputs_that_cannot_be(
+    words: list[str],
+    out: str,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "loop").symlink_to("loop")
+    assert main([*words, "--out", out]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and told in err and err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from conftest import Small, log_lines, run
 from golden_models import base_tensors
 from safetensors.torch import load_file
 
+from vlaft.errors import VlaftError
 from vlaft.merge import merge
 from vlaft.trained import find_trained
 from vlaft.training.batches import TrainingData
@@ -24,16 +28,23 @@ WORDS = ("data.augment=false", "train.steps=4", "train.save_every=2", "train.eva
 CLOSE = 1e-5  # relative: sums over processes are taken in another order
 
 
-def train_in_two(small: Small, out: Path, recipe: str, *words: str, resume: bool = False) -> str:
-    """Run `vlaft train` in two processes and return what they said."""
+def command(small: Small, out: Path, recipe: str, *words: str) -> list[str]:
+    """Return the command of a `vlaft train` in two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    command += ["-m", "vlaft", "train", "--recipe", recipe, "--out", str(out), *(["--resume"] if resume else [])]
-    command += [*small.words(), *WORDS, "train.batch_size=2", *words]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    launch += ["-m", "vlaft", "train", "--recipe", recipe, "--out", str(out)]
+    return [*launch, *small.words(), *WORDS, "train.batch_size=2", *words]
+
+
+def train_in_two(small: Small, out: Path, recipe: str, *words: str, resume: bool = False) -> str:
+    """Run `vlaft train` in two processes and return what they said."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=240)
+    more = [*words, *(["--resume"] if resume else [])]
+    done = subprocess.run(
+        command(small, out, recipe, *more), env=environment, text=True, capture_output=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -103,6 +114,44 @@ def test_two_processes_resume(small: Small, tmp_path: Path, recipe: str) -> None
     told = run(small.recipe(recipe, *WORDS, "train.batch_size=2"), tmp_path / "fewer", resume=True)
     assert [line.step for line in told.lines] == [3, 4]
     assert len(told.warnings) == 1 and "a step had 4 examples and now has 2" in told.warnings[0]
+
+
+@pytest.mark.slow
+def test_ranks_that_outlive_their_launcher_do_not_meet_the_restart(small: Small, tmp_path: Path) -> None:
+    """The launcher and the main process are killed; the other one, stopped, stands for one that hangs in a network."""
+    out = tmp_path / "run"
+    recipe = small.recipe("lora8", *WORDS, "train.batch_size=2", "train.steps=100000", "train.evaluate_every=0")
+    launcher = subprocess.Popen(
+        command(small, out, "lora8", "train.steps=100000", "train.evaluate_every=0"),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    until = time.monotonic() + 180
+    while not (out / "checkpoints" / "step-000002").exists():
+        assert launcher.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    main, other = (int(line.split()[0]) for line in (tmp_path / ".run.lock").read_text().splitlines())
+    os.kill(other, signal.SIGSTOP)
+    launcher.kill()
+    launcher.wait()
+    with pytest.raises(VlaftError, match=f"process {main} on .* is writing there"):
+        run(recipe, out, resume=True)
+    os.kill(main, signal.SIGKILL)
+    while Path(f"/proc/{main}").exists() and "State:\tZ" not in Path(f"/proc/{main}/status").read_text():
+        time.sleep(0.05)
+    with pytest.raises(VlaftError, match="is writing there"):
+        run(recipe, out, resume=True)
+    os.kill(other, signal.SIGKILL)
+    while Path(f"/proc/{other}").exists() and "State:\tZ" not in Path(f"/proc/{other}/status").read_text():
+        time.sleep(0.05)
+    first = replace(recipe, train=replace(recipe.train, steps=find_step(out) + 1))
+    assert len(run(first, out, resume=True).lines) == 1
+
+
+def find_step(out: Path) -> int:
+    """Return the step of the newest checkpoint."""
+    return int(sorted((out / "checkpoints").glob("step-*"))[-1].name.removeprefix("step-"))
 
 
 def test_ranks_read_different_examples(small: Small) -> None:

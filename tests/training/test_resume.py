@@ -11,11 +11,14 @@ import sys
 import time
 from pathlib import Path
 
+import faults
 import pytest
 from conftest import Small, checkpoint_content, log_lines, run
 
-from vlaft.errors import Interrupted
+from vlaft.errors import Interrupted, VlaftError
+from vlaft.output_folder import locked, restored
 from vlaft.training import trainer
+from vlaft.training.run_folder import RunFolder
 
 STEPS = ("train.steps=6", "train.save_every=2", "train.evaluate_every=2", "train.keep_checkpoints=3")
 VARIANTS = {
@@ -106,7 +109,12 @@ def start(small: Small, out: Path, *words: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "vlaft", "train", "--recipe", "lora8", "--out", str(out), "--resume"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*command, *small.words(), *words], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*command, *small.words(), *words],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=faults.heed_signals,
     )
 
 
@@ -202,3 +210,73 @@ def test_a_signal_in_the_last_step_finishes_the_run(
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(Interrupted, match="saved as step-000003"):
         run(small.recipe("lora8", "train.steps=5"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_new_run_is_there_whole_or_not_at_all(tmp_path: Path, overwrite: bool) -> None:
+    """Killed at any event, the folder holds no run or one that can be continued; replaced, the old one or the new."""
+    out = tmp_path / "run"
+
+    def create(recipe: str) -> None:
+        with locked(out):
+            RunFolder(out).create(recipe, {}, {}, {"status": "running"}, overwrite=overwrite)
+
+    def look(at: int, code: int) -> None:
+        assert code == -signal.SIGKILL
+        if restored(out).exists():
+            found = {path.name for path in out.iterdir()}
+            files = {"recipe.yaml", "dataset_statistics.json", "environment.json", "run.json", "checkpoints"}
+            assert found == files, at
+            assert RunFolder(out).read_status() == {"status": "running"}
+            assert (out / "recipe.yaml").read_text() in ("old", "new") if overwrite else "new"
+            shutil.rmtree(out)
+        create("again")
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]
+        if not overwrite:
+            shutil.rmtree(out)
+        else:
+            create("old")
+
+    if overwrite:
+        create("old")
+    assert faults.at_each_moment(tmp_path, "kill", lambda: create("new"), look) > 15
+
+
+def test_two_that_continue_one_run(small: Small, tmp_path: Path) -> None:
+    """Started at once, one trains and the other is refused before it touches anything."""
+    out = tmp_path / "run"
+    run(small.recipe("lora8", "train.steps=2", "train.save_every=1", "train.evaluate_every=0"), out)
+    before = checkpoint_content(out, "step-000002")
+    words = ("train.steps=100000", "train.save_every=100000", "train.evaluate_every=0")
+    both = [start(small, out, *words) for _ in range(2)]
+    while all(process.poll() is None for process in both):
+        time.sleep(0.02)
+    refused, trains = sorted(both, key=lambda process: process.poll() is None)
+    said = refused.communicate()[1]
+    assert refused.returncode == 1 and f"process {trains.pid} on " in said and "is writing there" in said
+    assert said.count("\n") == 1
+    while len(log_lines(out)) < 5 and trains.poll() is None:
+        time.sleep(0.02)
+    trains.send_signal(signal.SIGTERM)
+    assert "continue with --resume" in trains.communicate(timeout=120)[1]
+    steps = [line["step"] for line in log_lines(out)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert checkpoint_content(out, "step-000002") == before
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_rotating_on_a_broken_disk_is_a_sentence(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.rename
+
+    def broken(self: Path, target: Path) -> Path:
+        if target.name == ".step-000002.old":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", broken)
+    recipe = small.recipe("lora8", *STEPS, "train.keep_checkpoints=1", "train.evaluate_every=0")
+    with pytest.raises(VlaftError, match=r"step-000002: cannot be written \(Input/output error\).*--resume"):
+        run(recipe, tmp_path / "run")
+    monkeypatch.undo()
+    run(recipe, tmp_path / "run", resume=True)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000006"]
