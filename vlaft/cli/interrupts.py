@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +19,12 @@ def interruptible() -> Iterator[None]:
     """Raise KeyboardInterrupt in the main thread at either signal, and remember that it came."""
     global _received
     _received = False
-    handled = _handle(_interrupt)
+    handled, told = _handle(_interrupt), sys.unraisablehook
+    sys.unraisablehook = lambda lost: None if _received and lost.exc_type is KeyboardInterrupt else told(lost)
     try:
         yield
     finally:
+        sys.unraisablehook = told
         for number, handler in handled.items():
             signal.signal(number, handler)
         _received = False
@@ -33,7 +36,7 @@ def was_interrupted() -> bool:
 
 
 def check() -> None:
-    """Raise the interrupt that came and got lost, as in a destructor or a callback, where Python drops exceptions."""
+    """Raise the interrupt that came and got lost: destructors and weak references drop what is raised in them."""
     if _received:
         raise KeyboardInterrupt
 
