@@ -116,3 +116,13 @@ def test_a_failing_disk_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(ShardWriter, "_write_all", full)
     with pytest.raises(OSError, match="No space"), ShardWriter(tmp_path / "x", {"a": ("F32", (2,))}) as writer:
         writer.write("a", torch.zeros(2))
+
+
+def test_very_many_empty_rows_are_copied_at_once(tmp_path: Path) -> None:
+    entry = TensorEntry("x.safetensors", "F32", (2**40, 0), 8, 8)
+    (tmp_path / entry.file).write_bytes(bytes(8))
+    [(first, block)] = read_rows(tmp_path, entry, Scratch())
+    assert (first, block.shape) == (0, (2**40, 0))
+    with ShardWriter(tmp_path / "copy.safetensors", {"x": ("F32", (2**40, 0))}) as writer:
+        writer.write_rows("x", (block for _, block in read_rows(tmp_path, entry, Scratch())))
+    assert read_header(tmp_path / "copy.safetensors")["x"].shape == (2**40, 0)
