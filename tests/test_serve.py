@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import json
 import os
@@ -572,3 +573,31 @@ def test_the_harness_config_is_written_only_where_its_server_fits(shared: Path, 
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(CheckpointError, match=says):
             write_server_config(tmp_path, unnorm_key=keys[0])
+
+
+def test_fifty_unfinished_bodies_keep_nobody_out() -> None:
+    head = b"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n"
+    granted = f"Authorization: Bearer {TOKEN}\r\n".encode()
+    with running(FakePolicy(), token=TOKEN, queue_length=4) as server, contextlib.ExitStack() as stack:
+        for number in range(50):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=10))
+            connection.sendall(head + (granted if number % 2 else b"") + b"\r\n{")
+            if not number % 2:  # refused by its token, before its body
+                assert connection.recv(4096).startswith(b"HTTP/1.1 401")
+        for _ in range(3):
+            assert post(server, payload(), headers={"Authorization": f"Bearer {TOKEN}"}).status_code == 200
+
+
+def test_what_is_received_at_once_is_bounded() -> None:
+    body = json.dumps(payload()).encode()
+    head = b"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with running(FakePolicy(), queue_length=2, max_body=len(body)) as server, contextlib.ExitStack() as stack:
+        waiting = []
+        for _ in range(2):
+            waiting.append(stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=10)))
+            waiting[-1].sendall(head + body[:-1])
+        wait_until(lambda: post(server, payload()).status_code == 503)
+        for connection in waiting:
+            connection.sendall(body[-1:])
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        assert post(server, payload()).status_code == 200

@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from vlaft.adapt.adapter_files import save_adapter
 from vlaft.adapt.lora import attach_lora
 from vlaft.config import LoraConfig
-from vlaft.errors import CheckpointError
+from vlaft.errors import CheckpointError, DataError
 from vlaft.model.checkpoint import load_model
 from vlaft.trained import RUN_FILE, STATISTICS_FILE, TRAINED_FILE, find_trained, is_trained
 
 ADAPTER = MINI / "fused" / "adapter_trained"
-STATISTICS = {"mine": {"action": {"q01": [0.0], "q99": [1.0]}}}
+STATISTICS = {"mine": {"action": {"q01": [0.0], "q99": [1.0], "mask": [True]}}}
 RUN: dict[str, Any] = {
     "base": "someone/base",
     "base_fingerprint": "abc",
@@ -94,7 +94,13 @@ def test_damaged_run_file(run: Path, content: str) -> None:
 @pytest.mark.parametrize("content", [{"best": 3, "last": [1]}, {"best": {"a": 1}}])
 def test_run_file_with_other_types(run: Path, content: dict[str, Any]) -> None:
     (run / RUN_FILE).write_text(json.dumps(content))
-    assert "no checkpoint" in refused(run)
+    assert "run.json: " in refused(run) and "must be a text or null, not " in refused(run)
+
+
+def test_statistics_of_other_types(run: Path) -> None:
+    (run / STATISTICS_FILE).write_text(json.dumps({"mine": {"action": {"q01": ["0"], "q99": [1.0]}}}))
+    with pytest.raises(DataError, match=r"mine\.action\.q01 has to be a list of finite numbers"):
+        find_trained(run)
 
 
 def test_trained_tensors_need_their_run(run: Path, tmp_path: Path) -> None:
@@ -113,10 +119,10 @@ def test_upstreams_adapter_with_statistics_beside_or_above(tmp_path: Path) -> No
     trained = find_trained(folder)
     assert trained.is_adapter
     assert (trained.base, trained.base_fingerprint, trained.statistics) == (None, None, {})
-    (folder.parent / STATISTICS_FILE).write_text(json.dumps({"above": {}}))
-    assert find_trained(folder).statistics == {"above": {}}
-    (folder / STATISTICS_FILE).write_text(json.dumps({"beside": {}}))
-    assert find_trained(folder).statistics == {"beside": {}}
+    (folder.parent / STATISTICS_FILE).write_text(json.dumps({"above": STATISTICS["mine"]}))
+    assert list(find_trained(folder).statistics) == ["above"]
+    (folder / STATISTICS_FILE).write_text(json.dumps({"beside": STATISTICS["mine"]}))
+    assert list(find_trained(folder).statistics) == ["beside"]
     assert "within a run" in refused(folder, "best")
 
 

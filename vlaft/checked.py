@@ -10,7 +10,6 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from functools import cache
 from math import isfinite
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -49,7 +48,7 @@ def read_as(kind: type[T], value: object, place: str = "") -> T:
     """
     if not isinstance(value, Mapping):
         raise WrongValue(f"{place or 'it'} must be a mapping of keys to values, not {shown(value)}")
-    hints: dict[str, Any] = _hints(kind)
+    hints = get_type_hints(kind)
     values = {}
     for field in fields(kind):  # type: ignore[arg-type]
         key = f"{place}.{field.name}" if place else field.name
@@ -63,11 +62,6 @@ def read_as(kind: type[T], value: object, place: str = "") -> T:
         raise
     except ValueError as error:
         raise WrongValue(f"{place}: {error}" if place else str(error)) from None
-
-
-@cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
 
 
 def fits(value: object, hint: Any) -> bool:

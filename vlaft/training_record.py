@@ -118,11 +118,11 @@ def _measured(run: Path, checkpoint: str) -> dict[str, Any]:
         except (ValueError, RecursionError):
             continue
         try:
-            line = read_as(_Evaluation, entry)
+            found = read_as(_Evaluation, entry)
         except WrongValue:
             continue  # not as vlaft writes it
-        if step is None or line.step <= step:
-            measured = {key: value for key, value in asdict(line).items() if value is not None}
+        if step is None or found.step <= step:
+            measured = {key: value for key, value in asdict(found).items() if value is not None}
     return measured
 
 

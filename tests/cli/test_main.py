@@ -262,3 +262,73 @@ def test_outputs_that_cannot_be(
     err = capsys.readouterr().err
     assert err.startswith("error: ") and told in err and err.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
+
+
+def test_an_instruction_that_is_longer_than_any_path() -> None:
+    from vlaft.cli.convert import _sources
+
+    [source] = _sources(["none.hdf5", f"instruction={'push ' * 100}it"], [], [], [])
+    assert (source.path, source.layout) == (Path("none.hdf5"), {"instruction": f"{'push ' * 100}it"})
+
+
+def test_a_word_that_is_no_utf8_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "model", "--image", "x.png", "--instruction", "push \udcff"]) == 1
+    told = capsys.readouterr().err
+    assert "error: 'push \\udcff' is no text in UTF-8" in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize("device", ["meta", "mps", "nothing", "cuda:99"])
+def test_a_device_that_computes_nothing(device: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    words = ["predict", str(tmp_path), "--image", str(tmp_path / "x.png"), "--instruction", "push", "--device", device]
+    assert main(words) == 2
+    assert f"--device {device}: " in capsys.readouterr().err
+
+
+def test_a_base_whose_path_has_an_apostrophe(tmp_path: Path) -> None:
+    from vlaft.cli.train import resolve_recipe
+
+    for name in ("anna's base", 'a "b" \\c', "x: [y", "#z"):
+        recipe = resolve_recipe("lora8", None, None, [tmp_path / name], str(tmp_path / name))
+        assert (recipe.base, recipe.data.paths) == (str(tmp_path / name), [str(tmp_path / name)])
+
+
+def test_a_file_that_the_system_refuses_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(5, "Input/output error", "/data/x.yaml")
+
+    monkeypatch.setattr("vlaft.config_layers.find_recipe", refuse)
+    assert main(["recipes", "show", "lora8"]) == 1
+    assert capsys.readouterr().err == "error: /data/x.yaml: cannot be read or written (Input/output error)\n"
+
+
+def test_texts_of_data_do_not_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.table import Table
+
+    from vlaft.cli.console import fail, print_json, say, show, stderr_console, warn
+
+    stderr_console.cache_clear()  # bound to the stream of an earlier test
+    text = "a\x1b[2Jb\x9b31mc\u202ed\ud800e\x07"
+    written = "a\\x1b[2Jb\\x9b31mc\\u202ed\\ud800e"
+    table = Table(box=None)
+    table.add_column(text)
+    table.add_row(text)
+    for tell in (say, warn, fail):
+        tell(text)
+    show(text)
+    show(table)
+    print_json({text: text})
+    streams = capsys.readouterr()
+    assert streams.err.count(written) == 3 and streams.out.count(written) == 1
+    assert json.loads(streams.out[streams.out.index("{") :]) == {text: text}
+    for sign in "\x1b\x9b\u202e\x07":
+        assert sign not in streams.out + streams.err
+    warn("one\nerror: two")
+    fail("x" * 5000)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "warning: one\\nerror: two"
+    assert len(second) < 2100 and second.endswith("xxx ...")

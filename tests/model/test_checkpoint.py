@@ -14,6 +14,7 @@ import torch
 from golden_models import MINI, base_tensors, copy_checkpoint, write_single_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from vlaft.data.prompts import load_base_files
 from vlaft.errors import CheckpointError
@@ -31,6 +32,7 @@ from vlaft.model.checkpoint import (
     tensor_table,
 )
 from vlaft.model.presets import BASES
+from vlaft.model.vision import vit_config
 
 FUSED = MINI / "fused"
 SHARD = "model-00003-of-00007.safetensors"
@@ -364,3 +366,50 @@ def test_another_base_is_told_from_a_damaged_one(folder: Path, tmp_path: Path) -
         check_tensor_checksums(write_single_file(FUSED, tmp_path / "other", other), recorded)
     with pytest.raises(CheckpointError, match="checksums are recorded for its"):
         check_tensor_checksums(folder, recorded[8:])
+
+
+def test_eight_bit_floats_are_a_sentence(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2, 2).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    for read in (tensor_table, fingerprint):
+        with pytest.raises(CheckpointError, match=r"'a' is in FP8 \(F8_E4M3\).*bfloat16"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [[2**60, 0], [2**40, 2**40, 0]])
+def test_a_shape_that_no_tensor_has(tmp_path: Path, shape: list[int]) -> None:
+    header = json.dumps({"x": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(CheckpointError, match="header is damaged at 'x'"):
+        tensor_table(tmp_path)
+
+
+def test_weights_and_tokenizers_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read \(Permission denied\)"):
+        tensor_table(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"text_config": {"num_hidden_layers": 2**31}}, "num_hidden_layers must be from 1 to 1000"),
+        ({"text_config": {"hidden_size": "4096"}}, "hidden_size must be a whole number, not '4096'"),
+        ({"image_sizes": [0]}, "image_sizes must be from 1"),
+        ({"n_action_bins": True}, "n_action_bins must be a whole number, not True"),
+    ],
+)
+def test_a_config_of_impossible_sizes(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "openvla"} | change))
+    with pytest.raises(CheckpointError, match=says):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"depth": 2**31}, {"embed_dim": 0}, {"mlp_ratio": "4"}, {"num_heads": 5}])
+def test_impossible_sizes_of_a_vit(change: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json: vision_overrides: "):
+        vit_config("vit_so400m_patch14_siglip_224", change)

@@ -134,3 +134,13 @@ def test_a_tensor_is_held_against_its_checksum_as_it_is_read(
         read_tensor(tmp_path, wrong)
     with pytest.raises(CheckpointError, match="the tensor 'x' is not as it was in training"):
         list(read_rows(tmp_path, wrong, Scratch()))
+
+
+def test_very_many_empty_rows_are_copied_at_once(tmp_path: Path) -> None:
+    entry = TensorEntry("x.safetensors", "F32", (2**40, 0), 8, 8)
+    (tmp_path / entry.file).write_bytes(bytes(8))
+    [(first, block)] = read_rows(tmp_path, entry, Scratch())
+    assert (first, block.shape) == (0, (2**40, 0))
+    with ShardWriter(tmp_path / "copy.safetensors", {"x": ("F32", (2**40, 0))}) as writer:
+        writer.write_rows("x", (block for _, block in read_rows(tmp_path, entry, Scratch())))
+    assert read_header(tmp_path / "copy.safetensors")["x"].shape == (2**40, 0)
