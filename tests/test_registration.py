@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from golden_models import MINI
+from small_base import write_small_base
 
 from vlaft.cli.main import main
 
@@ -56,12 +58,12 @@ def test_whoever_imports_the_auto_classes_is_not_disturbed(module: str) -> None:
 def test_an_export_loads_as_its_documentation_says(tmp_path: Path) -> None:
     """The lines of docs/export.md, on an export in nf4 whose `auto_map` names remote code that is never asked for."""
     pytest.importorskip("bitsandbytes")
-    from small_base import write_small_base
-
     base = write_small_base(tmp_path / "base")
+    action = {key: [0.5] * 7 for key in ("mean", "std", "min", "max", "q01", "q99")}
+    (base / "dataset_statistics.json").write_text(json.dumps({"mine": {"action": action}}))
     assert main(["export", str(base), "--out", str(tmp_path / "model-nf4"), "--to", "nf4"]) == 0
     text = (Path(__file__).parents[1] / "docs/export.md").read_text()
-    (code,) = [block.partition("```")[0] for block in text.split("```python\n")[1:] if "from_pretrained" in block]
+    (code,) = [block.partition("```")[0] for block in text.split("```python\n")[1:] if "import vlaft" in block]
     code = code.replace('"model-nf4"', repr(str(tmp_path / "model-nf4")))
     found = run(f"{code}\nprint(type(model).__name__, type(model.projector.fc1).__name__)")
     assert found == "OpenVLAForActionPrediction Linear4bit"

@@ -332,13 +332,14 @@ def test_an_update_that_rounding_swallows_is_merged_and_told(
     first, second = base_tensors(tmp_path / "stochastic"), base_tensors(tmp_path / "again")
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
+    capsys.readouterr()
     assert merge(run, tmp_path / "wide", "--dtype", "float32") == 0
     assert read_json(tmp_path / "wide" / MERGE_FILE)["rounding"] is None
     assert "survives" not in capsys.readouterr().err
 
 
 def test_what_rounding_changes_is_told_apart_from_what_is_wrong() -> None:
-    """Rounding to 3 significant bits makes another model; a right one that is rounded so is still right."""
+    """Rounding to 4 significant bits makes another model; a right one that is rounded so is still right."""
     load = partial(load_model, BASE, dtype=torch.float32)
     kinds = dict.fromkeys(base_tensors(BASE), torch.float8_e4m3fn)
 
