@@ -32,6 +32,7 @@ from vlaft.evaluation_decoding import decode_both
 from vlaft.evaluation_examples import HeldOut
 from vlaft.evaluation_metrics import f1_score, measure
 from vlaft.evaluation_plots import draw_evaluations
+from vlaft.files import checksum, sealed
 from vlaft.inference import load
 from vlaft.model.generation import generate_action_ids
 from vlaft.training.run_folder import LOG_FILE
@@ -208,8 +209,8 @@ def test_a_missing_column(data: Path, tmp_path: Path) -> None:
     entry = next(entry for entry in info["shards"] if entry["split"] == "val")
     table = pq.read_table(copy / entry["file"]).drop_columns(["instruction"])
     pq.write_table(table, copy / entry["file"])
-    entry["bytes"] = (copy / entry["file"]).stat().st_size
-    write_json(copy / "dataset.json", info)
+    entry |= {"bytes": (copy / entry["file"]).stat().st_size, "crc32c": checksum(copy / entry["file"])}
+    write_json(copy / "dataset.json", sealed(info))
     with pytest.raises(DataError, match="split 'val' has no column 'instruction'"):
         HeldOut.open([copy])
 
@@ -289,7 +290,7 @@ def edited(data: Path, out: Path, change: Callable[[dict[str, Any]], Any]) -> He
     shutil.copytree(data, out)
     info = json.loads((out / "dataset.json").read_text())
     change(info)
-    (out / "dataset.json").write_text(json.dumps(info))
+    (out / "dataset.json").write_text(json.dumps(sealed(info)))
     return HeldOut.open([out])
 
 

@@ -210,7 +210,7 @@ def check_weights(weights: Path) -> bool:
     state = read_json(weights / STATE_FILE)
     files = state.get("files")
     damaged: str | None = None
-    if seal_holds(state) is False or not isinstance(files, Mapping):
+    if not isinstance(files, Mapping) or not state_seal_holds(state):
         damaged, files = STATE_FILE, {}
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_FILE):
         try:
@@ -223,6 +223,15 @@ def check_weights(weights: Path) -> bool:
         advice = f"take --checkpoint {' or '.join(others)}" if others else "copy or train it again"
         raise CheckpointError(f"{weights / damaged}: the file does not match its checksum; {advice}")
     return SEAL in state
+
+
+def state_seal_holds(state: Mapping[str, Any]) -> bool:
+    """Say whether a checkpoint's `state.json` is as it was written, or is of a version that did not seal it.
+
+    That version noted the sums of the other files as numbers.
+    """
+    held = seal_holds(state)
+    return all(isinstance(recorded, int) for recorded in state["files"].values()) if held is None else held
 
 
 def _of_adapter(folder: Path) -> Trained:

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from vlaft.checked import read_as, shown
 from vlaft.errors import CheckpointError, VlaftError
-from vlaft.files import SEAL, checksum, holds, seal_holds, sealed, unsealed
+from vlaft.files import SEAL, checksum, holds, sealed, unsealed
 from vlaft.output_folder import sync
-from vlaft.trained import CHECKPOINT_NAME, STATE_FILE, TRAINED_FILE
+from vlaft.trained import CHECKPOINT_NAME, STATE_FILE, TRAINED_FILE, state_seal_holds
 from vlaft.training.distributed import spread_like, whole
 
 _OPTIMIZER_FILE = "optimizer.safetensors"
@@ -248,7 +248,7 @@ def read_state(folder: Path, *, fresh: bool = False) -> dict[str, Any]:
     try:
         state = json.loads((folder / STATE_FILE).read_text())
         files = read_as(_State, state).files
-        if seal_holds(state) is False:
+        if not state_seal_holds(state):
             raise CheckpointError(f"{folder / STATE_FILE}: the file does not match its checksum")
         for name, recorded in files.items():
             if Path(name).name != name or not holds(folder / name, recorded, fresh=fresh):
