@@ -33,11 +33,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from vlaft import files
-from vlaft.data.convert import ConvertRequest, SourceRequest, convert
+from vlaft.data.convert.run import ConvertRequest, SourceRequest, convert
 from vlaft.data.loader import ExampleLoader
 from vlaft.data.store import ConvertedDataset
 from vlaft.files import checksum
-from vlaft.model.checkpoint import tensor_checksums
+from vlaft.weights.layout import tensor_checksums
 
 TARGETS = {"shards over an epoch": 0.02, "base over loading": 0.5, "again over the first time": 0.05}
 _TENSOR = 64 * 2**20  # bytes of one tensor of the checkpoint

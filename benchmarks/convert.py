@@ -27,8 +27,8 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from vlaft.data.codec import decode_image, encode_image
-from vlaft.data.convert import ConvertRequest, SourceRequest, available_cpus, convert
-from vlaft.data.images import ImagePipeline
+from vlaft.data.convert.run import ConvertRequest, SourceRequest, available_cpus, convert
+from vlaft.observation.images import ImagePipeline
 
 TARGET = 0.8
 HEIGHT, WIDTH = 240, 320

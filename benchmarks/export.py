@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 
-from vlaft.data.images import ImagePipeline
-from vlaft.export import ExportResult, export_huggingface, stored_bytes
-from vlaft.export_quantized import export_quantized, linear_weights
-from vlaft.model.checkpoint import load_model, read_json, tensor_table
-from vlaft.verify import compare, data_inputs
+from vlaft.model.load import load_model
+from vlaft.observation.images import ImagePipeline
+from vlaft.release.export import ExportResult, export_huggingface, stored_bytes
+from vlaft.release.quantized import export_quantized, linear_weights
+from vlaft.release.verify import compare, data_inputs
+from vlaft.weights.layout import read_json, tensor_table
 
 
 def main() -> None:

@@ -16,10 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from vlaft.config import resolve
-from vlaft.training.batches import to_inputs
+from vlaft.action.metrics import MetricSums
+from vlaft.recipe.resolve import resolve
+from vlaft.training.data import to_inputs
 from vlaft.training.events import Silence
-from vlaft.training.metrics import MetricSums
 from vlaft.training.run import Run
 
 

@@ -39,9 +39,9 @@ from torch import Tensor, nn
 from vlaft.model.configuration import OpenVLAConfig
 from vlaft.model.cuda_graphs import CudaGraphs
 from vlaft.model.generation import generate_action_ids
+from vlaft.model.load import base_config
 from vlaft.model.openvla import OpenVLAForActionPrediction
 from vlaft.model.packed_linear import can_pack, pack_linears
-from vlaft.model.presets import base_config
 
 TOKENS = 7
 PROMPT = 24

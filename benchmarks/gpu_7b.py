@@ -35,20 +35,21 @@ from plain_step import plain_forward
 from torch import nn
 from train_step import matrix_rate, our_step, plain_step, run_dead_blocks, timed
 
-from vlaft.accounting.flops import step_operations
+from benchmarks.flops import step_operations
 from vlaft.accounting.measure import random_base
 from vlaft.accounting.memory import CONTEXT_BYTES, LABELS, memory_model, usual_tokens
 from vlaft.accounting.meta import example_inputs, example_normalization
-from vlaft.accounting.simulate import follow_steps, trace_step
-from vlaft.config import RecipeConfig, resolve, resolve_precision
-from vlaft.data.actions import ActionTokenizer
+from vlaft.accounting.step import follow_steps, trace_step
+from vlaft.action.metrics import MetricSums
+from vlaft.action.tokens import ActionTokenizer
 from vlaft.model.configuration import OpenVLAConfig
 from vlaft.model.cuda_graphs import CudaGraphs
 from vlaft.model.generation import generate_action_ids
-from vlaft.model.presets import base_config
-from vlaft.training.metrics import MetricSums
+from vlaft.model.load import base_config
+from vlaft.recipe.resolve import resolve
+from vlaft.recipe.settings import RecipeConfig, resolve_precision
+from vlaft.training.model import DTYPES, make_trainable
 from vlaft.training.optimizer import build_optimizer
-from vlaft.training.session import DTYPES, make_trainable
 from vlaft.training.step import Inputs, forward
 
 ACTIONS = 7
@@ -227,7 +228,7 @@ def prediction_in(precision: str, options: argparse.Namespace) -> dict[str, Any]
     words = [] if precision == "bf16" else [f"adapt.quantize={precision}"]
     model = random_base(config, resolve("lora32", [], words), dtype, device).eval()
     if device.type == "cpu":
-        for module in model.modules():  # see vlaft.model.checkpoint.load_model
+        for module in model.modules():  # see vlaft.weights.layout.load_model
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-from vlaft.adapt.quantize import quantization_config
-from vlaft.config import AdaptConfig
+from vlaft.adapt.methods import quantization_config
 from vlaft.model import OpenVLAConfig, OpenVLAForActionPrediction
-from vlaft.model.checkpoint import load_model
+from vlaft.model.load import load_model
+from vlaft.recipe.settings import AdaptConfig
 
 
 def write(folder: Path, layers: int) -> None:

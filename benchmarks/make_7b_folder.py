@@ -23,11 +23,11 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from vlaft.accounting.meta import meta_model
-from vlaft.data.prompts import BLANK
-from vlaft.model.checkpoint import INDEX_FILE
 from vlaft.model.configuration import OpenVLAConfig
-from vlaft.model.presets import BASES
-from vlaft.model.tensor_stream import ShardWriter
+from vlaft.model.load import BASES
+from vlaft.observation.prompts import BLANK
+from vlaft.weights.layout import INDEX_FILE
+from vlaft.weights.stream import ShardWriter
 
 SHARD_BYTES = 5 * 10**9
 BLOCK = 2**21  # values made at a time

@@ -24,10 +24,9 @@ import torch
 
 from vlaft.accounting.costs import recipe_cost
 from vlaft.accounting.measure import measure
-from vlaft.config import resolve
-from vlaft.config_layers import recipe_names
 from vlaft.errors import VlaftError
-from vlaft.model.presets import base_config
+from vlaft.model.load import base_config
+from vlaft.recipe.resolve import recipe_names, resolve
 
 TOLERANCE = 0.05
 CPU_LIMIT = 500_000_000  # parameters

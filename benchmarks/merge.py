@@ -52,10 +52,10 @@ def make_files(folder: Path, size_gb: float) -> None:
     import torch
     from make_7b_folder import write_weights
 
-    from vlaft.config import LORA_TARGETS
     from vlaft.model.configuration import OpenVLAConfig
     from vlaft.model.openvla import OpenVLAForActionPrediction
-    from vlaft.model.tensor_stream import ShardWriter
+    from vlaft.recipe.settings import LORA_TARGETS
+    from vlaft.weights.stream import ShardWriter
 
     config: dict = {
         "model_type": "openvla",

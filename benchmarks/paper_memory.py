@@ -20,10 +20,10 @@ from pathlib import Path
 from vlaft.accounting.allocator import peak_reserved
 from vlaft.accounting.costs import PAPER_BASE, PAPER_BATCH, PAPER_GB
 from vlaft.accounting.memory import CONTEXT_BYTES, LABELS, WORKSPACE_BYTES, memory_model
-from vlaft.accounting.simulate import trace_step
+from vlaft.accounting.step import trace_step
 from vlaft.accounting.tracker import ADAPTERS, OPTIMIZER, WEIGHTS, Trace
-from vlaft.config import resolve
-from vlaft.model.presets import base_config
+from vlaft.model.load import base_config
+from vlaft.recipe.resolve import resolve
 
 sys.path.insert(0, str(Path(__file__).parent))
 from plain_step import plain_forward

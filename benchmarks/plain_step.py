@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlaft.data.augmentation import pixel_values
 from vlaft.model.openvla import IGNORE_INDEX, OpenVLAForActionPrediction, OpenVLAOutput
+from vlaft.observation.augmentation import pixel_values
 from vlaft.training.step import Inputs, Normalization, autocast
 
 

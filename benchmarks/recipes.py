@@ -16,9 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-from vlaft.config import resolve
-from vlaft.config_layers import recipe_names
 from vlaft.data.loader import batches_in_order
+from vlaft.recipe.resolve import recipe_names, resolve
 from vlaft.training.events import Silence
 from vlaft.training.run import Run
 from vlaft.training.trainer import train

@@ -28,15 +28,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlaft.adapt.rounding import round_to
-from vlaft.data.images import ImagePipeline
-from vlaft.evaluate import evaluate
-from vlaft.evaluation_examples import HeldOut
-from vlaft.merge import copy_release_files, merge
-from vlaft.model.checkpoint import load_model, read_json, resolve_checkpoint, tensor_table
-from vlaft.model.tensor_stream import read_tensor
-from vlaft.trained import find_trained
-from vlaft.training_record import data_paths
-from vlaft.verify import compare, data_inputs
+from vlaft.evaluation.held_out import HeldOut
+from vlaft.evaluation.offline import evaluate
+from vlaft.model.load import load_model
+from vlaft.observation.images import ImagePipeline
+from vlaft.release.merge import copy_release_files, merge
+from vlaft.release.record import data_paths
+from vlaft.release.verify import compare, data_inputs
+from vlaft.weights.layout import read_json, resolve_checkpoint, tensor_table
+from vlaft.weights.stream import read_tensor
+from vlaft.weights.trained import find_trained
 
 
 def read(folder: Path) -> dict[str, Tensor]:

@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from train_step import SIZES, config_of, our_step, ready, timed
 
-from vlaft.accounting.flops import step_operations
+from benchmarks.flops import step_operations
 from vlaft.accounting.memory import LABELS
 from vlaft.accounting.meta import example_inputs, example_normalization
-from vlaft.accounting.simulate import follow_steps, trace_step
-from vlaft.config import RecipeConfig, resolve, resolve_precision
-from vlaft.data.actions import ActionTokenizer
+from vlaft.accounting.step import follow_steps, trace_step
+from vlaft.action.metrics import MetricSums
+from vlaft.action.tokens import ActionTokenizer
 from vlaft.model.configuration import OpenVLAConfig
-from vlaft.training.metrics import MetricSums
-from vlaft.training.session import DTYPES
+from vlaft.recipe.resolve import resolve
+from vlaft.recipe.settings import RecipeConfig, resolve_precision
+from vlaft.training.model import DTYPES
 
 TOKENS = 34
 COLOURS = ("#4c6a92", "#c98b4a", "#5b9a72")

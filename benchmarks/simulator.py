@@ -16,11 +16,11 @@ import time
 import numpy as np
 import torch
 
-from vlaft.inference import load
-from vlaft.sim.drawing import draw
-from vlaft.sim.expert import expert_action
-from vlaft.sim.scene import SETUP_B
-from vlaft.sim.tabletop import TabletopEnv
+from vlaft.environments.tabletop.drawing import draw
+from vlaft.environments.tabletop.environment import TabletopEnv
+from vlaft.environments.tabletop.expert import expert_action
+from vlaft.environments.tabletop.scene import SETUP_B
+from vlaft.policy import load
 
 
 def main() -> None:

@@ -26,15 +26,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlaft.accounting.meta import example_inputs, example_normalization
-from vlaft.accounting.simulate import follow_steps
-from vlaft.config import RecipeConfig, resolve, resolve_precision
-from vlaft.data.actions import ActionTokenizer
+from vlaft.accounting.step import follow_steps
+from vlaft.action.metrics import MetricSums
+from vlaft.action.tokens import ActionTokenizer
 from vlaft.model import OpenVLAConfig, OpenVLAForActionPrediction
+from vlaft.model.load import base_config
 from vlaft.model.openvla import IGNORE_INDEX
-from vlaft.model.presets import base_config
-from vlaft.training.metrics import MetricSums
+from vlaft.recipe.resolve import resolve
+from vlaft.recipe.settings import RecipeConfig, resolve_precision
+from vlaft.training.model import DTYPES, make_trainable
 from vlaft.training.optimizer import build_optimizer
-from vlaft.training.session import DTYPES, make_trainable
 from vlaft.training.step import Inputs, forward
 
 SIZES = {  # language width, layers; ViT width, depth

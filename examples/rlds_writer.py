@@ -19,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlaft.data.codec import encode_image
-from vlaft.data.readers.tf_example import example_message
-from vlaft.data.readers.tfrecord import masked_crc32c
+from vlaft.data.readers.rlds.records import example_message, masked_crc32c
 
 StepValues = NDArray[Any] | Sequence[str]
 _FEATURES = "tensorflow_datasets.core.features."

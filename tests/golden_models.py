@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlaft.model.checkpoint import INDEX_FILE, SINGLE_FILE, load_model, tensor_table
+from vlaft.model.load import load_model
 from vlaft.model.openvla import OpenVLAForActionPrediction
-from vlaft.model.tensor_stream import read_tensor
+from vlaft.weights.layout import INDEX_FILE, SINGLE_FILE, tensor_table
+from vlaft.weights.stream import read_tensor
 
 MINI = Path(__file__).parent / "golden" / "mini"
 NAMES = ("fused", "single")  # DINOv2 and SigLIP; SigLIP alone

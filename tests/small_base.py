@@ -17,9 +17,10 @@ from golden_models import MINI, copy_checkpoint
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from vlaft.data.codec import encode_image
-from vlaft.data.convert import ConvertRequest, SourceRequest, convert
-from vlaft.data.prompts import BLANK
-from vlaft.data.store import ConvertedDataset, example_schema, shard_entry, write_json, write_shard
+from vlaft.data.convert.run import ConvertRequest, SourceRequest, convert
+from vlaft.data.store import ConvertedDataset, example_schema, shard_entry, write_shard
+from vlaft.files import write_json
+from vlaft.observation.prompts import BLANK
 
 _SPECIAL = ("<PAD>", "<s>", "</s>", "<unk>", BLANK)  # the golden batch pads with 0, begins with 1 and ends with 2
 _WORDS = ("in", ":", "out", "what", "action", "should", "the", "robot", "take", "to", "?", "push", "red", "cube")

@@ -16,9 +16,9 @@ from small_base import convert_small
 
 from vlaft.accounting.meta import meta_model
 from vlaft.cli.main import main as cli
-from vlaft.model.checkpoint import tensor_table
 from vlaft.model.configuration import OpenVLAConfig
-from vlaft.model.tensor_stream import read_tensor
+from vlaft.weights.layout import tensor_table
+from vlaft.weights.stream import read_tensor
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 BASE = str(MINI / "fused")

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from vlaft.model_card import plain_text, write_model_card
+from vlaft.release.card import plain_text, write_model_card
 
 ODD = "a](http://x) <img src=x>\n# `rm -rf` | *b*"
 ENTRY = {"action": {name: [0.0] for name in ("q01", "q99", "mean", "std")} | {"mask": [True]}}

@@ -25,25 +25,23 @@ from mutations import json_mutations, word_mutations, yaml_mutations
 from small_base import convert_small, write_small_base
 from torch import nn
 
-from vlaft.checked import read_as
+from vlaft.accounting.plan import describe
+from vlaft.action.statistics import BOUNDS, read_statistics
 from vlaft.cli.convert import _layout_settings
-from vlaft.config import resolve, to_yaml
-from vlaft.config_layers import leaf_types
 from vlaft.data.loader import ExampleLoader
 from vlaft.data.mixes import load_mix
-from vlaft.data.opened_source import SourceRequest, open_request
 from vlaft.data.presets import load_preset
-from vlaft.data.prompts import load_base_files
-from vlaft.data.statistics import BOUNDS, read_statistics
+from vlaft.data.source import SourceRequest, open_request
 from vlaft.data.store import ConvertedDataset
+from vlaft.documents import read_as
 from vlaft.errors import VlaftError
-from vlaft.model.checkpoint import load_config
-from vlaft.plan import describe
-from vlaft.recipe_files import recipes_folder
-from vlaft.trained import find_trained
+from vlaft.model.load import load_config
+from vlaft.observation.prompts import load_base_files
+from vlaft.recipe.resolve import leaf_types, recipes_folder, resolve, to_yaml
+from vlaft.release.record import training_record
 from vlaft.training.checkpoints import Progress, read_checkpoint, write_checkpoint, write_trained
-from vlaft.training.run_folder import RunFolder
-from vlaft.training_record import training_record
+from vlaft.training.folder import RunFolder
+from vlaft.weights.trained import find_trained
 
 COUNT = int(os.environ.get("VLAFT_MUTATIONS", "150"))
 SECONDS = 60  # for one document; all take milliseconds

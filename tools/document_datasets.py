@@ -9,8 +9,8 @@ import inspect
 from pathlib import Path
 
 from vlaft.data.presets import preset_names
-from vlaft.data.standardize import STEPS
-from vlaft.recipe_files import recipes_folder
+from vlaft.data.standardize.steps import STEPS
+from vlaft.recipe.resolve import recipes_folder
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "datasets.md"
 

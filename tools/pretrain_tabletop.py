@@ -1,6 +1,6 @@
 """Pretrain the small base of `vlaft demo` on the simulator's first set-up: an hour on two CPU cores.
 
-    python tools/pretrain_tabletop.py --out vlaft/sim/tabletop_base
+    python tools/pretrain_tabletop.py --out vlaft/environments/tabletop/base
 
 The model has the release's architecture at a small scale (84 px, two ViTs side by side, Llama). It sees scenes drawn at
 random, each labelled by the scripted expert, with camera, light and colours of set-up A varied: a little at first,
@@ -32,16 +32,16 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, IterableDataset
 
-from vlaft.data.actions import normalize
-from vlaft.data.augmentation import augment, pixel_values
-from vlaft.data.images import ImagePipeline
-from vlaft.data.prompts import BaseFiles, load_base_files
-from vlaft.data.statistics import compute_statistics
+from vlaft.action.statistics import compute_statistics
+from vlaft.action.tokens import normalize
+from vlaft.environments.tabletop.drawing import SIZE, draw
+from vlaft.environments.tabletop.expert import expert_action
+from vlaft.environments.tabletop.scene import CEILING, REACH, SETUP_A, Colour, Scene, SetUp, new_scene, place_objects
 from vlaft.model import OpenVLAConfig, OpenVLAForActionPrediction
-from vlaft.release import preprocessor_config
-from vlaft.sim.drawing import SIZE, draw
-from vlaft.sim.expert import expert_action
-from vlaft.sim.scene import CEILING, REACH, SETUP_A, Colour, Scene, SetUp, new_scene, place_objects
+from vlaft.observation.augmentation import augment, pixel_values
+from vlaft.observation.images import ImagePipeline
+from vlaft.observation.prompts import BaseFiles, load_base_files
+from vlaft.release.files import preprocessor_config
 
 BATCH = 48  # frames per update; each has three prompts
 BINS, PADDING = 256, 64
@@ -473,7 +473,7 @@ def write_card(folder: Path) -> None:
     """Let the base act in both set-ups, and write the model card with what came out."""
     from safetensors import safe_open
 
-    from vlaft.evaluation_rollout import evaluate_in
+    from vlaft.evaluation.rollout import evaluate_in
 
     with safe_open(folder / "model.safetensors", "pt") as weights:
         parameters = sum(int(np.prod(weights.get_slice(name).get_shape())) for name in weights.keys())  # noqa: SIM118

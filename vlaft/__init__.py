@@ -6,7 +6,7 @@
     policy.predict(image, "pick up the red block").action
 
 `load` is fetched when it is asked for, so that `import vlaft` needs no torch. transformers' Auto classes know OpenVLA
-from here on, and are not imported for that either (`vlaft.registration`).
+from here on, and are not imported for that either (`vlaft.model.registration`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from vlaft.registration import register_with_transformers
+from vlaft.model.registration import register_with_transformers
 
 if TYPE_CHECKING:
-    from vlaft.inference import load
+    from vlaft.policy import load
 
 __all__ = ["load"]
 __version__ = "0.1.0"
@@ -37,6 +37,6 @@ register_with_transformers()
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from vlaft import inference
+    from vlaft import policy as inference
 
     return getattr(inference, name)

@@ -14,11 +14,11 @@ from typing import Any
 
 import yaml
 
-from vlaft.data.images import ImagePipeline
-from vlaft.data.prompts import prompt_style_of
-from vlaft.data.statistics import choose_key, read_statistics
+from vlaft.action.statistics import choose_key, read_statistics
 from vlaft.errors import CheckpointError
-from vlaft.model.checkpoint import read_json
+from vlaft.observation.images import ImagePipeline
+from vlaft.observation.prompts import prompt_style_of
+from vlaft.weights.layout import read_json
 
 FILE_NAME = "vla_eval_server.yaml"
 _SCRIPT = "src/vla_eval/model_servers/openvla.py"

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from golden_models import MINI
 
+from benchmarks.flops import step_operations
 from vlaft.accounting.choose import RESERVE, choose, relative_time
-from vlaft.accounting.flops import step_operations
 from vlaft.accounting.memory import memory_model, predict
 from vlaft.cli.main import main
-from vlaft.config import RecipeConfig, resolve
 from vlaft.errors import VlaftError
-from vlaft.model.checkpoint import load_config
-from vlaft.model.presets import base_config
+from vlaft.model.load import base_config, load_config
+from vlaft.recipe.resolve import resolve
+from vlaft.recipe.settings import RecipeConfig
 
 GB = 10**9
 SEVEN = "openvla/openvla-7b"

@@ -14,8 +14,8 @@ from vlaft.accounting.costs import recipe_cost
 from vlaft.accounting.main_memory import predict_main_memory
 from vlaft.accounting.measure import measure
 from vlaft.accounting.parameters import count_parameters
-from vlaft.config import resolve
-from vlaft.model.presets import BASES, base_config
+from vlaft.model.load import BASES, base_config
+from vlaft.recipe.resolve import resolve
 
 
 def stored_in(folder: Path, dtype: torch.dtype) -> Path:

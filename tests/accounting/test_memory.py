@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vlaft.accounting import emulation
+from vlaft.accounting import gpu as emulation
+from vlaft.accounting.gpu import pack_linears
 from vlaft.accounting.memory import (
     CARDS,
     LABELS,
@@ -18,14 +19,12 @@ from vlaft.accounting.memory import (
     usual_tokens,
 )
 from vlaft.accounting.meta import example_inputs, example_normalization, meta_model
-from vlaft.accounting.quantized import pack_linears
-from vlaft.accounting.simulate import follow_steps, trace_step
-from vlaft.config import resolve, resolve_precision
-from vlaft.config_layers import recipe_names
-from vlaft.model.checkpoint import load_config
-from vlaft.model.presets import base_config
+from vlaft.accounting.step import follow_steps, trace_step
+from vlaft.model.load import base_config, load_config
+from vlaft.recipe.resolve import recipe_names, resolve
+from vlaft.recipe.settings import resolve_precision
+from vlaft.training.model import load_trainable
 from vlaft.training.optimizer import build_optimizer
-from vlaft.training.session import load_trainable
 
 TOLERANCE = 0.02
 CPU = torch.device("cpu")

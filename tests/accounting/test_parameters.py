@@ -3,9 +3,8 @@
 import pytest
 
 from vlaft.accounting.parameters import PARTS, count_parameters, folded, part_of
-from vlaft.config import resolve
-from vlaft.config_layers import recipe_names
-from vlaft.model.presets import base_config
+from vlaft.model.load import base_config
+from vlaft.recipe.resolve import recipe_names, resolve
 
 FUSED, SIGLIP = "openvla/openvla-7b", "openvla/openvla-v01-7b"
 TRAINABLE = {  # design.md

@@ -10,13 +10,12 @@ import torch
 from golden_models import NAMES, Golden, golden
 from torch import nn
 
-from vlaft.adapt.adapter_files import load_adapter_weights
-from vlaft.adapt.lora import attach_lora
-from vlaft.adapt.quantize import quantization_config
-from vlaft.config import AdaptConfig, LoraConfig
+from vlaft.adapt.adapter import load_adapter_weights
+from vlaft.adapt.methods import attach_lora, quantization_config
 from vlaft.errors import MissingExtra
-from vlaft.model.checkpoint import load_model
+from vlaft.model.load import load_model
 from vlaft.model.openvla import OpenVLAForActionPrediction
+from vlaft.recipe.settings import AdaptConfig, LoraConfig
 
 KINDS = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}
 

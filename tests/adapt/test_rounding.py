@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vlaft.adapt.rounding import _PIECE, Rounding, generator_of, round_to
-from vlaft.model.tensor_stream import Scratch
+from vlaft.weights.stream import Scratch
 
 KINDS = (torch.bfloat16, torch.float16)
 

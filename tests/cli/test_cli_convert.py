@@ -1,4 +1,4 @@
-"""The words of `vlaft convert`; what it does with them is tested in tests/data/test_convert.py."""
+"""The words of `vlaft convert`; what it does with them is tested in tests/data/convert/test_run.py."""
 
 from __future__ import annotations
 

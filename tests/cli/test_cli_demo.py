@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vlaft import demo
 from vlaft.cli.main import main
+from vlaft.demo import steps as demo
 
 LITTLE = ("train.steps=2", "train.batch_size=4", "train.evaluate_every=2", "train.log_every=1", "data.workers=0")
 

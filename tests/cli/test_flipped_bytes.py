@@ -17,7 +17,7 @@ from PIL import Image
 from small_base import INSTRUCTION, convert_small, write_small_base
 
 from vlaft.cli.main import main
-from vlaft.model.checkpoint import tensor_table
+from vlaft.weights.layout import tensor_table
 
 METHODS = ("lora8", "last-layer")
 SHARD = "train-00000-of-00001.parquet"

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vlaft.cli.main import main
-from vlaft.data.opened_source import SourceRequest, open_request
+from vlaft.data.source import SourceRequest, open_request
 from vlaft.errors import DataError
 
 FPS = 10

@@ -39,7 +39,7 @@ def heeded() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("module", ["vlaft.cli.main", "typer", "vlaft.merge", "safetensors", "torch"])
+@pytest.mark.parametrize("module", ["vlaft.cli.main", "typer", "vlaft.release.merge", "safetensors", "torch"])
 def test_while_it_starts(tmp_path: Path, module: str, number: signal.Signals) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text('{"last": "step-000001", "base": "."}')

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vlaft.cli.main import main
-from vlaft.model.checkpoint import tensor_table
+from vlaft.weights.layout import tensor_table
 
 
 @pytest.fixture(scope="module")

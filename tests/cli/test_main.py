@@ -18,8 +18,9 @@ from vlaft.cli import console
 from vlaft.cli import main as frame
 from vlaft.cli.arguments import Settings, check_output_folder, parse_size
 from vlaft.cli.main import main
-from vlaft.config import RecipeConfig, resolve
 from vlaft.errors import CheckFailed, ConfigError, DataError, Interrupted, UsageError, VlaftError
+from vlaft.recipe.resolve import resolve
+from vlaft.recipe.settings import RecipeConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,7 +69,7 @@ def test_light_commands_import_nothing_heavy(words: list[str]) -> None:
 
 
 def test_resolving_a_recipe_does_not_import_torch() -> None:
-    code = "import sys; from vlaft.config import resolve; resolve('lora32'); print('torch' in sys.modules)"
+    code = "import sys; from vlaft.recipe.settings import resolve; resolve('lora32'); print('torch' in sys.modules)"
     assert run(code=code).stdout == "False\n"
 
 
@@ -301,7 +302,7 @@ def test_a_file_that_the_system_refuses_is_a_sentence(
     def refuse(*_: object) -> None:
         raise OSError(5, "Input/output error", "/data/x.yaml")
 
-    monkeypatch.setattr("vlaft.config_layers.find_recipe", refuse)
+    monkeypatch.setattr("vlaft.recipe.resolve.find_recipe", refuse)
     assert main(["recipes", "show", "lora8"]) == 1
     assert capsys.readouterr().err == "error: /data/x.yaml: cannot be read or written (Input/output error)\n"
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from vlaft.cli.main import main
-from vlaft.config import resolve, to_yaml
-from vlaft.config_layers import find_recipe, recipe_names
+from vlaft.recipe.resolve import find_recipe, recipe_names, resolve, to_yaml
 
 # Trainable parameters on openvla-7b and openvla-v01-7b (docs: reference counts on the meta device).
 COUNTS = {

@@ -37,7 +37,7 @@ def test_json_of_the_default_base(capsys):
 
 
 def test_all_recipes_are_the_default(capsys, mini):
-    from vlaft.config_layers import recipe_names
+    from vlaft.recipe.resolve import recipe_names
 
     code, out, _ = run(capsys, "--base", mini, "--json")
     assert code == 0

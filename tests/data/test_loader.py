@@ -12,13 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlaft.data.actions import ActionTokenizer, normalize
+from vlaft.action.statistics import compute_statistics
+from vlaft.action.tokens import ActionTokenizer, normalize
 from vlaft.data.codec import encode_image
-from vlaft.data.images import ImagePipeline
 from vlaft.data.loader import Batch, ExampleLoader, batches_in_order
-from vlaft.data.statistics import compute_statistics
-from vlaft.data.store import ConvertedDataset, example_schema, shard_entry, write_json, write_shard
+from vlaft.data.store import ConvertedDataset, example_schema, shard_entry, write_shard
 from vlaft.errors import DataError
+from vlaft.files import write_json
+from vlaft.observation.images import ImagePipeline
 
 PIPELINE = ImagePipeline(8, "lanczos", "resize-naive", (0, 0, 0), False, ((0.5, 0.5, 0.5),), ((0.5, 0.5, 0.5),))
 TOKENIZER = {"base": "b", "eos_id": 2, "pad_id": 3, "fingerprint": "f", "action_vocab_size": 600, "n_action_bins": 256}

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from vlaft.data.mixes import load_mix, mix_names, mix_requests
-from vlaft.data.opened_source import open_request
 from vlaft.data.presets import load_preset
+from vlaft.data.source import open_request
 from vlaft.errors import ConfigError, DataError
 
 

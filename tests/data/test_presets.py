@@ -12,9 +12,9 @@ from vlaft.data.layout import Layout, apply_layout
 from vlaft.data.mixes import load_mix
 from vlaft.data.presets import load_preset, preset_names, preset_of_dataset
 from vlaft.data.readers import open_source
-from vlaft.data.standardize import standardize
+from vlaft.data.standardize.steps import standardize
 from vlaft.errors import ConfigError
-from vlaft.recipe_files import recipes_folder
+from vlaft.recipe.resolve import recipes_folder
 
 WIDTHS = {  # columns of the arrays that presets name without a slice; every other array has 15
     "action/world_vector": 3,
@@ -213,7 +213,7 @@ def test_presets_fit_real_files(shared: Path, folder: str, preset: str, episodes
 
 
 def test_recipes_lie_in_the_package_of_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlaft.recipe_files.__file__", str(tmp_path / "vlaft" / "recipe_files.py"))
+    monkeypatch.setattr("vlaft.recipe.resolve.__file__", str(tmp_path / "vlaft" / "recipe_files.py"))
     with pytest.raises(ConfigError, match="install vlaft again"):
         recipes_folder()
     (tmp_path / "vlaft" / "recipes" / "datasets").mkdir(parents=True)

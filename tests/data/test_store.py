@@ -8,17 +8,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from vlaft.data.images import ImagePipeline
-from vlaft.data.statistics import compute_statistics
-from vlaft.data.store import (
-    ROW_GROUP,
-    ConvertedDataset,
-    example_schema,
-    shard_entry,
-    write_json,
-    write_shard,
-)
+from vlaft.action.statistics import compute_statistics
+from vlaft.data.store import ROW_GROUP, ConvertedDataset, example_schema, shard_entry, write_shard
 from vlaft.errors import DataError
+from vlaft.files import write_json
+from vlaft.observation.images import ImagePipeline
 
 PIPELINE = ImagePipeline(8, "lanczos", "resize-naive", (0, 0, 0), False, ((0.5, 0.5, 0.5),), ((0.5, 0.5, 0.5),))
 

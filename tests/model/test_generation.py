@@ -6,11 +6,10 @@ import pytest
 import torch
 from golden_models import NAMES, Golden, golden
 
-from vlaft.adapt.lora import attach_lora
-from vlaft.config import LoraConfig
-from vlaft.model.generation import feed, generate_action_ids, likeliest, read_prompt
-from vlaft.model.key_values import KeyValues
+from vlaft.adapt.methods import attach_lora
+from vlaft.model.generation import KeyValues, feed, generate_action_ids, likeliest, read_prompt
 from vlaft.model.openvla import OpenVLAForActionPrediction
+from vlaft.recipe.settings import LoraConfig
 
 
 @pytest.fixture(scope="module", params=NAMES)

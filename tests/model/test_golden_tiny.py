@@ -18,15 +18,15 @@ from golden_models import base_tensors
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vlaft.adapt.adapter_files import load_adapter_weights, read_adapter_config, read_adapter_tensors
-from vlaft.adapt.lora import attach_lora
-from vlaft.config import LoraConfig
-from vlaft.data.actions import ActionTokenizer, unnormalize
-from vlaft.merge import merge
-from vlaft.model.checkpoint import load_model
+from vlaft.action.tokens import ActionTokenizer, unnormalize
+from vlaft.adapt.adapter import load_adapter_weights, read_adapter_config, read_adapter_tensors
+from vlaft.adapt.methods import attach_lora
 from vlaft.model.generation import generate_action_ids
+from vlaft.model.load import load_model
 from vlaft.model.openvla import OpenVLAForActionPrediction
-from vlaft.trained import find_trained
+from vlaft.recipe.settings import LoraConfig
+from vlaft.release.merge import merge
+from vlaft.weights.trained import find_trained
 
 HEAD = "language_model.lm_head.weight"
 BLANK = 29871

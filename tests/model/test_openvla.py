@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from vlaft.model import OpenVLAConfig, OpenVLAForActionPrediction
 from vlaft.model.openvla import IGNORE_INDEX
-from vlaft.training.session import recompute_blocks
+from vlaft.training.model import recompute_blocks
 
 
 @pytest.fixture(scope="module", params=NAMES)

@@ -6,12 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from vlaft.adapt.freeze import METHODS, freeze
-from vlaft.adapt.lora import attach_lora
-from vlaft.adapt.quantize import SKIPPED
-from vlaft.config import LoraConfig
+from vlaft.adapt.methods import METHODS, SKIPPED, attach_lora, freeze
+from vlaft.model.load import BASES, base_config
 from vlaft.model.openvla import OpenVLAForActionPrediction
-from vlaft.model.presets import BASES, base_config
+from vlaft.recipe.settings import LoraConfig
 
 FUSED, SINGLE = "openvla/openvla-7b", "openvla/openvla-v01-7b"
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from small_base import convert_small, write_small_base
 
-from vlaft.config import RecipeConfig, resolve
+from vlaft.recipe.resolve import resolve
+from vlaft.recipe.settings import RecipeConfig
 from vlaft.training.events import Banner, EvaluationLine, RunSummary, StepLine
 from vlaft.training.trainer import train
 

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vlaft.errors import CheckpointError, VlaftError
-from vlaft.trained import TRAINED_FILE
 from vlaft.training import checkpoints
 from vlaft.training.checkpoints import (
     checkpoint_name,
@@ -29,6 +28,7 @@ from vlaft.training.checkpoints import (
     trained_tensors,
     write_checkpoint,
 )
+from vlaft.weights.trained import TRAINED_FILE
 
 
 def build(seed: int = 0) -> tuple[nn.Module, torch.optim.AdamW]:

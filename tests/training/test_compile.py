@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from small_base import convert_small, write_small_base
 
-from vlaft.config import resolve
+from vlaft.recipe.resolve import resolve
 from vlaft.training.events import Silence
 from vlaft.training.trainer import train
 

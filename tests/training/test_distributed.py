@@ -20,9 +20,9 @@ from golden_models import base_tensors
 from safetensors.torch import load_file
 
 from vlaft.errors import VlaftError
-from vlaft.merge import merge
-from vlaft.trained import find_trained
-from vlaft.training.batches import TrainingData
+from vlaft.release.merge import merge
+from vlaft.training.data import TrainingData
+from vlaft.weights.trained import find_trained
 
 WORDS = ("data.augment=false", "train.steps=4", "train.save_every=2", "train.evaluate_every=2", "data.val_examples=7")
 CLOSE = 1e-5  # relative: sums over processes are taken in another order

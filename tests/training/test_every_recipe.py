@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vlaft.accounting.parameters import count_parameters
-from vlaft.config import RecipeConfig
-from vlaft.config_layers import recipe_names
-from vlaft.merge import merge
-from vlaft.model.checkpoint import load_config
-from vlaft.trained import find_trained
+from vlaft.action.metrics import MetricSums
+from vlaft.model.load import load_config
+from vlaft.recipe.resolve import recipe_names
+from vlaft.recipe.settings import RecipeConfig
+from vlaft.release.merge import merge
 from vlaft.training.events import Silence
-from vlaft.training.metrics import MetricSums
 from vlaft.training.run import Run
+from vlaft.weights.trained import find_trained
 
 
 def changed_tensors(small: Small, out: Path, merged: Path) -> set[str]:

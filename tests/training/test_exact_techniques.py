@@ -10,10 +10,11 @@ from golden_models import NAMES, Golden, golden
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from vlaft.adapt.adapter_files import load_adapter_weights
-from vlaft.config import RecipeConfig, resolve, resolve_precision
+from vlaft.adapt.adapter import load_adapter_weights
+from vlaft.recipe.resolve import resolve
+from vlaft.recipe.settings import RecipeConfig, resolve_precision
+from vlaft.training.model import make_trainable
 from vlaft.training.optimizer import build_optimizer
-from vlaft.training.session import make_trainable
 from vlaft.training.step import autocast
 
 IGNORED = -100

@@ -17,9 +17,9 @@ from small_base import convert_small, write_small_base
 
 from vlaft.cli.main import main
 from vlaft.errors import CheckpointError, ConfigError, DataError, MissingExtra, VlaftError
-from vlaft.trained import find_trained
 from vlaft.training import run as run_module
 from vlaft.training import trainer
+from vlaft.weights.trained import find_trained
 
 STEPS = ("train.steps=6", "train.save_every=2", "train.evaluate_every=0", "train.keep_checkpoints=3")
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from small_base import convert_small, write_small_base
 
-from vlaft.config import RecipeConfig, resolve
+from vlaft.action.metrics import MetricSums
 from vlaft.errors import ConfigError
+from vlaft.recipe.resolve import resolve
+from vlaft.recipe.settings import RecipeConfig
 from vlaft.training.events import Silence
 from vlaft.training.feature_cache import FeatureCache, pays
-from vlaft.training.metrics import MetricSums
 from vlaft.training.run import Run
 
 

@@ -13,13 +13,14 @@ from golden_models import base_tensors
 from safetensors.torch import load_file
 from small_base import write_examples
 
-from vlaft.adapt.adapter_files import load_adapter_weights
-from vlaft.config import RecipeConfig, resolve, to_yaml
-from vlaft.data.convert import ConvertRequest, SourceRequest, convert
-from vlaft.merge import merge
-from vlaft.trained import find_trained
+from vlaft.adapt.adapter import load_adapter_weights
+from vlaft.data.convert.run import ConvertRequest, SourceRequest, convert
+from vlaft.recipe.resolve import resolve, to_yaml
+from vlaft.recipe.settings import RecipeConfig
+from vlaft.release.merge import merge
 from vlaft.training.events import Silence
 from vlaft.training.run import Run
+from vlaft.weights.trained import find_trained
 
 IGNORED = -100
 

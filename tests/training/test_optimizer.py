@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from vlaft.adapt.freeze import freeze
-from vlaft.adapt.lora import attach_lora
-from vlaft.config import LoraConfig, ScheduleConfig, TrainConfig
+from vlaft.adapt.methods import attach_lora, freeze
 from vlaft.errors import MissingExtra
+from vlaft.recipe.settings import LoraConfig, ScheduleConfig, TrainConfig
 from vlaft.training.optimizer import build_optimizer, learning_rate_factor, parameter_groups, set_learning_rate
 
 SCHEDULES = st.builds(

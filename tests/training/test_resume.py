@@ -16,9 +16,9 @@ import pytest
 from conftest import Small, checkpoint_content, log_lines, run
 
 from vlaft.errors import Interrupted, VlaftError
-from vlaft.output_folder import locked, restored
+from vlaft.files import locked, restored
 from vlaft.training import trainer
-from vlaft.training.run_folder import RunFolder
+from vlaft.training.folder import RunFolder
 
 STEPS = ("train.steps=6", "train.save_every=2", "train.evaluate_every=2", "train.keep_checkpoints=3")
 VARIANTS = {

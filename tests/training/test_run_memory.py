@@ -11,9 +11,9 @@ import torch
 from conftest import Small, run
 
 from vlaft.cli.main import main
-from vlaft.training import memory
+from vlaft.training import interrupts as memory
 from vlaft.training.events import PredictedMemory
-from vlaft.training.memory import MemoryWatch
+from vlaft.training.interrupts import MemoryWatch
 
 MB = 10**6
 CPU = torch.device("cpu")

@@ -13,11 +13,11 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from small_base import convert_small, write_small_base
 
 from vlaft.cli.main import main
-from vlaft.config import resolve
 from vlaft.errors import ConfigError, MissingExtra, VlaftError
-from vlaft.training import trackers as module
-from vlaft.training.run_folder import LOG_FILE
-from vlaft.training.trackers import PACKAGES, Trackers, check_trackers
+from vlaft.recipe.resolve import resolve
+from vlaft.training import events as module
+from vlaft.training.events import PACKAGES, Trackers, check_trackers
+from vlaft.training.folder import LOG_FILE
 
 
 class Recorder:

@@ -11,9 +11,9 @@ import torch
 from conftest import Small, log_lines, run
 from small_base import write_examples
 
-from vlaft.config import RecipeConfig
+from vlaft.action.metrics import MetricSums
+from vlaft.recipe.settings import RecipeConfig
 from vlaft.training.events import Silence
-from vlaft.training.metrics import MetricSums
 from vlaft.training.run import Run
 
 AT_ONCE = ("train.batch_size=6", "train.accumulation=1")

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vlaft.accounting.memory import MemoryPrediction, memory_model, predict, usual_tokens
 from vlaft.errors import VlaftError
-from vlaft.training.auto_batch import EFFECTIVE_BATCH, divisors, with_batch
+from vlaft.recipe.settings import RecipeConfig
 
 if TYPE_CHECKING:
-    from vlaft.config import RecipeConfig
     from vlaft.model.configuration import OpenVLAConfig
+    from vlaft.recipe.settings import RecipeConfig
+
 
 PREFERRED = ("lora32", "qlora32")  # unquantised where it fits: exact base weights, and no time lost to unpacking them
 LEVELS = ("all", "2", "4", "vision", "none")  # of recomputation, by growing memory
@@ -157,3 +158,21 @@ def _reasons(recipe: RecipeConfig, memory: MemoryPrediction, card: int, turned_d
 
 def _gb(size: int) -> str:
     return f"{size / 1e9:.1f} GB"
+
+
+EFFECTIVE_BATCH = 16  # examples per device and step, upstream's batch size; times train.accumulation
+
+
+def divisors(number: int) -> list[int]:
+    """Return the divisors of `number`, largest first.
+
+    >>> divisors(12)
+    [12, 6, 4, 3, 2, 1]
+    """
+    return [size for size in range(number, 0, -1) if number % size == 0]
+
+
+def with_batch(recipe: RecipeConfig, micro: int) -> RecipeConfig:
+    """Return `recipe` with micro-batches of `micro` examples and as many examples per step as `auto` stands for."""
+    effective = EFFECTIVE_BATCH * recipe.train.accumulation
+    return replace(recipe, train=replace(recipe.train, batch_size=micro, accumulation=effective // micro))

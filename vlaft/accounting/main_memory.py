@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 
 from vlaft.accounting.memory import LABELS, usual_tokens
 from vlaft.accounting.parameters import base_name
-from vlaft.model.checkpoint import tensor_table
+from vlaft.weights.layout import tensor_table
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from vlaft.config import RecipeConfig
     from vlaft.model.configuration import OpenVLAConfig
+    from vlaft.recipe.settings import RecipeConfig
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ def predict_main_memory(recipe: RecipeConfig, config: OpenVLAConfig) -> MainMemo
     Raises:
         CheckpointError: the files of a local base are missing or damaged.
     """
-    from vlaft.accounting.simulate import trace_step, trainable_without_data
-    from vlaft.config import resolve_precision
+    from vlaft.accounting.step import trace_step, trainable_without_data
+    from vlaft.recipe.settings import resolve_precision
 
     (trace,), _ = trace_step(
         recipe,
@@ -72,7 +72,7 @@ def _mapped_bytes(model: nn.Module, base: str, config: OpenVLAConfig) -> int:
 
     The types of a base that does not lie here are as its configuration says.
     """
-    from vlaft.model.tensor_stream import DTYPES
+    from vlaft.weights.stream import DTYPES
 
     table = tensor_table(Path(base)) if Path(base).is_dir() else None
     size = 0

@@ -7,49 +7,25 @@ prediction that goes with it is one for that device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from vlaft.accounting.costs import RecipeCost
+from vlaft.accounting.costs import Measurement, RecipeCost
 from vlaft.accounting.memory import LABELS
 from vlaft.accounting.meta import example_inputs, example_normalization, meta_model
-from vlaft.accounting.simulate import follow_steps, trace_step
-from vlaft.adapt.quantize import SKIPPED
-from vlaft.config import RecipeConfig, resolve_precision
+from vlaft.accounting.step import follow_steps, trace_step
+from vlaft.adapt.methods import SKIPPED
 from vlaft.errors import MissingExtra, VlaftError
 from vlaft.model.configuration import OpenVLAConfig
+from vlaft.recipe.settings import RecipeConfig, resolve_precision
+from vlaft.training.model import DTYPES, make_trainable
 from vlaft.training.optimizer import build_optimizer
-from vlaft.training.session import DTYPES, make_trainable
 from vlaft.training.step import forward
 
 STEPS = 3
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """A measured peak beside the predicted one.
-
-    Attributes:
-        peak_bytes: measured.
-        predicted_bytes: of the same quantity.
-        reserved_bytes: what the allocator took from the GPU; 0 on a CPU.
-        how: what was measured.
-        device: on which device.
-    """
-
-    peak_bytes: int
-    predicted_bytes: int
-    reserved_bytes: int
-    how: str
-    device: str
-
-    @property
-    def error(self) -> float:
-        """Predicted over measured, less one."""
-        return self.predicted_bytes / self.peak_bytes - 1.0
 
 
 def random_base(config: OpenVLAConfig, recipe: RecipeConfig, dtype: torch.dtype, device: torch.device) -> Any:

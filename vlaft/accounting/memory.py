@@ -19,8 +19,8 @@ from vlaft.accounting.allocator import BLOCK, peak_reserved
 if TYPE_CHECKING:
     from vlaft.accounting.parameters import ParameterCount
     from vlaft.accounting.tracker import Trace
-    from vlaft.config import RecipeConfig
     from vlaft.model.configuration import OpenVLAConfig
+    from vlaft.recipe.settings import RecipeConfig
 
 # Text tokens of an example with an instruction of six words, actions and end of sequence included, by prompt style
 TOKENS = {"openvla": 32, "vicuna": 64}
@@ -195,7 +195,7 @@ def memory_model(
     Raises:
         ConfigError: LoRA targets that the base does not have.
     """
-    from vlaft.accounting.simulate import largest_unit, trace_step
+    from vlaft.accounting.step import largest_unit, trace_step
 
     tokens = tokens or usual_tokens(config)
     step = trace_step if forward_pass is None else partial(trace_step, forward_pass=forward_pass)

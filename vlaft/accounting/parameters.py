@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-    from vlaft.config import AdaptConfig, RecipeConfig
     from vlaft.model.configuration import OpenVLAConfig
     from vlaft.model.openvla import OpenVLAForActionPrediction
+    from vlaft.recipe.settings import AdaptConfig, RecipeConfig
 
 PARTS = ("vision", "projector", "language model", "head")
 _PREFIX = "base_model.model."  # peft's
@@ -99,7 +99,7 @@ def trained_by(adapt: AdaptConfig, model: nn.Module, base: OpenVLAForActionPredi
         model: adapted, possibly with what no loss reaches frozen again.
         base: what is inside `model`.
     """
-    from vlaft.adapt.freeze import trained_modules
+    from vlaft.adapt.methods import trained_modules
 
     if adapt.method == "lora":
         return {name for name, _ in model.named_parameters() if ".lora_" in name}

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-    from vlaft.config import AdaptConfig
     from vlaft.model.openvla import OpenVLAForActionPrediction
+    from vlaft.recipe.settings import AdaptConfig
 
 
 def adapt(model: OpenVLAForActionPrediction, settings: AdaptConfig, *, upcast: bool = True) -> nn.Module:
@@ -22,8 +22,7 @@ def adapt(model: OpenVLAForActionPrediction, settings: AdaptConfig, *, upcast: b
     Returns:
         The model, wrapped by peft where there are adapters.
     """
-    from vlaft.adapt.freeze import freeze
-    from vlaft.adapt.lora import attach_lora
+    from vlaft.adapt.methods import attach_lora, freeze
 
     if settings.method == "lora":
         return attach_lora(model, settings.lora, upcast=upcast)

@@ -15,10 +15,10 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from vlaft.adapt.adapter_files import read_adapter_tensors, write_adapter
+from vlaft.adapt.adapter import read_adapter_tensors, write_adapter
 from vlaft.errors import CheckpointError
-from vlaft.model.checkpoint import tensor_table
-from vlaft.model.tensor_stream import read_tensor
+from vlaft.weights.layout import tensor_table
+from vlaft.weights.stream import read_tensor
 
 _NAME = "default"  # peft's name of the only adapter
 _POWER_ITERATIONS = 16  # of the randomised decomposition; the paper's figures use as many

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vlaft.model.tensor_stream import Scratch
+from vlaft.weights.stream import Scratch
 
 Mode = Literal["nearest", "stochastic"]
 MODES: tuple[Mode, ...] = ("nearest", "stochastic")

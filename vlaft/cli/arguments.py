@@ -63,7 +63,7 @@ def check_output_folder(folder: Path, *, overwrite: bool, resume: bool = False) 
         UsageError: both `--resume` and `--overwrite` are given.
         VlaftError: the folder is not empty and neither is given, or no folder can be made there.
     """
-    from vlaft.output_folder import replaceable, restored
+    from vlaft.files import replaceable, restored
 
     if overwrite and resume:
         raise UsageError("--resume and --overwrite contradict each other; give one of them")

@@ -12,8 +12,8 @@ import typer
 from vlaft.cli.arguments import AsJson, Out, Overwrite
 
 if TYPE_CHECKING:
-    from vlaft.data.convert import Conversion, SourceRequest
-    from vlaft.data.convert_plan import Progress
+    from vlaft.data.convert.plan import Progress
+    from vlaft.data.convert.run import Conversion, SourceRequest
 
 _SHOWN = 10  # skipped episodes told one by one
 
@@ -77,8 +77,8 @@ def convert(
     Example: vlaft convert demos.hdf5 --preset robomimic --out data/ instruction='open the drawer'
     """
     from vlaft.cli.console import print_json
-    from vlaft.data.convert import ConvertRequest
-    from vlaft.data.convert import convert as run_conversion
+    from vlaft.data.convert.run import ConvertRequest
+    from vlaft.data.convert.run import convert as run_conversion
     from vlaft.errors import Interrupted
 
     request = ConvertRequest(
@@ -111,7 +111,7 @@ def _sources(
     weights: Sequence[float],
     mix: str | None = None,
 ) -> list[SourceRequest]:
-    from vlaft.data.convert import SourceRequest
+    from vlaft.data.convert.run import SourceRequest
     from vlaft.data.mixes import mix_requests
     from vlaft.errors import UsageError
 
@@ -149,8 +149,8 @@ def _exists(word: str) -> bool:
 
 def _layout_settings(words: Sequence[str]) -> dict[str, Any]:
     """Return `{"cameras": {"primary": "image"}}` for `cameras.primary=image`; one text stands for a list of one."""
-    from vlaft.config_layers import parse_word
     from vlaft.errors import ConfigError
+    from vlaft.recipe.resolve import parse_word
 
     settings: dict[str, Any] = {}
     problems: list[str] = []
@@ -199,7 +199,7 @@ def _phases() -> Iterator[Progress]:
 
 def _tell(done: Conversion, dry_run: bool) -> None:
     from vlaft.cli.console import say, warn
-    from vlaft.data.folded import folded
+    from vlaft.data.sentences import folded
 
     for entry in done.skipped[:_SHOWN]:
         warn(f"left out {entry.episode} of {entry.dataset}: {entry.why}")

@@ -16,8 +16,8 @@ from vlaft.cli.arguments import Overwrite, Resume
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vlaft.demo import Settings, Step
-    from vlaft.demo_results import Command, DemoResult, RecipeResult, Success
+    from vlaft.demo.results import Command, DemoResult, RecipeResult, Success
+    from vlaft.demo.steps import Settings, Step
 
 
 def demo(
@@ -43,9 +43,9 @@ def demo(
     Example: vlaft demo --out demo-out --recipe lora32
     """
     from vlaft.cli.arguments import check_output_folder
-    from vlaft.demo import LEARNING_RATES, Settings
+    from vlaft.demo.steps import LEARNING_RATES, Settings
     from vlaft.errors import UsageError, did_you_mean
-    from vlaft.output_folder import locked
+    from vlaft.files import locked
 
     if recipe not in LEARNING_RATES:
         hint = did_you_mean(recipe, [*LEARNING_RATES])
@@ -60,8 +60,8 @@ def demo(
 def _demo(out: Path, settings: Settings, all_recipes: bool) -> None:
     """Do what is not done yet, and tell what came of it."""
     from vlaft.cli.console import say, show
-    from vlaft.demo import read_result, steps, write_base
-    from vlaft.demo_results import write_result
+    from vlaft.demo.results import write_result
+    from vlaft.demo.steps import read_result, steps, write_base
 
     base = write_base(out)
     say(f"{base} is the small base that ships with vlaft: it has learned to pick up blocks, with another robot.")
@@ -70,7 +70,7 @@ def _demo(out: Path, settings: Settings, all_recipes: bool) -> None:
     write_result(out / "result.json", result)
     comparison: list[RecipeResult] = []
     if all_recipes:
-        from vlaft.demo_recipes import comparison_steps, read_comparison
+        from benchmarks.demo_recipes import comparison_steps, read_comparison
 
         count = max(settings.seeds, 3)
         _run(comparison_steps(out, base, settings.demonstrations, count), out)
@@ -92,7 +92,7 @@ def _begin(out: Path, settings: Settings, *, resume: bool, overwrite: bool) -> N
     from dataclasses import asdict
 
     from vlaft.errors import ConfigError, VlaftError
-    from vlaft.output_folder import output_file, staged
+    from vlaft.files import output_file, staged
 
     file = out / "demo.json"
     content = json.dumps(asdict(settings), indent=2) + "\n"
@@ -119,8 +119,8 @@ def _run(steps: Iterable[Step], out: Path) -> list[Command]:
     import json
 
     from vlaft.cli.console import say
-    from vlaft.demo_results import Command
-    from vlaft.output_folder import output_file
+    from vlaft.demo.results import Command
+    from vlaft.files import output_file
 
     file = out / "commands.json"
     known: dict[str, dict] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -147,8 +147,8 @@ def _run_step(step: Step) -> None:
         typer.Exit: it failed, and has said why.
     """
     from vlaft.cli.main import main
-    from vlaft.output_folder import output_file
-    from vlaft.sim import recording
+    from vlaft.environments.tabletop import recording
+    from vlaft.files import output_file
 
     step.result.parent.mkdir(parents=True, exist_ok=True)
     run = main if step.module is None else recording.main
@@ -166,8 +166,8 @@ def _run_step(step: Step) -> None:
 
 
 def _write_page(out: Path, result: DemoResult, comparison: list[RecipeResult]) -> None:
-    from vlaft.demo_page import render
-    from vlaft.output_folder import output_file
+    from vlaft.demo.page import render
+    from vlaft.files import output_file
 
     with output_file(out / "report.html") as partial:
         partial.write_text(render(result, comparison), encoding="utf-8")
@@ -197,7 +197,7 @@ def _table(result: DemoResult) -> Table:
 
 def _success(found: list[Success]) -> tuple[str, str]:
     """Return the mean success and what is known of how sure it is."""
-    from vlaft.demo_results import mean_interval
+    from vlaft.demo.results import mean_interval
 
     rates = [each.rate for each in found]
     low, high = mean_interval(rates, found[0].episodes)
@@ -211,7 +211,7 @@ def _success(found: list[Success]) -> tuple[str, str]:
 def _comparison_table(comparison: list[RecipeResult]) -> Table:
     from rich.table import Table
 
-    from vlaft.demo_results import PAPER_SUCCESS
+    from vlaft.demo.results import PAPER_SUCCESS
 
     table = Table("recipe", box=None, pad_edge=False)
     for heading in ("success", "95 % over seeds", "paper (7B, real robot)", "learning rate", "trainable", "seconds"):

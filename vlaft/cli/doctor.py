@@ -80,7 +80,7 @@ def doctor(
 
 
 def _readings(folder: Path) -> list[Finding]:
-    from vlaft.integrity import check_folder
+    from vlaft.inspection.integrity import check_folder
 
     states: dict[bool | None, Literal["ok", "note", "problem"]] = {True: "ok", None: "note", False: "problem"}
     return [Finding(str(one.subject), states[one.whole], one.found) for one in check_folder(folder)]

@@ -16,9 +16,9 @@ from vlaft.cli.arguments import AsJson, Base, Device, Overwrite
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vlaft.evaluate import Evaluation
-    from vlaft.evaluation_metrics import DecodingMetrics, DimensionMetrics
-    from vlaft.evaluation_rollout import RolloutEvaluation
+    from vlaft.action.metrics import DecodingMetrics, DimensionMetrics
+    from vlaft.evaluation.offline import Evaluation
+    from vlaft.evaluation.rollout import RolloutEvaluation
 
 _METRICS = {  # attribute to the heading of its column
     "token_accuracy": "accuracy",
@@ -95,15 +95,15 @@ def evaluate(
         raise VlaftError(f"{plots} is a file; --plots needs a folder")
     if plots is not None and not overwrite and plots.is_dir() and any(plots.iterdir()):
         raise VlaftError(f"{plots} is not empty; name another folder with --plots, or give --overwrite")
-    from vlaft.evaluate import check_models
+    from vlaft.evaluation.offline import check_models
 
     if env is not None:
         check_models(models)
         options = {"unnorm_key": unnorm_key, "dtype": dtype, "device": device, "base": base}
         in_environment(models, env, episodes, seed, batch_size, plots, as_json, options)
         return
-    from vlaft.evaluate import evaluate as run_evaluation
-    from vlaft.evaluation_examples import HeldOut
+    from vlaft.evaluation.held_out import HeldOut
+    from vlaft.evaluation.offline import evaluate as run_evaluation
 
     assert data is not None
     held_out = HeldOut.open(data, split, limit)
@@ -123,7 +123,7 @@ def evaluate(
                 )
             )
     if plots is not None:
-        from vlaft.evaluation_plots import draw_evaluations
+        from vlaft.evaluation.plots import draw_evaluations
 
         files = draw_evaluations(plots, evaluations, held_out)
         say(f"{len(files)} plots written to {plots}")
@@ -154,7 +154,7 @@ def in_environment(
 ) -> None:
     """Let models act in an environment, and print how often each succeeded."""
     from vlaft.cli.console import print_json, progress, say, show, warn
-    from vlaft.evaluation_rollout import KEPT, evaluate_in, write_pictures
+    from vlaft.evaluation.rollout import KEPT, evaluate_in, write_pictures
 
     done = []
     # what an environment prints must not come between the results

@@ -10,7 +10,7 @@ import typer
 from vlaft.cli.arguments import Out, Overwrite
 
 if TYPE_CHECKING:
-    from vlaft.export import ExportResult
+    from vlaft.release.export import ExportResult
 
 _TARGETS = ("huggingface", "nf4", "int8", "adapter")
 
@@ -77,14 +77,14 @@ def _run(
     overwrite: bool,
 ) -> ExportResult:
     from vlaft.cli.console import bytes_progress, say
-    from vlaft.export import export_huggingface, stored_bytes
-    from vlaft.model.checkpoint import resolve_checkpoint, tensor_table
-    from vlaft.output_folder import free_bytes, restored
-    from vlaft.release import open_source
+    from vlaft.files import free_bytes, restored
+    from vlaft.release.export import export_huggingface, stored_bytes
+    from vlaft.release.files import open_source
+    from vlaft.weights.layout import resolve_checkpoint, tensor_table
 
     if to == "adapter":
-        from vlaft.export_adapter import export_adapter
-        from vlaft.trained import find_trained
+        from vlaft.release.adapter import export_adapter
+        from vlaft.weights.trained import find_trained
 
         return export_adapter(find_trained(Path(source), checkpoint), out, overwrite=overwrite)
     folder = Path(source) if restored(Path(source)).is_dir() else resolve_checkpoint(source)
@@ -96,6 +96,6 @@ def _run(
             return export_huggingface(
                 folder, out, dtype=dtype, repository=repository, overwrite=overwrite, advance=advance
             )
-        from vlaft.export_quantized import export_quantized
+        from vlaft.release.quantized import export_quantized
 
         return export_quantized(folder, out, to, overwrite=overwrite, advance=advance)

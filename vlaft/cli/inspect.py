@@ -11,8 +11,9 @@ import typer
 from vlaft.cli.arguments import AsJson
 
 if TYPE_CHECKING:
-    from vlaft.data.contents import Contents
-    from vlaft.data.inspection import Inspection
+    from vlaft.data.contents import Contents, Entry
+    from vlaft.inspection.facts import Inspection
+
 
 _BARS = "▁▂▃▄▅▆▇█"
 _BAR_COLUMNS = 20
@@ -51,10 +52,9 @@ def inspect(
     Example: vlaft inspect demos.hdf5 --html demos.html
     """
     from vlaft.cli.console import print_json, say
-    from vlaft.cli.contents import show_contents
-    from vlaft.data.inspection_contents import NotInspected
-    from vlaft.data.inspection_summary import summarize
-    from vlaft.data.inspection_warnings import find
+    from vlaft.inspection.contents import NotInspected
+    from vlaft.inspection.summary import summarize
+    from vlaft.inspection.warnings import find
 
     if html is not None:
         _check_page(html, overwrite)
@@ -67,7 +67,7 @@ def inspect(
     findings = find(inspection)
     summary = summarize(inspection, findings)
     if html is not None:
-        from vlaft.inspect_page import render
+        from vlaft.inspection.page import render
 
         _write(html, render(inspection, summary))
     if as_json:
@@ -86,9 +86,9 @@ def _inspect(
     words: Sequence[str], preset: str | None, limit: int | None, frames: bool, *, thumbnails: bool
 ) -> Inspection:
     from vlaft.cli.convert import _phases, _sources
-    from vlaft.data.inspection import inspect_source
-    from vlaft.data.inspection_converted import inspect_converted, is_converted
     from vlaft.errors import UsageError
+    from vlaft.inspection.converted import inspect_converted, is_converted
+    from vlaft.inspection.facts import inspect_source
 
     requests = _sources(words, [preset] if preset else [], [], [])
     if len(requests) != 1:
@@ -115,7 +115,7 @@ def _check_page(page: Path, overwrite: bool) -> None:
 
 
 def _write(page: Path, content: str) -> None:
-    from vlaft.output_folder import output_file
+    from vlaft.files import output_file
 
     with output_file(page) as partial:
         partial.write_text(content, encoding="utf-8")
@@ -125,8 +125,7 @@ def _show(summary: Mapping[str, Any], contents: Contents | None) -> None:
     from rich.table import Table
 
     from vlaft.cli.console import show
-    from vlaft.cli.contents import show_contents
-    from vlaft.data.typed_words import flow
+    from vlaft.data.sentences import flow
 
     overview = Table(box=None, show_header=False, pad_edge=False)
     overview.add_column(style="bold", no_wrap=True)
@@ -242,3 +241,29 @@ def _bars(counts: Sequence[int]) -> str:
     joined = [sum(counts[start : start + 2]) for start in range(0, len(counts), len(counts) // _BAR_COLUMNS)]
     most = max(joined)
     return "".join(" " if not count else _BARS[round((count / most) ** 0.5 * (len(_BARS) - 1))] for count in joined)
+
+
+def show_contents(contents: Contents) -> None:
+    """Print the tree on stdout; long names do not push the shapes out of a narrow terminal."""
+    from vlaft.cli.console import show, stdout_console
+
+    show(f"in {contents.of}:")
+    labels = [_label(entry) for entry in contents.entries]
+    width = min(max(map(len, labels), default=0), stdout_console().width // 2, 48)
+    for label, entry in zip(labels, contents.entries, strict=True):
+        show(f"{label:{width}}  {_told(entry)}".rstrip())
+
+
+def _label(entry: Entry) -> str:
+    *above, name = entry.path.split("/")
+    if entry.kind == "file":
+        return f"  {entry.path}"
+    return "  " * (len(above) + 1) + name + ("/" if entry.kind == "group" and name else "")
+
+
+def _told(entry: Entry) -> str:
+    if entry.kind == "attribute":
+        return f"= {entry.note}"
+    shape = "" if entry.shape is None else str(list(entry.shape))
+    kind = "" if entry.kind in ("group", "file") else entry.kind
+    return "  ".join(filter(None, [shape, kind, f"({entry.note})" if entry.note else ""]))

@@ -16,7 +16,6 @@ from typing import Annotated, TextIO
 import typer
 
 from vlaft import __version__
-from vlaft.checked import is_text
 from vlaft.cli import (
     convert,
     demo,
@@ -34,6 +33,7 @@ from vlaft.cli import (
     train,
 )
 from vlaft.cli.console import fail
+from vlaft.documents import is_text
 from vlaft.errors import ConfigError, Unchecked, VlaftError
 
 app = typer.Typer(

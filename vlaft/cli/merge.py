@@ -12,7 +12,7 @@ from vlaft.cli.arguments import Base, Out, Overwrite
 
 if TYPE_CHECKING:
     from vlaft.adapt.rounding import Mode, Rounding
-    from vlaft.trained import Trained
+    from vlaft.weights.trained import Trained
 
 
 def merge(
@@ -45,11 +45,11 @@ def merge(
     from vlaft.cli.arguments import check_output_folder
     from vlaft.cli.console import bytes_progress, say
     from vlaft.errors import CheckpointError, UsageError
-    from vlaft.merge import merge as run_merge
-    from vlaft.merge import merged_bytes
-    from vlaft.model.checkpoint import resolve_checkpoint
-    from vlaft.output_folder import free_bytes
-    from vlaft.trained import find_trained
+    from vlaft.files import free_bytes
+    from vlaft.release.merge import merge as run_merge
+    from vlaft.release.merge import merged_bytes
+    from vlaft.weights.layout import resolve_checkpoint
+    from vlaft.weights.trained import find_trained
 
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise UsageError(f"--dtype {dtype}: give float32, bfloat16 or float16")
@@ -108,7 +108,7 @@ def _check(trained: Trained, base: Path, wanted: bool | None, mode: Mode) -> Cal
 
     if wanted is False:
         return None
-    from vlaft.verify import choose_dtype, merge_check
+    from vlaft.release.verify import choose_dtype, merge_check
 
     place = choose_dtype(base)
     if place is None:

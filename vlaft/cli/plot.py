@@ -33,7 +33,7 @@ def plot(
         raise VlaftError(f"{file} is a folder; --out needs a file")
     if file.exists() and not overwrite:
         raise VlaftError(f"{file} exists already; name another file with --out, or give --overwrite")
-    from vlaft.plot import plot_curves, read_curves
+    from vlaft.pages.curves import plot_curves, read_curves
 
     curves = [read_curves(run) for run in runs]
     for run in curves:

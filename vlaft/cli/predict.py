@@ -37,7 +37,7 @@ def predict(
     from vlaft.cli.console import print_json, show, warn
     from vlaft.data.codec import decode_image
     from vlaft.errors import DataError
-    from vlaft.inference import load
+    from vlaft.policy import load
 
     frames = []
     for path in image:

@@ -29,7 +29,7 @@ def list_recipes(as_json: AsJson = False) -> None:
     from rich.table import Table
 
     from vlaft.cli.console import print_json, show
-    from vlaft.config_layers import find_recipe, opening_comments, recipe_names
+    from vlaft.recipe.resolve import find_recipe, opening_comments, recipe_names
 
     rows: list[dict[str, str]] = []
     for name in recipe_names():
@@ -53,8 +53,7 @@ def show_recipe(
 ) -> None:
     """Print a recipe's YAML."""
     from vlaft.cli.console import visible
-    from vlaft.config import resolve, to_yaml
-    from vlaft.config_layers import find_recipe, read_settings
+    from vlaft.recipe.resolve import find_recipe, read_settings, resolve, to_yaml
 
     if resolved:
         typer.echo(to_yaml(resolve(name)), nl=False)
@@ -71,7 +70,7 @@ def copy_recipe(
 ) -> None:
     """Copy a recipe to a file of your own, to edit it and to use it with --recipe FILE."""
     from vlaft.cli.console import say
-    from vlaft.config_layers import find_recipe
+    from vlaft.recipe.resolve import find_recipe
 
     source = find_recipe(name)
     target = destination / source.name if destination.is_dir() else destination

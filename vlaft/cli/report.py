@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
+from vlaft.accounting.costs import PAPER_BATCH, PAPER_GB, RecipeCost
+from vlaft.accounting.memory import CARDS
+from vlaft.accounting.parameters import PARTS
 from vlaft.cli.arguments import AsJson, Base, ConfigFiles, GpuMemory, Settings
+from vlaft.errors import VlaftError
 
 _NO_GPU = 24 * 10**9  # what the largest batch is worked out for where no GPU is here and none is named
 
@@ -47,14 +53,11 @@ def report(
     Example: vlaft report --recipe lora32 --recipe qlora32 --gpu-memory 24GB train.gradient_checkpointing=all
     """
     from vlaft.accounting.costs import PAPER_BASE, recipe_cost
-    from vlaft.accounting.plot import plot_costs
-    from vlaft.accounting.table import cost_table, memory_table, modules_table, parts_table
     from vlaft.cli.arguments import parse_size
     from vlaft.cli.console import print_json, progress, show
-    from vlaft.config import resolve
-    from vlaft.config_layers import recipe_names
     from vlaft.errors import UsageError
-    from vlaft.model.presets import base_config
+    from vlaft.model.load import base_config
+    from vlaft.recipe.resolve import recipe_names, resolve
 
     if explain and recipe:
         raise UsageError("--explain names its recipe itself; leave --recipe out")
@@ -101,3 +104,142 @@ def _present_gpu() -> int | None:
     if not torch.cuda.is_available():
         return None
     return int(torch.cuda.get_device_properties(0).total_memory)
+
+
+_COLOURS = {
+    "weights": "#4c6a92",
+    "adapters": "#7fa3c7",
+    "gradients": "#c98b4a",
+    "optimizer state": "#e3be7d",
+    "activations": "#5b9a72",
+    "logits": "#a9cfa5",
+    "allocator and CUDA": "#b8b8b8",
+}
+
+
+def plot_costs(costs: Sequence[RecipeCost], title: str, path: Path) -> None:
+    """Draw stacked bars, one per recipe in the order given, and write them to `path` (its ending says the format).
+
+    Raises:
+        VlaftError: the ending is unknown, or the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1.6 + 0.42 * len(costs)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    names = [f"{cost.name}, batch {cost.memory.batch_size}" for cost in costs]
+    starts = [0.0] * len(costs)
+    for term, colour in _COLOURS.items():
+        widths = [_gigabytes(cost, term) for cost in costs]
+        axes.barh(names, widths, left=starts, color=colour, label=term)
+        starts = [start + width for start, width in zip(starts, widths, strict=True)]
+    limit = 1.08 * max(*starts, CARDS[0])
+    for card in CARDS:
+        if card < limit:
+            axes.axvline(card, color="#555555", linewidth=0.6, linestyle=":")
+            axes.text(card, -0.75, str(card), ha="center", va="bottom", fontsize=7, color="#555555")
+    axes.set_xlim(0, limit)
+    axes.invert_yaxis()
+    axes.set_xlabel("GB per GPU at the peak of a training step (dotted: common cards)")
+    axes.set_title(title, fontsize=10, pad=16)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=len(_COLOURS))
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as error:
+        raise VlaftError(f"{path}: no picture can be written in this format ({error}); name a .png file") from None
+    except OSError as error:
+        raise VlaftError(f"{path} cannot be written ({error.strerror})") from None
+
+
+def _gigabytes(cost: RecipeCost, term: str) -> float:
+    terms = cost.memory.terms
+    if term in terms:
+        return terms[term] / 1e9
+    return sum(size for name, size in terms.items() if name not in _COLOURS) / 1e9
+
+
+def _table(first: str, *headings: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def gigabytes(size: int) -> str:
+    """Return bytes as GB.
+
+    >>> gigabytes(59_712_345_678)
+    '59.7'
+    """
+    return f"{size / 1e9:.1f}" if size >= 1e8 else f"{size / 1e9:.4f}"
+
+
+def cost_table(costs: Sequence[RecipeCost], gpu_memory: int, *, paper: bool) -> Table:
+    """Return one row per recipe: parameters, peak, what fits.
+
+    Args:
+        costs: of the recipes.
+        gpu_memory: bytes of the GPU that the largest batches are for.
+        paper: add the paper's memory, which describes the SigLIP-only base.
+    """
+    measured = any(cost.measurement for cost in costs)
+    table = _table(
+        "recipe",
+        "trainable",
+        "of total",
+        "reached by gradient",
+        "batch",
+        "peak GB",
+        *(["measured GB", "error"] if measured else []),
+        f"largest batch in {gpu_memory / 1e9:.0f} GB",
+        "smallest card",
+        *([f"paper GB, batch {PAPER_BATCH}"] if paper else []),
+    )
+    for cost in costs:
+        counted, memory = cost.counted, cost.memory
+        card = "none" if cost.smallest_card is None else f"{cost.smallest_card} GB"
+        cells = [
+            cost.name,
+            f"{counted.trainable:,}",
+            f"{100 * counted.trainable / counted.total:.2f} %",
+            f"{counted.reached_by_gradient:,}",
+            str(memory.batch_size),
+            gigabytes(memory.peak) + (f" x {memory.gpus}" if memory.gpus > 1 else ""),
+        ]
+        if measured:
+            one = cost.measurement
+            cells += ["", ""] if one is None else [gigabytes(one.peak_bytes), f"{100 * one.error:+.1f} %"]
+        cells += [str(cost.largest_batch) if cost.largest_batch else "none", card]
+        if paper:
+            total, gpus = PAPER_GB.get(cost.name, (None, 1))
+            cells.append("" if total is None else f"{total}" + (f" over {gpus}" if gpus > 1 else ""))
+        table.add_row(*cells)
+    return table
+
+
+def parts_table(costs: Sequence[RecipeCost]) -> Table:
+    """Return trained parameters per part of the model."""
+    table = _table("trained in", *PARTS)
+    for cost in costs:
+        table.add_row(cost.name, *(f"{cost.counted.parts[part].trainable:,}" for part in PARTS))
+    return table
+
+
+def memory_table(cost: RecipeCost) -> Table:
+    """Return where each byte goes at the moment of the peak."""
+    table = _table("memory at the peak", "bytes", "GB", "share")
+    for term, size in (*cost.memory.terms.items(), ("in all", cost.memory.peak)):
+        table.add_row(term, f"{size:,}", f"{size / 1e9:.3f}", f"{100 * size / cost.memory.peak:.1f} %")
+    return table
+
+
+def modules_table(cost: RecipeCost) -> Table:
+    """Return parameters per module, equal blocks folded into one row."""
+    table = _table("module", "parameters", "trained")
+    for module, entry in cost.counted.modules.items():
+        table.add_row(module, f"{entry.total:,}", f"{entry.trainable:,}" if entry.trainable else "")
+    return table

@@ -43,8 +43,7 @@ def serve(
     from vlaft.cli.arguments import parse_size
     from vlaft.cli.console import say, warn
     from vlaft.errors import MissingExtra
-    from vlaft.serving.settings import ServeSettings
-    from vlaft.serving.token import TOKEN_VARIABLE, read_token
+    from vlaft.serving.settings import TOKEN_VARIABLE, ServeSettings, read_token
 
     settings = ServeSettings(
         token=read_token(token_file, os.environ),
@@ -63,7 +62,7 @@ def serve(
         address = bound.getsockname()
         if settings.token is None and not address[0].startswith("127.") and address[0] != "::1":
             warn(f"whoever reaches {host} can use this model; ask for a token with --token-file or {TOKEN_VARIABLE}")
-        from vlaft.inference import load
+        from vlaft.policy import load
 
         policy = load(model, base=base, checkpoint=checkpoint, dtype=dtype, device=device)
         shown = f"[{address[0]}]" if ":" in address[0] else address[0]

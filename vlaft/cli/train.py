@@ -10,8 +10,8 @@ import typer
 from vlaft.cli.arguments import Base, ConfigFiles, Data, GpuMemory, Out, Overwrite, Recipe, Resume, Settings
 
 if TYPE_CHECKING:
-    from vlaft.config import RecipeConfig
-    from vlaft.plan import Plan
+    from vlaft.accounting.plan import Plan
+    from vlaft.recipe.settings import RecipeConfig
     from vlaft.training.events import Banner, EvaluationLine, RunSummary, StepLine
 
 
@@ -34,14 +34,14 @@ def train(
     Example: vlaft train --recipe lora32 --data data/ --base openvla/openvla-7b --out run/ train.steps=2000
     """
     from vlaft.cli.arguments import check_output_folder, parse_size
-    from vlaft.training.run_folder import RunFolder
+    from vlaft.training.folder import RunFolder
 
     again = not resume and RunFolder(out).holds_nothing()  # after a divergence: its log was all there was to keep
     check_output_folder(out, overwrite=overwrite or again, resume=resume)
     resolved = resolve_recipe(recipe, config, settings, data, base, gpu_memory, run=out if resume else None)
     memory = parse_size(gpu_memory) if gpu_memory else None
+    from vlaft.accounting.plan import plan_run, present_gpu, runs_on_cpu
     from vlaft.errors import ConfigError, VlaftError
-    from vlaft.plan import plan_run, present_gpu, runs_on_cpu
 
     if not resolved.data.paths:
         raise ConfigError("data.path is missing: name the converted dataset with --data")
@@ -89,8 +89,8 @@ def resolve_recipe(
     run: Path | None = None,
 ) -> RecipeConfig:
     """Lay the command's words over the recipe; a run that is continued brings its own recipe."""
-    from vlaft.config import resolve
-    from vlaft.training.run_folder import RECIPE_FILE
+    from vlaft.recipe.resolve import resolve
+    from vlaft.training.folder import RECIPE_FILE
 
     words = list(settings or [])
     options: dict[str, Any] = {"base": base} if base is not None else {}
@@ -116,12 +116,12 @@ def _choose_recipe(
 ) -> RecipeConfig:
     """Choose for the card, and say why."""
     from vlaft.accounting.choose import choose
+    from vlaft.accounting.plan import present_gpu
     from vlaft.cli.arguments import parse_size
     from vlaft.cli.console import say
-    from vlaft.config import resolve
     from vlaft.errors import UsageError
-    from vlaft.model.presets import base_config
-    from vlaft.plan import present_gpu
+    from vlaft.model.load import base_config
+    from vlaft.recipe.resolve import resolve
 
     memory = parse_size(gpu_memory) if gpu_memory else present_gpu()
     if memory is None:
@@ -135,7 +135,7 @@ def _choose_recipe(
 
 def _show_plan(plan: Plan) -> None:
     from vlaft.cli.console import show
-    from vlaft.config import to_yaml
+    from vlaft.recipe.resolve import to_yaml
 
     train, counted = plan.recipe.train, plan.counted
     show(to_yaml(plan.recipe).rstrip())

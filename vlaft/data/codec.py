@@ -11,8 +11,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from vlaft.data.episode import Image
 from vlaft.errors import DataError
+from vlaft.observation.images import Image
 
 ImageCodec = Literal["jpeg", "png", "webp-lossless"]
 CODECS: tuple[ImageCodec, ...] = get_args(ImageCodec)
@@ -108,3 +108,16 @@ def _check_size(height: int, width: int, where: str) -> None:
 
 def _reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:120] or type(error).__name__
+
+
+SMALL = 2**26  # bytes that anything may unfold to: a million steps of 16 float32
+_LARGEST_RATIO = 100
+
+
+def largest_unfolded(stored: int) -> int:
+    """Return how many bytes `stored` bytes of numbers or texts may unfold to.
+
+    >>> largest_unfolded(1000) == SMALL, largest_unfolded(10**7)
+    (True, 1000000000)
+    """
+    return max(SMALL, _LARGEST_RATIO * stored)

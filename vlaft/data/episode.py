@@ -2,21 +2,22 @@
 
 * A reader fills `arrays` and `cameras` with what lies in the source, under the source's own names, unchanged.
 * A `Layout` (see `vlaft.data.layout`) says which of them are the action, the state and the cameras to keep.
-* Standardizing steps (see `vlaft.data.standardize`) then return changed copies; nothing is changed in place.
+* Standardizing steps (see `vlaft.data.standardize.steps`) then return changed copies; nothing is changed in place.
 
 Frames are decoded only when they are read, and always in order: a video is decoded once from its start.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-Image = NDArray[np.uint8]  # [height, width, 3], RGB, row 0 on top
+from vlaft.observation.images import Image
 
 
 @runtime_checkable
@@ -148,3 +149,35 @@ class _SelectedArrays(Mapping[str, NDArray[np.generic]]):
 
     def __len__(self) -> int:
         return len(self.arrays)
+
+
+class StepInstructions(NamedTuple):
+    """What an `Episode` holds as `instruction` and `instructions`, and a warning, which may be empty."""
+
+    most: str
+    own: tuple[str, ...]
+    told: str
+
+
+def gather(texts: Sequence[str], where: str) -> StepInstructions:
+    """Return the most frequent of the steps' texts (the earliest of equals), and each step's own where they differ.
+
+    A step without one gets the only one that there is, else the most frequent, with a warning.
+
+    Args:
+        texts: T of them, blank where the step has none.
+        where: names the episode in the warning.
+    """
+    counts = Counter(text for text in texts if text.strip())
+    if not counts:
+        return StepInstructions("", (), "")
+    most = counts.most_common(1)[0][0]
+    if len(counts) == 1:
+        return StepInstructions(most, (), "")
+    blank = len(texts) - counts.total()
+    told = (
+        f"{where}: the rows name {len(counts)} instructions, and {blank} of {len(texts)} none; those get the most"
+        f" frequent: '{most[:80]}'"
+    )
+    own = tuple(text if text.strip() else most for text in texts)
+    return StepInstructions(most, own, told if blank else "")

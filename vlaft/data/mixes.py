@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlaft.data.opened_source import SourceRequest
+from vlaft.data.layout import separate_options
 from vlaft.data.presets import find_file, known_datasets, layout_fields, preset_of_dataset, read_yaml
-from vlaft.data.reader_options import separate_options
+from vlaft.data.source import SourceRequest
 from vlaft.errors import ConfigError, DataError, did_you_mean
-from vlaft.recipe_files import recipes_folder
+from vlaft.recipe.resolve import recipes_folder
 
 _OWN_KEYS = ("path", "preset", "weight")
 

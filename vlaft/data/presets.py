@@ -14,12 +14,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vlaft.data.layout import Layout
-from vlaft.data.reader_options import ADDED_STEPS, separate_options
-from vlaft.data.standardize import parse_steps
+from vlaft.data.layout import ADDED_STEPS, Layout, separate_options
+from vlaft.data.standardize.steps import parse_steps
+from vlaft.documents import NotYaml, parse_yaml
 from vlaft.errors import ConfigError, did_you_mean
-from vlaft.plain_yaml import NotYaml, parse_yaml
-from vlaft.recipe_files import recipes_folder
+from vlaft.recipe.resolve import recipes_folder
 
 _KEYS = [field.name for field in fields(Layout)]
 _TEXTS = ("action", "state", "action_names")

@@ -22,12 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vlaft.checked import WrongValue, read_as, shown
-from vlaft.data.images import ImagePipeline
-from vlaft.data.statistics import read_statistics
+from vlaft.action.statistics import read_statistics
+from vlaft.documents import WrongValue, read_as, shown
 from vlaft.errors import CheckpointError, DataError
-from vlaft.files import SEAL, UNSEALED, checksum, content_checksum, holds, seal_holds, unsealed
-from vlaft.output_folder import restored
+from vlaft.files import SEAL, UNSEALED, checksum, content_checksum, holds, read_json, restored, seal_holds, unsealed
+from vlaft.observation.images import ImagePipeline
 
 FORMAT_VERSION = 1
 DATASET_FILE = "dataset.json"
@@ -41,7 +40,6 @@ _LONGEST_NAME = 255  # bytes of a file's name, on every usual file system
 _LARGEST_WEIGHT = 1e6
 _LARGEST_ID = 2**31
 _TEXTS = ["dataset", "source", "instruction"]  # columns that repeat; looking for repeated images takes long
-_MAX_JSON = 256 * 2**20
 _CACHED_GROUPS = 16
 
 
@@ -242,58 +240,6 @@ def _compression(schema: pa.Schema) -> dict[str, str]:
         **dict.fromkeys(plain, "zstd"),
         **{f"{name}.{part}": "none" for name in images for part in ("bytes", "path")},
     }
-
-
-def write_json(path: Path, value: Any, sync: bool = True) -> None:
-    """Write JSON aside, sync it (unless that can wait) and rename it into place.
-
-    Raises:
-        ValueError: a number is not finite; JSON has no way to say so.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-        if sync:
-            sync_file(temporary)
-        temporary.replace(path)
-        if sync:
-            sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
-
-    Raises:
-        DataError: it cannot be read, is no JSON, or holds something else.
-    """
-    try:
-        if path.stat().st_size > _MAX_JSON:
-            raise DataError(f"{path} is too large for what it should be ({path.stat().st_size} bytes)")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read as JSON ({' '.join(str(error).split())[:100]})") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path} must hold a JSON object")
-    return value
-
-
-def sync_file(path: Path) -> None:
-    """Make the content of a file durable."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames within a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class ConvertedDataset:

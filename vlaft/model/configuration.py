@@ -12,7 +12,7 @@ from typing import Any, ClassVar, get_type_hints
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-from vlaft.checked import WrongValue, read_as
+from vlaft.documents import WrongValue, read_as
 from vlaft.errors import CheckpointError
 
 _LARGEST_SIZE = 2**20

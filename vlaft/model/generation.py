@@ -11,13 +11,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlaft.model.cuda_graphs import CudaGraphs
-from vlaft.model.key_values import KeyValues
 from vlaft.model.openvla import OpenVLAForActionPrediction
 
 
@@ -154,3 +154,59 @@ def likeliest(model: OpenVLAForActionPrediction, hidden: Tensor, *, action_ids_o
     else:
         logits = head(hidden)[..., start:stop]
     return logits.argmax(dim=-1) + start
+
+
+@torch.inference_mode()
+def decode_both(
+    model: Any, prompts: Tensor, mask: Tensor, pixel_values: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the tokens that the model finds most likely, teacher-forced and free-running.
+
+    Image and prompt are nearly the whole cost of a prediction, and both ways share them: their keys and values are
+    computed once, extended by the demonstrated tokens, and then by the model's own in their place.
+
+    Args:
+        model: bare or wrapped by peft, in eval mode.
+        prompts: `[B, T]` int64, beginning with BOS, padded on the right.
+        mask: `[B, T]`, 1 where there is a token.
+        pixel_values: `[B, 3 * number of ViTs, H, W]`, normalised, of the model's dtype.
+        targets: `[B, A]` int64, the demonstrated action tokens.
+
+    Returns:
+        Two tensors `[B, A]` int64. The first is what `forward` with labels gives by argmax, the second what
+        `generate_action_ids` gives.
+    """
+    count = targets.shape[1]
+    prompt = read_prompt(model, prompts, pixel_values, mask, room=count - 1)
+    hidden = prompt.last[:, None]
+    if count > 1:  # the first token needs no other
+        hidden = torch.cat([hidden, feed(model, prompt, targets[:, :-1], fed=0)], dim=1)
+    return likeliest(model, hidden), continue_greedily(model, prompt, count)
+
+
+class KeyValues:
+    """Keys and values of every decoder block; transformers' attention asks a cache for no more than `update`.
+
+    Attributes:
+        capacity: positions that there is room for.
+        length: positions that are filled; the next tokens go behind them. Whoever decodes advances it, and may set it
+            back to overwrite what came later.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self._blocks: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Store keys and values `[B, H, N, d]` of the next N positions of a block; return all up to and with them."""
+        begin, end = self.length, self.length + key.shape[2]
+        if layer_idx not in self._blocks:
+            shape = (*key.shape[:2], self.capacity)
+            self._blocks[layer_idx] = key.new_empty(*shape, key.shape[3]), value.new_empty(*shape, value.shape[3])
+        keys, values = self._blocks[layer_idx]
+        keys[:, :, begin:end] = key
+        values[:, :, begin:end] = value
+        if begin == 0:
+            return key, value
+        return keys[:, :, :end], values[:, :, :end]

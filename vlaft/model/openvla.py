@@ -21,10 +21,9 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from vlaft.model.configuration import OpenVLAConfig
-from vlaft.model.key_values import KeyValues
+from vlaft.model.generation import KeyValues
 from vlaft.model.last_layer import LastDecoderLayer
-from vlaft.model.projector import Projector
-from vlaft.model.vision import AttentionPool, LayerScale, VisionBackbone, VisionTransformer, vit_config
+from vlaft.model.vision import AttentionPool, LayerScale, Projector, VisionBackbone, VisionTransformer, vit_config
 
 IGNORE_INDEX = -100  # label of positions that the loss skips
 

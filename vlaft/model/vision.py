@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vlaft.checked import WrongValue, read_as
+from vlaft.documents import WrongValue, read_as
 from vlaft.errors import CheckpointError
 
 _MOST_BLOCKS = 1000  # the deepest ViTs have a tenth of that
@@ -234,3 +234,23 @@ class VisionBackbone(nn.Module):
         """Map `[B, 3 * number of ViTs, H, W]`, three normalised channels for each ViT, to `[B, P, sum of widths]`."""
         images = pixel_values.split(3, dim=1)
         return torch.cat([vit(image) for vit, image in zip(self.featurizers, images, strict=True)], dim=-1)
+
+
+class Projector(nn.Module):
+    """An MLP with exact GELU and biases.
+
+    A single backbone has two layers (`fc1`: V to D, `fc2`: D to D), the fused one three (`fc1`: V to 4V,
+    `fc2`: 4V to D, `fc3`: D to D), as in the released checkpoints.
+    """
+
+    def __init__(self, vision_dim: int, text_dim: int, *, fused: bool) -> None:
+        super().__init__()
+        hidden = 4 * vision_dim if fused else text_dim
+        self.fc1 = nn.Linear(vision_dim, hidden)
+        self.fc2 = nn.Linear(hidden, text_dim)
+        self.fc3 = nn.Linear(text_dim, text_dim) if fused else None
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map `[B, P, V]` to `[B, P, D]`."""
+        x = self.fc2(F.gelu(self.fc1(features)))
+        return x if self.fc3 is None else self.fc3(F.gelu(x))

@@ -30,7 +30,7 @@ _GONE = Response(status_code=499)  # reaches nobody
 
 
 def create_app(policy: Any, name: str, settings: ServeSettings) -> FastAPI:
-    """Return the application that serves `policy` (see `vlaft.inference.Policy`).
+    """Return the application that serves `policy` (see `vlaft.policy.Policy`).
 
     Args:
         policy: has `statistics`, `pipeline` and `predict`.

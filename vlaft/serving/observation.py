@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlaft.data.episode import Image
-from vlaft.data.statistics import choose_key
+from vlaft.action.statistics import choose_key
 from vlaft.errors import DataError
+from vlaft.observation.images import Image
 from vlaft.serving import json_numpy
 from vlaft.serving.settings import MAX_INSTRUCTION, Refused, ServeSettings
 

@@ -23,12 +23,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vlaft.checked import read_as, shown
+from vlaft.documents import read_as, shown
 from vlaft.errors import CheckpointError, VlaftError
-from vlaft.files import SEAL, checksum, holds, sealed, unsealed
-from vlaft.output_folder import sync
-from vlaft.trained import CHECKPOINT_NAME, STATE_FILE, TRAINED_FILE, state_seal_holds
-from vlaft.training.distributed import spread_like, whole
+from vlaft.files import SEAL, checksum, holds, sealed, sync, unsealed
+from vlaft.training.model import spread_like, whole
+from vlaft.weights.trained import CHECKPOINT_NAME, STATE_FILE, TRAINED_FILE, state_seal_holds
 
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _SCALAR = re.compile(r"\d{1,9}\.\w+")

@@ -8,8 +8,8 @@ import math
 import torch
 from torch import nn
 
-from vlaft.config import ScheduleConfig, TrainConfig
 from vlaft.errors import MissingExtra
+from vlaft.recipe.settings import ScheduleConfig, TrainConfig
 
 
 def parameter_groups(model: nn.Module, learning_rate: float, plus_ratio: float | None = None) -> list[dict]:

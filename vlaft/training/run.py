@@ -16,16 +16,15 @@ import torch
 from peft import PeftModel
 from torch.nn.parallel import DistributedDataParallel
 
+from vlaft.action.metrics import Metrics, MetricSums
 from vlaft.adapt import pissa
-from vlaft.adapt.adapter_files import load_adapter_weights, save_adapter
-from vlaft.checked import read_as
-from vlaft.config import RecipeConfig, resolve_precision
-from vlaft.data.augmentation import pixel_values
+from vlaft.adapt.adapter import load_adapter_weights, save_adapter
 from vlaft.data.loader import IGNORED, Batch
+from vlaft.documents import read_as
 from vlaft.errors import CheckpointError, ConfigError, VlaftError
 from vlaft.files import content_checksum
-from vlaft.model.checkpoint import fingerprint, tensor_checksums
-from vlaft.training.batches import TrainingData, to_inputs
+from vlaft.observation.augmentation import pixel_values
+from vlaft.recipe.settings import RecipeConfig, resolve_precision
 from vlaft.training.checkpoints import (
     Progress,
     checkpoint_name,
@@ -41,15 +40,26 @@ from vlaft.training.checkpoints import (
     write_checkpoint,
     write_trained,
 )
-from vlaft.training.distributed import bare, base_model, distribute, is_sharded, join_processes, mine, whole
+from vlaft.training.data import TrainingData, to_inputs
 from vlaft.training.events import Listener, Silence
 from vlaft.training.feature_cache import FeatureCache, cache_folder, cacheable, pays
-from vlaft.training.metrics import Metrics, MetricSums
+from vlaft.training.folder import LOG_FILE, RunFolder
+from vlaft.training.interrupts import StopSignals
+from vlaft.training.model import (
+    DTYPES,
+    bare,
+    base_model,
+    distribute,
+    is_sharded,
+    join_processes,
+    load_trainable,
+    mine,
+    trained_names,
+    whole,
+)
 from vlaft.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
-from vlaft.training.run_folder import LOG_FILE, RunFolder
-from vlaft.training.session import DTYPES, load_trainable, trained_names
-from vlaft.training.signals import StopSignals
 from vlaft.training.step import Inputs, Normalization, autocast, forward
+from vlaft.weights.layout import fingerprint, tensor_checksums
 
 
 class Run:

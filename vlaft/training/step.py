@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vlaft.data.augmentation import augment, pixel_values
 from vlaft.model.openvla import OpenVLAOutput
+from vlaft.observation.augmentation import augment, pixel_values
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,13 @@ from pathlib import Path
 
 import torch
 
-from vlaft.adapt.quantize import quantization_config
-from vlaft.config import RecipeConfig, resolve, to_yaml
+from vlaft.action.metrics import Metrics, MetricSums
+from vlaft.adapt.methods import quantization_config
 from vlaft.errors import ConfigError, Interrupted, VlaftError
-from vlaft.files import content_checksum
-from vlaft.model.checkpoint import check_tensor_checksums, resolve_checkpoint
-from vlaft.output_folder import check_apart, joined, locked
-from vlaft.trained import BASE_CHECKSUMS, STATISTICS_CHECKSUM
+from vlaft.files import check_apart, content_checksum, joined, locked
+from vlaft.recipe.resolve import resolve, to_yaml
+from vlaft.recipe.settings import RecipeConfig
 from vlaft.training.checkpoints import checkpoint_name, newest_good
-from vlaft.training.distributed import is_first, several
 from vlaft.training.events import (
     Banner,
     EvaluationLine,
@@ -34,14 +32,16 @@ from vlaft.training.events import (
     PredictedMemory,
     RunSummary,
     StepLine,
+    check_trackers,
+    tracked,
 )
-from vlaft.training.memory import MemoryWatch, out_of_memory_told
-from vlaft.training.metrics import Metrics, MetricSums
+from vlaft.training.folder import RECIPE_FILE, RunFolder, check_same_recipe, command_line, environment
+from vlaft.training.interrupts import MemoryWatch, StopSignals, out_of_memory_told
+from vlaft.training.model import is_first, several
 from vlaft.training.optimizer import check_installed
 from vlaft.training.run import Run
-from vlaft.training.run_folder import RECIPE_FILE, RunFolder, check_same_recipe, command_line, environment
-from vlaft.training.signals import StopSignals
-from vlaft.training.trackers import check_trackers, tracked
+from vlaft.weights.layout import check_tensor_checksums, resolve_checkpoint
+from vlaft.weights.trained import BASE_CHECKSUMS, STATISTICS_CHECKSUM
 
 # Settings that say where something lies, and the key of `run.json` that says what it held.
 _CONTENT = {"base": "base_fingerprint", "data.path": "data_fingerprint"}

@@ -90,8 +90,8 @@ def open_source(path: Path, options: dict[str, object] | None = None) -> Source:
 
 
 def _open_folder(path: Path, options: dict[str, object]) -> Source:
+    from vlaft.data.readers.rlds.source import is_tfds_folder
     from vlaft.data.readers.sniff import is_hdf5, refuse_lfs_pointer
-    from vlaft.data.readers.tfds_folder import is_tfds_folder
 
     try:
         entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
@@ -100,7 +100,7 @@ def _open_folder(path: Path, options: dict[str, object]) -> Source:
     if not entries:
         raise DataError(f"folder '{path}' is empty; {_UNDERSTOOD}")
     if (path / "meta").is_dir():
-        from vlaft.data.readers.lerobot import LeRobotSource, looks_like_lerobot
+        from vlaft.data.readers.lerobot.source import LeRobotSource, looks_like_lerobot
 
         if looks_like_lerobot(path):  # also where info.json is what is missing, so that the reader says so
             return LeRobotSource(path, options)
@@ -108,7 +108,7 @@ def _open_folder(path: Path, options: dict[str, object]) -> Source:
     if (path / "dataset.json").is_file():
         raise DataError(f"'{path}' is already converted (it has a dataset.json): train on it with --data {path}")
     if is_tfds_folder(path):
-        from vlaft.data.readers.rlds import RldsSource
+        from vlaft.data.readers.rlds.source import RldsSource
 
         if options:
             raise ConfigError(f"an RLDS dataset takes no reader options (given: {', '.join(sorted(options))})")
@@ -137,8 +137,8 @@ def _point_below(path: Path) -> None:
     Raises:
         DataError: there are LeRobot or RLDS datasets in the folders below.
     """
-    from vlaft.data.readers.lerobot import looks_like_lerobot
-    from vlaft.data.readers.tfds_folder import is_tfds_folder
+    from vlaft.data.readers.lerobot.source import looks_like_lerobot
+    from vlaft.data.readers.rlds.source import is_tfds_folder
 
     found: list[str] = []
     for looked_at, (parent, folders, _) in enumerate(os.walk(path)):
@@ -170,7 +170,7 @@ def _refuse_version_1(path: Path) -> None:
 
 
 def _open_hdf5(path: Path, options: dict[str, object]) -> Source:
-    from vlaft.data.readers.hdf5 import open_hdf5
+    from vlaft.data.readers.hdf5.source import open_hdf5
 
     return open_hdf5(path, options)
 
@@ -180,7 +180,7 @@ def _open_from_hub(path: Path, options: dict[str, object]) -> Source:
     # A local folder of that name in front makes it a mistyped path: nothing is asked of the Hub then.
     if not _HUB_ID.match(text) or Path(text.partition("/")[0]).exists():
         raise DataError(f"'{path}' does not exist")
-    from vlaft.data.readers.lerobot import LeRobotSource, download
+    from vlaft.data.readers.lerobot.source import LeRobotSource, download
 
     folder = download(text)
     _refuse_version_1(folder)

@@ -49,7 +49,7 @@ def is_hdf5(path: Path) -> bool:
 
 def describe_file(path: Path) -> str:
     """Say in a few words what an unknown file seems to be."""
-    from vlaft.data.readers.tfrecord import starts_with_record
+    from vlaft.data.readers.rlds.records import starts_with_record
 
     head = first_bytes(path)
     if not head:

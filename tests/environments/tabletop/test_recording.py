@@ -1,0 +1,151 @@
+"""Demonstrations of the expert, recorded and converted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from small_base import write_small_base
+
+from vlaft.cli.main import main as vlaft
+from vlaft.data.store import ConvertedDataset
+from vlaft.environments.tabletop import recording
+from vlaft.environments.tabletop.environment import TabletopEnv
+from vlaft.environments.tabletop.expert import expert_action
+from vlaft.environments.tabletop.recording import demonstrate, main, record
+from vlaft.environments.tabletop.scene import SETUP_A, SETUP_B, Scene, SetUp
+from vlaft.errors import ConfigError, VlaftError
+
+
+@pytest.mark.parametrize("setup", [SETUP_A, SETUP_B], ids=lambda setup: setup.name)
+def test_a_demonstration_without_disturbances_can_be_done_again(setup: SetUp) -> None:
+    for seed in range(20):
+        shown = demonstrate(setup, seed, disturbed=0.0)
+        env = TabletopEnv(setup, recording.RECORDING_NOISE)
+        observation, info = env.reset(seed=seed)
+        assert shown.instruction == info["instruction"]
+        for frame, state, action in zip(shown.frames, shown.states, shown.actions, strict=True):
+            assert (observation["image"] == frame).all() and (observation["state"] == state).all()
+            observation, _, terminated, _, info = env.step(action)
+        assert terminated and info["success"]
+
+
+@pytest.mark.parametrize("setup", [SETUP_A, SETUP_B], ids=lambda setup: setup.name)
+def test_what_is_recorded_is_what_the_expert_wanted(setup: SetUp, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, outcomes = [], []
+
+    def expert(scene: Scene) -> np.ndarray:
+        wanted.append(expert_action(scene).astype(np.float32))
+        return wanted[-1].astype(np.float64)
+
+    class Watched(TabletopEnv):
+        def step(self, action: np.ndarray) -> Any:
+            outcomes.append((action, super().step(action)))
+            return outcomes[-1][1]
+
+    monkeypatch.setattr(recording, "expert_action", expert)
+    monkeypatch.setattr(recording, "TabletopEnv", Watched)
+    done = changed = 0
+    for seed in range(40):
+        wanted.clear()
+        outcomes.clear()
+        shown = demonstrate(setup, seed)
+        assert (shown.actions == np.stack(wanted)).all() and len(shown.frames) == len(outcomes)
+        for (_, answer), frame, state in zip(outcomes, shown.frames[1:], shown.states[1:], strict=False):
+            assert (answer[0]["image"] == frame).all() and (answer[0]["state"] == state).all()
+        done += outcomes[-1][1][4]["success"]
+        changed += sum(bool((action != want).any()) for (action, _), want in zip(outcomes, wanted, strict=True))
+        again = demonstrate(setup, seed)
+        assert (shown.frames == again.frames).all() and (shown.actions == again.actions).all()
+    assert done >= 39 and 20 < changed < 100  # about one step in eight of 400
+
+
+def test_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "new/demos.hdf5"
+    frames = record(path, SETUP_A, [7, 3])
+    assert [each.name for each in path.parent.iterdir()] == ["demos.hdf5"]
+    with h5py.File(path) as file:
+        data = file["data"]
+        assert list(data) == ["demo_0", "demo_1"] and data.attrs["total"] == frames
+        assert json.loads(data.attrs["env_args"])["env_kwargs"]["control_freq"] == 5
+        for demo, seed, target in zip(data.values(), (7, 3), SETUP_A.objects, strict=False):
+            shown = demonstrate(SETUP_A, seed, target)
+            assert shown.instruction == f"pick up the {target} block"  # each object in turn
+            assert demo.attrs["num_samples"] == len(shown.actions) and demo.attrs["seed"] == seed
+            assert demo.attrs["language_instruction"] == shown.instruction
+            assert (demo["actions"][:] == shown.actions).all() and demo["actions"].dtype == np.float32
+            assert (demo["obs/agentview_image"][:] == shown.frames).all()
+            assert (demo["obs/robot_state"][:] == shown.states).all()
+
+
+def test_recorded_and_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, data = tmp_path / "tabletop_b.hdf5", tmp_path / "data"
+    assert main(["--out", str(file), "--episodes", "6", "--seed", "40"]) == 0
+    assert capsys.readouterr().out.startswith("6 demonstrations of tabletop_b, ")
+    base = write_small_base(tmp_path / "base", "fused")
+    words = ["convert", str(file), "--preset", "tabletop", "--base", str(base), "--out", str(data), "--workers", "1"]
+    assert vlaft(words) == 0
+    converted = ConvertedDataset(data)
+    assert list(converted.statistics) == ["tabletop_b"]  # the name under which `evaluate --env tabletop` looks
+    statistics = converted.statistics["tabletop_b"]["action"]
+    assert statistics["mask"] == [True] * 6 + [False]
+    rows = [row for shard in sorted(data.glob("*.parquet")) for row in pq.read_table(shard).to_pylist()]
+    targets = [*SETUP_B.objects, *SETUP_B.objects]
+    shown = [demonstrate(SETUP_B, 40 + number, targets[number]) for number in range(6)]
+    assert len(rows) == sum(len(each.actions) for each in shown)
+    for number, demonstration in enumerate(shown):
+        own = sorted(
+            (row for row in rows if row["source"].endswith(f"demo_{number}")), key=lambda row: row["frame_index"]
+        )
+        assert {row["instruction"] for row in own} == {demonstration.instruction}
+        assert np.array([row["action"] for row in own], np.float32) == pytest.approx(demonstration.actions, abs=1e-6)
+        assert np.array([row["state"] for row in own], np.float32) == pytest.approx(demonstration.states, abs=1e-6)
+
+
+def test_an_existing_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "demos.hdf5"
+    path.write_text("mine")
+    assert main(["--out", str(path), "--episodes", "1"]) == 1
+    assert capsys.readouterr().err == f"error: {path} exists; name another file, or remove it first\n"
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError, OSError])
+def test_a_partial_file_is_never_left(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(setup: object, seed: int, target: str) -> recording.Demonstration:
+        if seed == 2:
+            raise error
+        return demonstrate(SETUP_B, seed, target)
+
+    monkeypatch.setattr(recording, "demonstrate", failing)
+    with pytest.raises(VlaftError if error is OSError else error):
+        record(tmp_path / "demos.hdf5", SETUP_B, range(4))
+    assert not list(tmp_path.iterdir())
+    if error is KeyboardInterrupt:
+        assert main(["--out", str(tmp_path / "demos.hdf5"), "--episodes", "4"]) == 130
+        assert not list(tmp_path.iterdir())
+
+
+def test_bad_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("x")
+    cases = [
+        (["--episodes", "0"], tmp_path / "a.hdf5", "no demonstrations were asked for"),
+        (["--seed", "-3"], tmp_path / "a.hdf5", "-3 is no seed"),
+        ([], tmp_path / "file/a.hdf5", "cannot be written"),
+    ]
+    for words, out, told in cases:
+        assert main(["--out", str(out), *words]) == 1
+        captured = capsys.readouterr()
+        assert captured.err.startswith("error: ") and told in captured.err and captured.err.count("\n") == 1
+    with pytest.raises(ConfigError):
+        record(tmp_path / "a.hdf5", SETUP_B, [])
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["--out", str(tmp_path / "a.hdf5"), "--setup", "tabletop_c"])

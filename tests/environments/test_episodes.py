@@ -1,0 +1,190 @@
+"""The loop that lets a policy act, with the scripted expert for a policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+from two_steps import MADE, Failing, TwoSteps
+
+from vlaft.environments.episodes import Rollout, roll_out, wilson_interval
+from vlaft.environments.tabletop.environment import TabletopEnv
+from vlaft.environments.tabletop.expert import expert_action
+from vlaft.environments.tabletop.scene import SETUP_A, SETUP_B, SetUp
+from vlaft.errors import ConfigError, DataError, VlaftError
+
+
+class Expert:
+    """Looks up the scene that a frame and an instruction belong to, and sometimes does nothing."""
+
+    def __init__(self, setup: SetUp, idle: tuple[str, ...] = ()) -> None:
+        self.setup, self.idle = setup, idle
+        self.environments: list[TabletopEnv] = []
+        self.batches: list[int] = []
+
+    def make(self) -> TabletopEnv:
+        self.environments.append(TabletopEnv(self.setup))
+        return self.environments[-1]
+
+    def __call__(self, frames: list[np.ndarray], instructions: list[str]) -> list[np.ndarray]:
+        self.batches.append(len(frames))
+        return [self.action(frame, text) for frame, text in zip(frames, instructions, strict=True)]
+
+    def action(self, frame: np.ndarray, instruction: str) -> np.ndarray:
+        if instruction in self.idle:
+            return np.zeros(7)
+        (scene,) = (
+            env.scene
+            for env in self.environments
+            if env.scene is not None
+            and self.setup.instruction(env.scene.target) == instruction
+            and (env.render() == frame).all()
+        )
+        return expert_action(scene)
+
+    def roll_out(self, parallel: int, **options: Any) -> Rollout:
+        return roll_out(self, self.make, parallel=parallel, **options)
+
+
+@pytest.mark.parametrize("setup", [SETUP_A, SETUP_B], ids=lambda setup: setup.name)
+def test_the_expert_always_succeeds(setup: SetUp) -> None:
+    expert = Expert(setup)
+    told: list[int] = []
+    rollout = expert.roll_out(8, seeds=range(50, 80), advance=told.append)
+    assert rollout.success_rate == 1.0 and rollout.successes == 30 and sum(told) == 30
+    assert [episode.seed for episode in rollout.episodes] == [*range(50, 80)]
+    assert rollout.interval == wilson_interval(30, 30) and rollout.seconds > 0
+    assert max(expert.batches) == len(expert.environments) == 8
+    for episode in rollout.episodes:
+        assert episode.info["picked_up"] in episode.instruction and not episode.frames and not episode.actions
+
+
+def test_outcomes_do_not_depend_on_how_many_run_side_by_side() -> None:
+    idle = (SETUP_B.instruction("red"),)
+    rollouts = [Expert(SETUP_B, idle).roll_out(parallel, seeds=range(20), keep=20) for parallel in (1, 7, 50)]
+    first = rollouts[0].episodes
+    assert 0 < rollouts[0].successes < 20
+    for rollout in rollouts[1:]:
+        for one, two in zip(first, rollout.episodes, strict=True):
+            assert (one.seed, one.instruction, one.success, one.steps) == (
+                two.seed,
+                two.instruction,
+                two.success,
+                two.steps,
+            )
+            assert one.info == two.info
+            assert (np.stack(one.frames) == np.stack(two.frames)).all()
+            assert (np.stack(one.actions) == np.stack(two.actions)).all()
+
+
+def test_frames_and_actions_of_the_first_episodes_are_kept() -> None:
+    rollout = Expert(SETUP_A).roll_out(3, seeds=range(5), keep=2)
+    for number, episode in enumerate(rollout.episodes):
+        assert len(episode.frames) == (episode.steps + 1 if number < 2 else 0)
+        assert len(episode.actions) == (episode.steps if number < 2 else 0)
+    env = TabletopEnv(SETUP_A)
+    observation, _ = env.reset(seed=1)
+    kept = rollout.episodes[1]
+    assert (kept.frames[0] == observation["image"]).all()
+    for frame, action in zip(kept.frames[1:], kept.actions, strict=True):
+        assert action.dtype == np.float32
+        assert (env.step(action)[0]["image"] == frame).all()
+
+
+def test_instructions_are_handed_through_and_may_change() -> None:
+    class Changing(TwoSteps):
+        def step(self, action: np.ndarray) -> Any:
+            observation, *others, info = super().step(action)
+            return observation, *others, info | ({"instruction": "now lift it"} if self.steps == 1 else {})
+
+    told: list[list[str]] = []
+
+    def act(frames: list[np.ndarray], instructions: list[str]) -> list[np.ndarray]:
+        assert all(frame.shape == (100, 140, 3) for frame in frames)
+        told.append(instructions)
+        return [np.zeros(7)] * len(frames)
+
+    rollout = roll_out(act, Changing, seeds=[4, 5, 6], parallel=2)
+    push = "push the red cube {}".format
+    assert told == [[push(4), push(5)], ["now lift it"] * 2, [push(6)], ["now lift it"]]
+    assert [(each.instruction, each.success) for each in rollout.episodes] == [
+        (push(4), True), (push(5), False), (push(6), True)
+    ]  # fmt: skip
+
+
+def test_success_and_max_steps_end_episodes() -> None:
+    class Endless(TwoSteps):
+        def step(self, action: np.ndarray) -> Any:
+            observation, *_, info = super().step(action)
+            return observation, 0.0, False, False, info
+
+    rollout = roll_out(lambda frames, texts: [np.zeros(7)] * len(frames), Endless, seeds=[0, 1], max_steps=9)
+    assert [(each.success, each.steps) for each in rollout.episodes] == [(True, 2), (False, 9)]
+
+
+def test_large_frames_are_kept_smaller() -> None:
+    class Large(TwoSteps):
+        def observation(self) -> Any:
+            return np.arange(600 * 1300 * 3, dtype=np.uint64).astype(np.uint8).reshape(600, 1300, 3)
+
+    seen: list[tuple[int, ...]] = []
+
+    def act(frames: list[np.ndarray], texts: list[str]) -> list[np.ndarray]:
+        seen.append(frames[0].shape)
+        return [np.zeros(7)]
+
+    (episode,) = roll_out(act, Large, seeds=[1], keep=1).episodes
+    assert set(seen) == {(600, 1300, 3)}
+    assert (episode.frames[0] == Large.observation(None)[::3, ::3]).all()  # type: ignore[arg-type]
+
+
+def test_environments_are_closed_also_when_one_fails() -> None:
+    MADE.clear()
+    with pytest.raises(VlaftError, match=r"step\(\) 1 of the episode with seed 1 failed: RuntimeError: a motor is hot"):
+        roll_out(lambda frames, texts: [np.zeros(7)] * len(frames), Failing, seeds=range(5), parallel=3)
+    assert [env.closed for env in MADE] == [1, 1, 1]
+    MADE.clear()
+
+    def interrupted(frames: list[np.ndarray], texts: list[str]) -> list[np.ndarray]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        roll_out(interrupted, TwoSteps, seeds=range(5), parallel=2)
+    assert [env.closed for env in MADE] == [1, 1]
+    MADE.clear()
+    roll_out(lambda frames, texts: [np.zeros(7)] * len(frames), TwoSteps, seeds=range(5), parallel=2)
+    assert [env.closed for env in MADE] == [1, 1] and sorted(MADE[0].seeds + MADE[1].seeds) == [*range(5)]
+
+
+def test_actions_of_another_robot_are_refused_by_the_tabletop() -> None:
+    with pytest.raises(DataError, match=r"seven finite numbers, not \[0\.0, 0\.0\]"):
+        roll_out(lambda frames, texts: [np.zeros(2)] * len(frames), TabletopEnv, seeds=[0])
+
+
+@pytest.mark.parametrize(
+    ("seeds", "parallel", "told"),
+    [([], 5, "no episodes"), ([3, -1], 5, "-1 is no seed"), ([1], 0, "0 environments at a time are too few")],
+)
+def test_counts_are_checked(seeds: list[int], parallel: int, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        roll_out(lambda frames, texts: [], TwoSteps, seeds=seeds, parallel=parallel)
+
+
+@given(data=st.data(), trials=st.integers(1, 2000))
+def test_wilson_interval(data: st.DataObject, trials: int) -> None:
+    successes = data.draw(st.integers(0, trials))
+    low, high = wilson_interval(successes, trials)
+    expected = binomtest(successes, trials).proportion_ci(method="wilson")
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-7)
+    assert 0 <= low <= successes / trials + 1e-12 and successes / trials - 1e-12 <= high <= 1
+    mirrored = wilson_interval(trials - successes, trials)
+    assert mirrored == pytest.approx((1 - high, 1 - low), abs=1e-12)
+    if successes < trials:
+        above = wilson_interval(successes + 1, trials)
+        assert above[0] > low and above[1] > high
+    narrower = wilson_interval(10 * successes, 10 * trials)
+    assert narrower[1] - narrower[0] < high - low

@@ -1,0 +1,228 @@
+"""Models in environments: which environment a name stands for, which statistics are used, what is counted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_base import write_small_base
+from two_steps import MADE, TwoSteps
+
+from vlaft.environments.registry import environment_maker
+from vlaft.environments.tabletop.environment import TabletopEnv
+from vlaft.errors import CheckpointError, ConfigError, DataError, UsageError, VlaftError
+from vlaft.evaluation import rollout as module
+from vlaft.evaluation.rollout import evaluate_in, write_pictures
+from vlaft.policy import load
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights, with statistics of one dataset, `mini`."""
+    return write_small_base(tmp_path_factory.mktemp("rollout") / "base")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder that Python does not know of."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def with_statistics(base: Path, folder: Path, *names: str) -> Path:
+    """Copy the base, with statistics of further datasets, of twice the range."""
+    shutil.copytree(base, folder)
+    known = json.loads((base / "config.json").read_text())["norm_stats"]
+    twice = {key: [2 * each for each in known["mini"]["action"][key]] for key in ("q01", "q99")}
+    known |= {name: {"action": known["mini"]["action"] | twice} for name in names}
+    (folder / "dataset_statistics.json").write_text(json.dumps(known))
+    return folder
+
+
+def test_shipped_names() -> None:
+    for name, setup in [("tabletop", "tabletop_b"), ("tabletop-b", "tabletop_b"), ("tabletop-a", "tabletop_a")]:
+        environment = environment_maker(name)()
+        assert isinstance(environment, TabletopEnv) and environment.setup.name == setup
+    make = environment_maker("tabletop")
+    assert make() is not make()
+
+
+def test_a_module_of_the_working_folder(here: Path) -> None:
+    (here / "helper_of_mine.py").write_text("from two_steps import TwoSteps\nMine = TwoSteps\n")
+    (here / "robots_of_mine").mkdir()
+    source = "def make():\n    from helper_of_mine import Mine\n    return Mine()\n"  # imported when it is called
+    (here / "robots_of_mine/arm.py").write_text(source)
+    before = list(sys.path)
+    environment = environment_maker("robots_of_mine.arm:make")()
+    assert isinstance(environment, TwoSteps)
+    assert sys.path == [*before, str(here)]  # at the end: a file of the folder hides no package from others
+    assert environment_maker("two_steps:TwoSteps") is TwoSteps
+    assert sys.path == [*before, str(here)]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("tabeltop", r"--env tabeltop: there is no such environment; did you mean 'tabletop'\? \(tabletop, tabletop-a"),
+        ("tabletop_b", "did you mean 'tabletop-b'"),
+        ("", "there is no such environment"),
+        ("two_steps", "or your own as module:factory"),
+        ("two_steps:", "there is no such environment"),
+        (":make", "there is no such environment"),
+        (".two_steps:make", "there is no such environment"),
+        ("envs/two_steps.py:make", "there is no such environment"),
+        ("two_steps.py:make", "name the module, not its file: two_steps:make"),
+        ("two_stebs:TwoSteps", "there is no module 'two_stebs'; run from the folder that has it"),
+        ("two_steps.inner:TwoSteps", "there is no module 'two_steps.inner'"),
+        ("two_steps:TwoStep", "the module has no 'TwoStep'; did you mean 'TwoSteps'"),
+        ("two_steps:NUMBER", "'NUMBER' cannot be called; name a function or class"),
+    ],
+)
+def test_names_that_stand_for_nothing(name: str, told: str, here: Path) -> None:
+    with pytest.raises(UsageError, match=told):
+        environment_maker(name)
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("import no_such_simulator", "the module needs 'no_such_simulator', which is not installed"),
+        ("def make(:", "the module failed to load: SyntaxError: .* \\(--debug shows where\\)"),
+        ("1 / 0", "the module failed to load: ZeroDivisionError"),
+    ],
+)
+def test_modules_that_do_not_load(source: str, told: str, here: Path) -> None:
+    name = f"unsound_{abs(hash(source))}"
+    (here / f"{name}.py").write_text(source)
+    with pytest.raises(VlaftError, match=told) as caught:
+        environment_maker(f"{name}:make")
+    assert not isinstance(caught.value, UsageError)
+    assert name not in sys.modules
+
+
+def test_a_model_acts_in_a_users_environment(base: Path) -> None:
+    MADE.clear()
+    told: list[int] = []
+    evaluation = evaluate_in(
+        str(base), "two_steps:TwoSteps", episodes=5, seed=10, parallel=2, keep=1, advance=told.append
+    )
+    episodes = evaluation.rollout.episodes
+    assert [(each.seed, each.success, each.steps) for each in episodes] == [
+        (seed, seed % 2 == 0, 2) for seed in range(10, 15)
+    ]
+    assert evaluation.rollout.success_rate == 0.6 and told == [1] * 5 and evaluation.unnorm_key == "mini"
+    assert [env.closed for env in MADE] == [1, 1]
+    assert len(episodes[0].frames) == 3 and not episodes[1].frames
+    # what the environment was given is what the model predicts for its frame and its instruction
+    frame = np.full((100, 140, 3), 100, np.uint8)
+    expected = load(base).predict(frame, "push the red cube 10").action
+    given = next(env for env in MADE if env.seeds[0] == 10).actions[0]
+    assert given == pytest.approx(expected, rel=1e-5) and given.dtype == np.float32
+    assert evaluation.tokens == 5 * 2 * 7 and 0 <= evaluation.non_action_tokens <= evaluation.tokens
+    found = evaluation.to_json()
+    assert (found["episodes"], found["successes"], found["success_rate"]) == (5, 3, 0.6)
+    assert found["interval"] == list(evaluation.rollout.interval)
+    assert found["outcomes"][1] == {
+        "seed": 11,
+        "instruction": "push the red cube 11",
+        "success": False,
+        "steps": 2,
+        "info": {"success": False, "dry": True},
+    }
+    json.dumps(found)
+
+
+def test_the_same_seeds_give_the_same_episodes(base: Path) -> None:
+    first, again, other = (evaluate_in(str(base), "tabletop", episodes=3, seed=seed, keep=3) for seed in (4, 4, 7))
+
+    def frames(evaluation: module.RolloutEvaluation) -> list[np.ndarray]:
+        return [np.stack(each.frames) for each in evaluation.rollout.episodes]
+
+    for one, two in zip(frames(first), frames(again), strict=True):
+        assert (one == two).all()
+    assert (frames(first)[0][0] != frames(other)[0][0]).any()
+    assert all("disc" in each.instruction and each.steps <= 30 for each in first.rollout.episodes)
+
+
+def test_whose_statistics(base: Path, tmp_path: Path) -> None:
+    merged = with_statistics(base, tmp_path / "merged", "tabletop_b", "tabletop_a")
+    options = {"episodes": 1, "keep": 1}
+
+    def key(env: str, unnorm_key: str | None = None, model: Path = merged) -> str:
+        return evaluate_in(str(model), env, unnorm_key=unnorm_key, **options).unnorm_key  # type: ignore[arg-type]
+
+    assert key("tabletop") == "tabletop_b" and key("tabletop-a") == "tabletop_a"
+    assert key("tabletop", "mini") == "mini"
+    assert key("tabletop", model=base) == "mini"  # the only one
+    with pytest.raises(DataError, match=r"merged: the statistics hold 3 datasets; .* \(--unnorm-key\)"):
+        key("two_steps:TwoSteps")
+    with pytest.raises(DataError, match="merged: there are no statistics for 'minni'; did you mean 'mini'"):
+        key("tabletop", "minni")
+    ranges = [
+        evaluate_in(str(merged), "tabletop", unnorm_key=name, **options).rollout.episodes[0].actions[0]  # type: ignore[arg-type]
+        for name in ("mini", "tabletop_b")
+    ]
+    assert ranges[1][:6] == pytest.approx(2 * ranges[0][:6], rel=1e-5)  # the gripper is not scaled
+
+
+def test_what_is_wrong_shows_before_a_model_is_loaded(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_loading(*words: object, **options: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(module, "load", no_loading)
+    with pytest.raises(UsageError, match="no such environment"):
+        evaluate_in(str(base), "table")
+    with pytest.raises(VlaftError, match="factory failed: OSError: no robot on /dev/ttyUSB0"):
+        evaluate_in(str(base), "two_steps:broken")
+    for options, told in [({"episodes": 0}, "no episodes"), ({"seed": -1}, "-1 is no seed"), ({"parallel": 0}, "few")]:
+        with pytest.raises(ConfigError, match=told):
+            evaluate_in(str(base), "tabletop", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("env", "told"),
+    [("Failing", "seed 1 failed: RuntimeError: a motor is hot"), ("NoSuccess", "gives no info\\['success'\\]")],
+)
+def test_environments_that_go_wrong_are_closed(base: Path, env: str, told: str) -> None:
+    MADE.clear()
+    with pytest.raises(VlaftError, match=told):
+        evaluate_in(str(base), f"two_steps:{env}", episodes=4, parallel=3)
+    assert [each.closed for each in MADE] == [1, 1, 1]
+
+
+def test_models_that_go_wrong(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    MADE.clear()
+    with pytest.raises(CheckpointError, match="no such folder"):
+        evaluate_in(str(tmp_path / "absent"), "two_steps:TwoSteps", episodes=1)
+
+    def full(self: object, frames: object, texts: object) -> None:
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(module._Actor, "__call__", full)
+    with pytest.raises(VlaftError, match="memory is full at --batch-size 8: halve it"):
+        evaluate_in(str(base), "two_steps:TwoSteps", episodes=1, parallel=8)
+    assert [each.closed for each in MADE] == [1, 1]
+
+
+def test_pictures(base: Path, tmp_path: Path) -> None:
+    evaluations = [evaluate_in(str(base), "two_steps:TwoSteps", episodes=3, keep=keep) for keep in (2, 1)]
+    out = tmp_path / "films"
+    assert [path.name for path in write_pictures(out, evaluations)] == [
+        "episodes-1-base.gif", "episodes-1-base.png", "episodes-2-base.gif", "episodes-2-base.png"
+    ]  # fmt: skip
+    (out / "notes.png").write_text("mine")
+    files = write_pictures(out, evaluations[:1])
+    assert [path.name for path in files] == ["episodes.gif", "episodes.png"]
+    assert sorted(path.name for path in out.iterdir()) == ["episodes.gif", "episodes.png", "notes.png"]
+    with Image.open(files[0]) as film:
+        assert film.size == (2 * 252 + 4, 180 + 30)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(VlaftError, match="the pictures cannot be written"):
+        write_pictures(tmp_path / "file/films", evaluations)

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image as PillowImage
+from safetensors.torch import load_file
+
+from vlaft.errors import CheckpointError
+from vlaft.observation.augmentation import pixel_values
+from vlaft.observation.images import ImagePipeline
+
+PIPELINE = ImagePipeline(
+    size=32,
+    resize="bicubic",
+    strategy="resize-naive",
+    letterbox_fill=(127, 127, 127),
+    center_crop=False,
+    means=((0.5, 0.5, 0.5),),
+    stds=((0.5, 0.5, 0.5),),
+)
+
+
+def load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def test_golden_pixel_values(shared: Path) -> None:
+    folder = shared / "golden/openvla-tiny"
+    pipeline = ImagePipeline.from_checkpoint(
+        load(folder / "checkpoint/config.json"), load(folder / "checkpoint/preprocessor_config.json")
+    )
+    tensors = load_file(folder / "tensors.safetensors")
+    cases = load(folder / "cases.json")["predict"]
+    shapes = set()
+    for index, case in enumerate(cases):
+        frame = np.asarray(PillowImage.open(folder / case["frame"]).convert("RGB"))
+        shapes.add(frame.shape)
+        images = torch.from_numpy(pipeline.prepare(frame))[None]
+        expected = tensors[f"predict.{index}.pixel_values"].reshape(1, 6, 224, 224)
+        torch.testing.assert_close(
+            pixel_values(images, pipeline.means, pipeline.stds), expected.float(), atol=1e-5, rtol=0
+        )
+    assert any(height != width for height, width, _ in shapes)
+
+
+def test_constants_by_backbone_are_those_of_the_preprocessor(shared: Path) -> None:
+    folder = shared / "golden/openvla-tiny/checkpoint"
+    config = load(folder / "config.json")
+    named = ImagePipeline.from_checkpoint(config)
+    assert named == ImagePipeline.from_checkpoint(config, load(folder / "preprocessor_config.json"))
+
+
+def test_training_resizes_with_lanczos_and_a_checkpoint_of_ours_keeps_its_own() -> None:
+    config: dict[str, Any] = {"vision_backbone_id": "siglip-vit-so400m", "image_sizes": [224]}
+    assert ImagePipeline.from_checkpoint(config).strategy == "letterbox"
+    training = ImagePipeline.for_training(config)
+    assert (training.resize, training.strategy, training.size) == ("lanczos", "resize-naive", 224)
+    config["image_pipeline"] = PIPELINE.to_json()
+    assert ImagePipeline.for_training(config) == ImagePipeline.from_checkpoint(config) == PIPELINE
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    height=st.integers(1, 70),
+    width=st.integers(1, 70),
+    strategy=st.sampled_from(["resize-naive", "letterbox"]),
+    resize=st.sampled_from(["bicubic", "lanczos"]),
+)
+def test_every_frame_becomes_a_square(height: int, width: int, strategy: Any, resize: Any) -> None:
+    pipeline = ImagePipeline(32, resize, strategy, (127, 127, 127), False, PIPELINE.means, PIPELINE.stds)
+    image = np.full((height, width, 3), 127, dtype=np.uint8)
+    assert np.array_equal(pipeline.prepare(image), np.full((32, 32, 3), 127, dtype=np.uint8))
+
+
+def test_a_frame_of_the_right_size_is_left_alone() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    assert np.array_equal(PIPELINE.prepare(image), image)
+
+
+def test_letterbox_keeps_the_aspect_ratio() -> None:
+    pipeline = ImagePipeline(32, "bicubic", "letterbox", (9, 8, 7), False, PIPELINE.means, PIPELINE.stds)
+    image = pipeline.prepare(np.full((32, 64, 3), 200, dtype=np.uint8))
+    assert image[0, 0].tolist() == [9, 8, 7] and image[31, 31].tolist() == [9, 8, 7]
+    assert image[16, 0].tolist() == [200, 200, 200]
+
+
+def test_json_round_trip() -> None:
+    assert ImagePipeline.from_json(json.loads(json.dumps(PIPELINE.to_json()))) == PIPELINE
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size": 0},
+        {"resize": "nearest"},
+        {"strategy": "stretch"},
+        {"stds": [[0, 1, 1]]},
+        {"means": [[1, 2]]},
+        {"more": 1},
+    ],
+)
+def test_a_damaged_pipeline_is_one_sentence(change: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        ImagePipeline.from_json(PIPELINE.to_json() | change)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_backbone_needs_its_preprocessor() -> None:
+    with pytest.raises(CheckpointError, match="'resnet' are not known"):
+        ImagePipeline.from_checkpoint({"vision_backbone_id": "resnet"})

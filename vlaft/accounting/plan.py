@@ -1,0 +1,111 @@
+"""What a run will cost, before it begins: `train --dry-run`, the banner, and `train.batch_size=auto`.
+
+The trainer knows nothing of predictions and the memory model nothing of runs; here they meet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlaft.accounting.choose import EFFECTIVE_BATCH, divisors, with_batch
+from vlaft.accounting.main_memory import MainMemory, predict_main_memory
+from vlaft.accounting.memory import MemoryPrediction, memory_model, predict
+from vlaft.accounting.parameters import ParameterCount, count_parameters
+from vlaft.data.store import ConvertedDataset
+from vlaft.model.load import base_config
+from vlaft.recipe.settings import RecipeConfig
+from vlaft.training.events import check_trackers
+from vlaft.training.optimizer import check_installed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe with its batch size settled, and what it is predicted to cost.
+
+    Attributes:
+        recipe: without `auto`.
+        counted: its parameters.
+        prediction: of a step's memory on a GPU.
+        gpu_memory: bytes of the GPU that it is meant for, or None.
+        main_memory: what a step takes of a CPU's memory, where it is planned for the CPU that is here; else None.
+        data: per dataset: name, episodes and examples per split, action dimensions, cameras.
+    """
+
+    recipe: RecipeConfig
+    counted: ParameterCount
+    prediction: MemoryPrediction
+    gpu_memory: int | None
+    main_memory: MainMemory | None
+    data: list[dict[str, Any]]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the prediction fits the GPU; True where none is known."""
+        return self.gpu_memory is None or self.prediction.peak <= self.gpu_memory
+
+
+def plan_run(recipe: RecipeConfig, gpu_memory: int | None = None, *, on_cpu: bool = False) -> Plan:
+    """Settle the batch size and predict the cost.
+
+    Args:
+        recipe: resolved settings.
+        gpu_memory: bytes of the GPU; None means none is known, so that `auto` takes the whole batch at once.
+        on_cpu: predict the main memory of a step on a CPU, too.
+
+    Raises:
+        MissingExtra: the recipe needs a package that is not installed.
+        CheckpointError: the base is no OpenVLA model, or cannot be found.
+        DataError: a dataset is missing or damaged.
+    """
+    check_installed(recipe.train)
+    check_trackers(recipe.train.trackers)
+    data = [describe(ConvertedDataset(Path(path))) for path in recipe.data.paths]
+    config = base_config(recipe.base)
+    recipe = settle_batch(recipe, gpu_memory)
+    counted, prediction = count_parameters(recipe, config), predict(recipe, config)
+    return Plan(recipe, counted, prediction, gpu_memory, predict_main_memory(recipe, config) if on_cpu else None, data)
+
+
+def settle_batch(recipe: RecipeConfig, gpu_memory: int | None) -> RecipeConfig:
+    """Return `recipe` with a number in place of `train.batch_size=auto`: the largest that is predicted to fit.
+
+    Examples per step stay `EFFECTIVE_BATCH * train.accumulation`. Where not even one is predicted to fit, it is one:
+    the prediction may err on the safe side, and the run says so if it does not.
+    """
+    if recipe.train.batch_size != "auto":
+        return recipe
+    effective = EFFECTIVE_BATCH * recipe.train.accumulation
+    if gpu_memory is None:
+        return with_batch(recipe, effective)
+    # traced with accumulation, so that the gradients which wait for the next pass are counted
+    largest = memory_model(with_batch(recipe, 1), base_config(recipe.base)).largest_batch(gpu_memory)
+    return with_batch(recipe, next((size for size in divisors(effective) if size <= largest), 1))
+
+
+def runs_on_cpu() -> bool:
+    """Say whether a run that begins here would take the CPU."""
+    import torch
+
+    return not torch.accelerator.is_available()
+
+
+def present_gpu() -> int | None:
+    """Return the memory of the GPU that a run would take, in bytes, or None where there is none."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def describe(dataset: ConvertedDataset) -> dict[str, Any]:
+    """Return a converted dataset in a few words and numbers."""
+    counts = dataset.info["counts"]
+    return {
+        "path": str(dataset.path),
+        "names": list(dataset.statistics),
+        "episodes": counts["episodes"],
+        "examples": counts["rows"],
+        "action dimensions": sorted({len(entry["action"]["mean"]) for entry in dataset.statistics.values()}),
+        "cameras": list(dataset.cameras),
+    }

@@ -1,0 +1,201 @@
+"""What a demo and a comparison of recipes found: plain data, read from and written to JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vlaft.environments.episodes import wilson_interval
+
+# the paper's own column: success of OpenVLA 7B adapted to Franka-Tabletop tasks, in percent, with standard errors
+# (OpenVLA, arXiv 2406.09246, table 1)
+PAPER_SUCCESS = {
+    "full": (69.7, 7.2),
+    "last-layer": (30.3, 6.1),
+    "frozen-vision": (47.0, 6.9),
+    "sandwich": (62.1, 7.9),
+    "lora32": (68.2, 7.5),
+}
+# Student's t at 97.5 %, by degrees of freedom
+_STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+@dataclass(frozen=True)
+class Success:
+    """How often a model succeeded.
+
+    Attributes:
+        successes: number of episodes.
+        episodes: of how many.
+        model: folder of the model, as it was named to `vlaft evaluate`.
+    """
+
+    successes: int
+    episodes: int
+    model: str = ""
+
+    @property
+    def rate(self) -> float:
+        """Share of episodes."""
+        return self.successes / self.episodes
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson interval of 95 %."""
+        return wilson_interval(self.successes, self.episodes)
+
+    @classmethod
+    def from_file(cls, path: Path) -> Success:
+        """Read what `vlaft evaluate MODEL --env ... --json` printed."""
+        (model,) = json.loads(path.read_text(encoding="utf-8"))["models"]
+        return cls(model["successes"], model["episodes"], model["model"])
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that was run.
+
+    Attributes:
+        line: as one types it.
+        seconds: how long it took.
+    """
+
+    line: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a recipe costs on the demo's base.
+
+    Attributes:
+        trainable: parameters that are trained.
+        total: parameters of the base.
+        predicted_bytes: most live tensor memory of a training step, predicted.
+        measured_bytes: the same, tracked in real steps on this machine.
+    """
+
+    trainable: int
+    total: int
+    predicted_bytes: int
+    measured_bytes: int
+
+    @classmethod
+    def from_file(cls, path: Path) -> Cost:
+        """Read what `vlaft report --recipe NAME --measure --json` printed."""
+        (recipe,) = json.loads(path.read_text(encoding="utf-8"))["recipes"]
+        measured = recipe["measured"]
+        return cls(
+            trainable=recipe["trainable_parameters"],
+            total=recipe["total_parameters"],
+            predicted_bytes=measured["predicted_bytes"],
+            measured_bytes=measured["peak_bytes"],
+        )
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """One training seed: its own demonstrations, training run and evaluation episodes.
+
+    Attributes:
+        seed: its number, from 1.
+        folder: with `data/`, `run/` and the other results.
+        before: the base in the new set-up.
+        after: the adapted model on the same episodes.
+        train_seconds: of `vlaft train`.
+    """
+
+    seed: int
+    folder: Path
+    before: Success
+    after: Success
+    train_seconds: float
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What `vlaft demo` found.
+
+    Attributes:
+        out: the demo's folder.
+        recipe: name of the recipe.
+        demonstrations: how many were recorded per seed.
+        frames: of the first seed's demonstrations.
+        cost: of the recipe on the demo's base.
+        seeds: at least one.
+        merged: the first seed's run, merged.
+        exported: that, exported to nf4; None where it could not be (bitsandbytes is missing).
+        commands: in their order.
+    """
+
+    out: Path
+    recipe: str
+    demonstrations: int
+    frames: int
+    cost: Cost
+    seeds: tuple[SeedResult, ...]
+    merged: Success
+    exported: Success | None
+    commands: tuple[Command, ...]
+
+
+@dataclass(frozen=True)
+class RecipeResult:
+    """One recipe in a comparison.
+
+    Attributes:
+        recipe: its name; `zero-shot` for the base as it is.
+        learning_rate: that did best on the validation seeds; None where nothing was trained.
+        searched: learning rate to success on the validation seeds.
+        rates: success of each training seed, on seeds that nothing was chosen by.
+        episodes: of each of these.
+        trainable: number of parameters.
+        train_seconds: mean of one training.
+    """
+
+    recipe: str
+    learning_rate: float | None
+    searched: Mapping[str, float]
+    rates: Sequence[float]
+    episodes: int
+    trainable: int
+    train_seconds: float
+
+    @property
+    def mean(self) -> float:
+        """Mean success over training seeds."""
+        return sum(self.rates) / len(self.rates)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Interval of 95 % of the mean over training seeds (Student's t); Wilson's where there is one seed."""
+        return mean_interval(self.rates, self.episodes)
+
+
+def mean_interval(rates: Sequence[float], episodes: int) -> tuple[float, float]:
+    """Return the 95 % interval of a mean of success rates over training seeds, within 0..1.
+
+    Args:
+        rates: one per training seed.
+        episodes: behind each rate; used for a single seed, whose interval is Wilson's and says nothing of how seeds
+            differ.
+    """
+    count = len(rates)
+    if count == 1:
+        return wilson_interval(round(rates[0] * episodes), episodes)
+    mean = sum(rates) / count
+    deviation = math.sqrt(sum((rate - mean) ** 2 for rate in rates) / (count - 1))
+    half = _STUDENT.get(count - 1, 1.96) * deviation / math.sqrt(count)
+    return max(mean - half, 0.0), min(mean + half, 1.0)
+
+
+def write_result(path: Path, value: Any) -> None:
+    """Write a dataclass, or a list of them, as JSON; the file appears whole or not at all."""
+    plain = [asdict(each) for each in value] if isinstance(value, list | tuple) else asdict(value)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(plain, indent=2, default=str) + "\n", encoding="utf-8")
+    partial.replace(path)

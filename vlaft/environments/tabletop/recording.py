@@ -1,0 +1,152 @@
+"""Demonstrations of the scripted expert, written as an HDF5 file in robomimic's layout.
+
+    python -m vlaft.environments.tabletop.recording --out demos.hdf5 --episodes 50
+
+`vlaft convert demos.hdf5 --preset tabletop` reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from vlaft.environments.tabletop.environment import CONTROL_RATE, MAX_STEPS, TabletopEnv
+from vlaft.environments.tabletop.expert import expert_action
+from vlaft.environments.tabletop.scene import SETUP_B, SETUPS, SetUp
+from vlaft.errors import ConfigError, VlaftError
+from vlaft.files import output_file
+
+# More noise than in evaluation, and now and then a disturbance, so that demonstrations show how to come back to the way
+# (as DART does: Laskey et al. 2017, arXiv 1703.09327): what is recorded is what the expert wanted.
+RECORDING_NOISE = 0.15
+DISTURBED = 0.12  # share of steps
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One episode of the expert.
+
+    Attributes:
+        instruction: what was done.
+        frames: uint8 `[T, 84, 84, 3]`.
+        actions: float32 `[T, 7]`, as commanded, before the noise.
+        states: float32 `[T, 4]`, as `TabletopEnv` observes them.
+    """
+
+    instruction: str
+    frames: NDArray[np.uint8]
+    actions: NDArray[np.float32]
+    states: NDArray[np.float32]
+
+
+def demonstrate(
+    setup: SetUp,
+    seed: int,
+    target: str | None = None,
+    noise: float = RECORDING_NOISE,
+    disturbed: float = DISTURBED,
+) -> Demonstration:
+    """Return the expert's episode of a seed: the same one each time.
+
+    Args:
+        setup: which robot.
+        seed: of the scene, the noise and the disturbances.
+        target: colour word of the object to pick up; None draws it.
+        noise: as `TabletopEnv` takes it.
+        disturbed: share of steps at which the robot does something else than it was told.
+    """
+    env = TabletopEnv(setup, noise)
+    generator = np.random.default_rng([seed, 1])
+    observation, info = env.reset(seed=seed, options={"target": target})
+    frames, actions, states = [], [], []
+    for number in range(MAX_STEPS):
+        assert env.scene is not None
+        action = expert_action(env.scene).astype(np.float32)
+        frames.append(observation["image"])
+        states.append(observation["state"])
+        actions.append(action)
+        if number < MAX_STEPS // 2 and generator.random() < disturbed:  # what is left is enough to succeed
+            action = _disturb(action, generator, setup.max_step)
+        observation, _, terminated, truncated, _ = env.step(action)
+        if terminated or truncated:
+            break
+    return Demonstration(info["instruction"], np.stack(frames), np.stack(actions), np.stack(states))
+
+
+def _disturb(action: NDArray[np.float32], generator: np.random.Generator, limit: float) -> NDArray[np.float32]:
+    """Return an action that was knocked aside, or whose fingers did the opposite."""
+    changed = action.copy()
+    if generator.random() < 0.5:
+        changed[6] = 1.0 - changed[6]
+    else:
+        changed[:3] += generator.normal(0.0, 0.5 * limit, 3).astype(np.float32)
+    return changed
+
+
+def record(path: Path, setup: SetUp, seeds: Sequence[int]) -> int:
+    """Write one demonstration per seed, of each object in turn; the file appears whole or not at all.
+
+    Returns:
+        The number of frames.
+
+    Raises:
+        ConfigError: there are no seeds, or one is negative.
+        VlaftError: the file exists or cannot be written.
+    """
+    if not seeds:
+        raise ConfigError("no demonstrations were asked for; give at least 1")
+    if min(seeds) < 0:
+        raise ConfigError(f"{min(seeds)} is no seed; seeds begin at 0")
+    if path.exists():
+        raise VlaftError(f"{path} exists; name another file, or remove it first")
+    frames, colours = 0, list(setup.objects)
+    with output_file(path, overwrite=False) as partial, h5py.File(partial, "w") as file:
+        data = file.create_group("data")
+        env = {"env_name": setup.name, "env_kwargs": {"control_freq": CONTROL_RATE}}
+        data.attrs["env_args"] = json.dumps(env)
+        for number, seed in enumerate(seeds):
+            demonstration = demonstrate(setup, seed, colours[number % len(colours)])
+            demo = data.create_group(f"demo_{number}")
+            demo.attrs["num_samples"] = len(demonstration.actions)
+            demo.attrs["seed"] = seed
+            demo.attrs["language_instruction"] = demonstration.instruction
+            demo["actions"] = demonstration.actions
+            demo["obs/robot_state"] = demonstration.states
+            images = demonstration.frames
+            demo.create_dataset("obs/agentview_image", data=images, chunks=(1, *images.shape[1:]), compression=4)
+            frames += len(demonstration.actions)
+        data.attrs["total"] = frames
+    return frames
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Record from the command line; return the exit code: 0 done, 1 user error, 130 interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vlaft.environments.tabletop.recording", description="Record demonstrations."
+    )
+    parser.add_argument("--out", type=Path, required=True, help="HDF5 file to write")
+    parser.add_argument("--setup", choices=list(SETUPS), default=SETUP_B.name, help="which robot")
+    parser.add_argument("--episodes", type=int, default=50, help="how many demonstrations")
+    parser.add_argument("--seed", type=int, default=0, help="of the first; the others follow")
+    options = parser.parse_args(arguments)
+    try:
+        frames = record(options.out, SETUPS[options.setup], range(options.seed, options.seed + options.episodes))
+    except VlaftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    print(f"{options.episodes} demonstrations of {options.setup}, {frames} frames: {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

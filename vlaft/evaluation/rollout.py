@@ -1,0 +1,171 @@
+"""How often a model succeeds in an environment: the simulator that ships with vlaft, or the user's own.
+
+evaluation = evaluate_in("model/", "tabletop", episodes=100)
+evaluation.rollout.success_rate
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from vlaft.action.statistics import choose_key
+from vlaft.environments.episodes import Rollout, check_counts, run_episodes
+from vlaft.environments.interface import opened
+from vlaft.environments.registry import _SHIPPED, environment_maker
+from vlaft.errors import DataError, VlaftError
+from vlaft.files import disk_errors, locked
+from vlaft.observation.images import Image
+from vlaft.policy import Policy, load
+
+KEPT = 6  # episodes that pictures show
+_PICTURES = re.compile(r"episodes(-\d+-.+)?\.(gif|png)")
+
+
+@dataclass(frozen=True)
+class RolloutEvaluation:
+    """One model in one environment.
+
+    Attributes:
+        model: as it was named.
+        unnorm_key: whose statistics turned its tokens into actions.
+        rollout: its episodes.
+        tokens: how many it predicted.
+        non_action_tokens: how many of these stand for no action; each was acted on as a full move.
+    """
+
+    model: str
+    unnorm_key: str
+    rollout: Rollout
+    tokens: int
+    non_action_tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but the frames."""
+        rollout = self.rollout
+        return {
+            "model": self.model,
+            "unnorm_key": self.unnorm_key,
+            "episodes": len(rollout.episodes),
+            "successes": rollout.successes,
+            "success_rate": rollout.success_rate,
+            "interval": list(rollout.interval),
+            "tokens": self.tokens,
+            "non_action_tokens": self.non_action_tokens,
+            "seconds": rollout.seconds,
+            "outcomes": [
+                {"seed": each.seed, "instruction": each.instruction, "success": each.success, "steps": each.steps}
+                | {"info": each.info}
+                for each in rollout.episodes
+            ],
+        }
+
+
+def evaluate_in(
+    model: str,
+    env: str,
+    *,
+    episodes: int = 100,
+    seed: int = 0,
+    parallel: int = 50,
+    keep: int = 0,
+    unnorm_key: str | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
+    base: str | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> RolloutEvaluation:
+    """Let a model act in an environment.
+
+    Args:
+        model: a base, run, checkpoint of a run, adapter, merged or exported checkpoint.
+        env: as `environment_maker` takes it.
+        episodes: how many; they are reset with the seeds `seed`, `seed + 1`, ...
+        seed: of the first.
+        parallel: environments at a time.
+        keep: keep the frames of so many first episodes, for pictures.
+        unnorm_key: name of the statistics; None takes the environment's where the model has them, else its only one.
+        dtype: as `vlaft.load` takes it.
+        device: likewise.
+        base: likewise.
+        advance: told of each episode that has ended.
+
+    Raises:
+        UsageError: no such environment.
+        ConfigError: `episodes` or `parallel` is not positive, or `seed` is negative.
+        CheckpointError: the model is missing or damaged.
+        DataError: the statistics cannot be told, or the environment does not keep to the interface.
+        VlaftError: the environment fails, or the GPU's memory is full.
+    """
+    make, seeds = environment_maker(env), range(seed, seed + episodes)
+    check_counts(seeds, parallel)
+    try:
+        with opened(make, min(parallel, episodes)) as environments:  # first, for a model may take minutes to load
+            policy = load(model, dtype=dtype, device=device, base=base)
+            actor = _Actor(policy, _statistics_key(policy, model, env, unnorm_key))
+            rollout = run_episodes(actor, environments, seeds=seeds, keep=keep, advance=advance)
+        return RolloutEvaluation(model, actor.key, rollout, actor.tokens, actor.non_action_tokens)
+    except torch.cuda.OutOfMemoryError as error:
+        raise VlaftError(f"the GPU's memory is full at --batch-size {parallel}: halve it") from error
+    finally:
+        policy = actor = None  # type: ignore[assignment]
+        gc.collect()  # the next model needs the place of this one
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def write_pictures(folder: Path, evaluations: Sequence[RolloutEvaluation]) -> list[Path]:
+    """Write a film (GIF) and a contact sheet (PNG) of each model's kept episodes; earlier ones are removed.
+
+    Returns:
+        The files.
+
+    Raises:
+        VlaftError: the folder cannot be written, or another process writes there.
+    """
+    from vlaft.environments.film import write_contact_sheet, write_film
+
+    files = []
+    with locked(folder), disk_errors(folder):
+        folder.mkdir(exist_ok=True)
+        for path in folder.iterdir():
+            if _PICTURES.fullmatch(path.name):
+                path.unlink()
+        for number, evaluation in enumerate(evaluations, 1):
+            model = Path(evaluation.model).resolve().name
+            name = "episodes" if len(evaluations) == 1 else f"episodes-{number}-{model}"
+            shown = [episode for episode in evaluation.rollout.episodes if episode.frames]
+            files += [folder / f"{name}.gif", folder / f"{name}.png"]
+            write_film(files[-2], shown)
+            write_contact_sheet(files[-1], shown)
+    return files
+
+
+@dataclass
+class _Actor:
+    policy: Policy
+    key: str
+    tokens: int = 0
+    non_action_tokens: int = 0
+
+    def __call__(self, frames: list[Image], instructions: list[str]) -> list[NDArray[Any]]:
+        predictions = self.policy.predict(frames, instructions, unnorm_key=self.key)
+        self.tokens += sum(len(each.action_token_ids) for each in predictions)
+        self.non_action_tokens += sum(each.non_action_tokens for each in predictions)
+        return [each.action for each in predictions]
+
+
+def _statistics_key(policy: Policy, model: str, env: str, wanted: str | None) -> str:
+    """Return what was asked for, else the environment's own where the model has it, else the model's only one."""
+    own = _SHIPPED[env].name if env in _SHIPPED else None
+    try:
+        return choose_key(policy.statistics, wanted or (own if own in policy.statistics else None))
+    except DataError as error:
+        raise DataError(f"{model}: {error}" + ("" if wanted else " (--unnorm-key)")) from None

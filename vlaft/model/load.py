@@ -1,0 +1,148 @@
+"""The two released bases, described without a download: what `report` counts and `doctor` names.
+
+Only sizes and number formats are here; weights, tokenizer and statistics come from the Hub.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlaft.errors import CheckpointError, MissingExtra
+from vlaft.model.configuration import OpenVLAConfig
+from vlaft.weights.layout import resolve_checkpoint
+
+_LLAMA_2_7B = {"model_type": "llama", "pad_token_id": 32000, "vocab_size": 32064}
+
+BASES: dict[str, dict] = {
+    "openvla/openvla-7b": {
+        "dtype": "bfloat16",
+        "vision_backbone_id": "dinosiglip-vit-so-224px",
+        "llm_backbone_id": "llama2-7b-pure",
+        "arch_specifier": "no-align+fused-gelu-mlp",
+        "image_resize_strategy": "resize-naive",
+        "text_config": _LLAMA_2_7B,
+    },
+    "openvla/openvla-v01-7b": {
+        "dtype": "bfloat16",
+        "vision_backbone_id": "siglip-vit-so400m",
+        "llm_backbone_id": "vicuna-v15-7b",
+        "arch_specifier": "no-align+gelu-mlp",
+        "image_resize_strategy": "letterbox",
+        "text_config": _LLAMA_2_7B,
+    },
+}
+
+
+def base_config(base: str) -> OpenVLAConfig:
+    """Return the configuration of a base: a local folder, one of `BASES` (no network), or another Hub repository.
+
+    Raises:
+        CheckpointError: no such folder or repository, or not an OpenVLA model.
+    """
+    if base in BASES and not Path(base).is_dir():
+        return OpenVLAConfig(**BASES[base])
+    return load_config(resolve_checkpoint(base, weights=False))
+
+
+def load_config(folder: Path) -> Any:
+    """Read `config.json` as an `OpenVLAConfig`.
+
+    Raises:
+        CheckpointError: not an OpenVLA configuration.
+    """
+    from vlaft.model.configuration import OpenVLAConfig
+
+    content = read_json(folder / "config.json")
+    if content.get("model_type") != "openvla":
+        raise CheckpointError(
+            f"{folder / 'config.json'}: model_type is '{content.get('model_type')}', and only 'openvla' is supported"
+        )
+    try:
+        return OpenVLAConfig.from_dict(content)
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers' strict validation has kinds of its own
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{folder / 'config.json'}: {reason}") from None
+
+
+def load_model(folder: Path, *, dtype: Any = None, device: Any = "cpu", quantization: Any = None) -> Any:
+    """Load a checkpoint into `OpenVLAForActionPrediction`, in eval mode, every tensor accounted for.
+
+    Args:
+        folder: the checkpoint's folder.
+        dtype: torch dtype of the weights; None keeps what is stored.
+        device: where to put them.
+        quantization: a transformers quantization config, or None; a checkpoint saved quantised needs none.
+
+    Raises:
+        MissingExtra: the checkpoint was saved quantised and bitsandbytes is not installed.
+        CheckpointError: tensors missing, left over, or of another shape than the configuration says.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers.utils import logging
+
+    from vlaft.model.openvla import OpenVLAForActionPrediction
+
+    config = load_config(folder)
+    table = tensor_table(folder)
+    try:
+        with torch.device("meta"):
+            state = OpenVLAForActionPrediction(config).state_dict()
+    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: no model can be built from it ({error})") from None
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    stored = _stored_quantization(folder)
+    if stored and quantization is not None:
+        raise CheckpointError(f"{folder} is quantised already; give the checkpoint that it was made from")
+    found = plain_shapes(table, expected) if stored else {name: entry.shape for name, entry in table.items()}
+    check_tensors(found, expected, str(folder))
+    quantized = stored or quantization is not None
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # the caller has its own
+    try:
+        model = OpenVLAForActionPrediction.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype if dtype is not None and not stored else "auto",
+            device_map={"": device} if quantized else None,
+            quantization_config=quantization,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder}: the weights are damaged ({error})") from None
+    except OSError as error:
+        raise CheckpointError(f"{folder}: the weights cannot be read ({error.strerror or error})") from None
+    finally:
+        if bar:
+            logging.enable_progress_bar()
+    if stored and dtype is not None:  # transformers leaves what is not quantised as it lies there
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+    if not quantized:
+        model = model.to(device)
+    return model.eval()
+
+
+def _stored_quantization(folder: Path) -> bool:
+    """Say whether the checkpoint was saved quantised.
+
+    Raises:
+        CheckpointError: by something else than bitsandbytes.
+        MissingExtra: bitsandbytes is not installed.
+    """
+    settings = read_json(folder / "config.json").get("quantization_config")
+    if not settings:
+        return False
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+    if method != "bitsandbytes":
+        raise CheckpointError(f"{folder / 'config.json'}: quantised by '{method}'; only bitsandbytes can be read")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtra(f"{folder} is quantised, and loading it", "bitsandbytes", "qlora")
+    return True

@@ -1,0 +1,280 @@
+"""From images and an instruction to an action: a checkpoint with everything that it records about its input.
+
+    policy = vlaft.load("model/")
+    prediction = policy.predict(image, "pick up the red block")
+    prediction.action  # float64 [A], in the robot's units
+
+What makes it fast: prompts whose last block is computed at one position, a cache allocated once
+(`vlaft.model.generation`), adapters folded into the weights (`vlaft.adapt.merging`), on a CPU oneDNN's weight layout
+(`vlaft.model.packed_linear`), on a GPU recorded kernels (`vlaft.model.cuda_graphs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vlaft.action.statistics import BOUNDS, check_statistics, choose_key, read_statistics
+from vlaft.action.tokens import unnormalize
+from vlaft.errors import CheckpointError, DataError, UsageError
+from vlaft.model.cuda_graphs import CudaGraphs
+from vlaft.model.generation import generate_action_ids
+from vlaft.model.load import load_model
+from vlaft.model.packed_linear import pack_linears
+from vlaft.observation.augmentation import center_crop, pixel_values
+from vlaft.observation.images import Image, ImagePipeline
+from vlaft.observation.prompts import BaseFiles, load_base_files, prompt_style_of
+from vlaft.weights.layout import check_tensor_checksums, fingerprint, resolve_checkpoint
+from vlaft.weights.trained import STATISTICS_FILE, TRAINED_FILE, Trained, find_trained, is_trained
+
+_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_QUANTIZED = ("int8", "nf4")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One action.
+
+    Attributes:
+        action: float64 `[A]`, in the robot's units.
+        normalized_action: float64 `[A]`, in [-1, 1].
+        action_token_ids: A token ids, as generated.
+        unnorm_key: name of the statistics that turned one into the other.
+        non_action_tokens: how many of the ids stand for no action; each was read as a full move, so a robot should
+            not act on a prediction that has any.
+    """
+
+    action: NDArray[np.float64]
+    normalized_action: NDArray[np.float64]
+    action_token_ids: tuple[int, ...]
+    unnorm_key: str
+    non_action_tokens: int
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A loaded checkpoint; `load` makes one.
+
+    Attributes:
+        model: in eval mode, with its adapter folded in where it has one; for prediction only.
+        files: tokenizer, prompt style and action tokens.
+        pipeline: how frames become input.
+        statistics: dataset name to statistics.
+        device: where the model is.
+        graphs: recordings of predictions on a GPU; None where none are made.
+    """
+
+    model: Any
+    files: BaseFiles
+    pipeline: ImagePipeline
+    statistics: Mapping[str, Any]
+    device: torch.device
+    graphs: CudaGraphs | None = None
+
+    def predict(
+        self,
+        images: Image | Sequence[Image],
+        instruction: str | Sequence[str],
+        *,
+        unnorm_key: str | None = None,
+        action_ids_only: bool = False,
+    ) -> Any:
+        """Predict an action for one image, or for each of several in one batch.
+
+        Rows of a batch do not see each other: each gets the action that it would get alone, up to rounding.
+
+        Args:
+            images: uint8 `[H, W, 3]` RGB of any size, or a list of them.
+            instruction: one for all, or one for each image.
+            unnorm_key: name of the statistics to use; needed only where the checkpoint has several.
+            action_ids_only: choose among action tokens only.
+
+        Returns:
+            A `Prediction`, or a list of them for a list of images.
+
+        Raises:
+            DataError: an image is not uint8 RGB, the numbers of images and instructions differ, or the key is
+                missing or unknown.
+        """
+        several = not isinstance(images, np.ndarray) or images.ndim == 4
+        frames: list[Any] = list(images) if several else [images]
+        texts = [instruction] * len(frames) if isinstance(instruction, str) else list(instruction)
+        if len(texts) != len(frames):
+            raise DataError(
+                f"{len(frames)} images and {len(texts)} instructions: give one instruction, or one for each"
+            )
+        if not frames:
+            return []
+        key = choose_key(self.statistics, unnorm_key)
+        statistics = self.statistics[key]["action"]
+        input_ids, mask = self._prompts(texts)
+        ids = generate_action_ids(
+            self.model,
+            input_ids.to(self.device),
+            self._pixels(frames),
+            None if mask is None else mask.to(self.device),
+            num_tokens=len(statistics["q01"]),
+            action_ids_only=action_ids_only,
+            graphs=self.graphs,
+        )
+        predictions = [self._prediction(row, statistics, key) for row in ids.cpu().numpy()]
+        return predictions if several else predictions[0]
+
+    def _prediction(self, ids: NDArray[np.int64], statistics: Mapping[str, Any], key: str) -> Prediction:
+        actions = self.files.actions
+        normalized = actions.decode(ids)
+        return Prediction(
+            action=unnormalize(normalized, statistics),
+            normalized_action=normalized,
+            action_token_ids=tuple(int(token) for token in ids),
+            unnorm_key=key,
+            non_action_tokens=int((~actions.is_action(ids)).sum()),
+        )
+
+    def _prompts(self, instructions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        rows = [self.files.prompt_token_ids(text) for text in instructions]
+        longest = max(len(row) for row in rows)
+        ids = torch.full((len(rows), longest), self.files.tokenizer.pad_id, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.tensor(row)
+            mask[index, : len(row)] = 1
+        return ids, None if mask.all() else mask
+
+    def _pixels(self, frames: Sequence[Image]) -> torch.Tensor:
+        for index, frame in enumerate(frames):
+            if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+                shape = getattr(frame, "shape", type(frame).__name__)
+                raise DataError(f"image {index} must be uint8 [height, width, 3] in RGB, not {shape}")
+        batch = torch.from_numpy(np.stack([self.pipeline.prepare(frame) for frame in frames])).to(self.device)
+        if self.pipeline.center_crop:
+            batch = center_crop(batch)
+        return pixel_values(batch, self.pipeline.means, self.pipeline.stds).to(self.model.dtype)
+
+
+def load(
+    source: str | Path,
+    *,
+    base: str | None = None,
+    checkpoint: str | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
+) -> Policy:
+    """Load a checkpoint for prediction.
+
+    A run or an adapter answers as the checkpoint that it is merged into: what was trained is put into the weights
+    here, with merging's own arithmetic. Where the weights are quantised while they are loaded (`dtype="nf4"`), an
+    adapter stays beside them in full precision, as it was in `qlora32` training.
+
+    Args:
+        source: a merged or exported checkpoint (quantised ones too), a base (folder or Hub id), a run, or an adapter.
+        base: of a run or adapter: the base, where it is no longer where training found it.
+        checkpoint: of a run: `best`, `last` or `step-000500`.
+        dtype: `float32`, `bfloat16` or `float16`, or `int8` or `nf4` to quantise while loading; None takes bfloat16
+            on a GPU and float32 on a CPU. A checkpoint that was saved quantised stays so, and `dtype` is the type of
+            what is not quantised in it.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        CheckpointError: something is missing, damaged, or does not fit together.
+        MissingExtra: quantised weights, and bitsandbytes is not installed.
+        UsageError: there is no such device.
+    """
+    place = _place(device)
+    default = "bfloat16" if place.type == "cuda" else "float32"
+    if dtype is not None and dtype not in (*_TYPES, *_QUANTIZED):
+        raise CheckpointError(f"dtype '{dtype}' is not known: give {', '.join(_TYPES)}, int8 or nf4")
+    kind = _TYPES.get(dtype or default, _TYPES[default])
+    quantize = dtype if dtype in _QUANTIZED else None
+    path = Path(source)
+    trained = find_trained(path, checkpoint) if path.is_dir() and is_trained(path) else None
+    folder = resolve_checkpoint(str(source)) if trained is None else _base_of(trained, path, base)
+    files = load_base_files(str(folder))
+    if trained is not None:
+        files = replace(files, config={**files.config, **trained.inference})
+        files = replace(files, prompt_style=prompt_style_of(files.config))
+    model = load_model(folder, dtype=kind, device=place, quantization=_quantization(quantize, kind))
+    if trained is not None:
+        model = _with_trained(model, trained, folder)
+    if place.type == "cpu" and not getattr(model, "is_quantized", False):
+        pack_linears(model)
+    statistics = (trained.statistics if trained is not None else None) or _statistics(folder, files.config)
+    return Policy(model, files, _pipeline(files), statistics, place, _graphs(model, place))
+
+
+def _place(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        place = torch.device("meta")
+    if place.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {device}: give auto, cpu, cuda or cuda:N")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {device}: {torch.cuda.device_count()} GPUs are here; give auto or cpu")
+    return place
+
+
+def _quantization(kind: str | None, compute: torch.dtype) -> Any:
+    if kind is None:
+        return None
+    from vlaft.adapt.methods import quantization_config
+    from vlaft.recipe.settings import AdaptConfig
+
+    return quantization_config(AdaptConfig(quantize=kind, double_quant=kind == "nf4"), compute)  # type: ignore[arg-type]
+
+
+def _graphs(model: Any, device: torch.device) -> CudaGraphs | None:
+    """Products in 8 bits look for outliers, on the host, which cannot be recorded."""
+    return CudaGraphs() if device.type == "cuda" and not getattr(model, "is_loaded_in_8bit", False) else None
+
+
+def _base_of(trained: Trained, path: Path, base: str | None) -> Path:
+    name = base or trained.base
+    if name is None:
+        raise CheckpointError(f"{path} does not say on which base it was trained; give it with --base")
+    folder = resolve_checkpoint(name)
+    if trained.base_checksums is not None:
+        check_tensor_checksums(folder, trained.base_checksums)
+    if trained.base_fingerprint and trained.base_fingerprint != fingerprint(folder):
+        raise CheckpointError(f"{path} was trained on another base than {name}; give the right one with --base")
+    return folder
+
+
+def _with_trained(model: Any, trained: Trained, base: Path) -> Any:
+    quantized = getattr(model, "is_quantized", False)
+    if trained.is_adapter and quantized:
+        from vlaft.adapt.adapter import load_adapter
+
+        return load_adapter(model, trained.weights)
+    if quantized:
+        raise CheckpointError(
+            f"{trained.weights} holds whole tensors, which cannot be put into quantised weights: merge it first,"
+            " then load the merged checkpoint quantised"
+        )
+    from vlaft.adapt.merging import fold_adapter, lay_over
+
+    if trained.is_adapter:
+        fold_adapter(model, base, trained.weights)
+    else:
+        lay_over(model, base, trained.weights / TRAINED_FILE)
+    return model
+
+
+def _pipeline(files: BaseFiles) -> ImagePipeline:
+    return ImagePipeline.from_checkpoint(files.config, files.preprocessor)
+
+
+def _statistics(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The file beside the weights wins: upstream's fine-tuning leaves the base's statistics in `config.json`."""
+    if (folder / STATISTICS_FILE).is_file():
+        return read_statistics(folder / STATISTICS_FILE, BOUNDS)
+    found = config.get("norm_stats")
+    return check_statistics(found, f"{folder / 'config.json'}: norm_stats", BOUNDS) if found else {}

@@ -1,0 +1,176 @@
+"""Rewrite a merged checkpoint in the release's layout, and look at the result.
+
+The folder has the names, keys and config fields of `openvla/openvla-7b`, for upstream's code, vLLM and vlaft
+to load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlaft.action.statistics import choose_key
+from vlaft.errors import CheckFailed, CheckpointError, DataError
+from vlaft.files import check_apart, output_folder
+from vlaft.harness import write_server_config
+from vlaft.model.load import load_config, load_model
+from vlaft.release.card import write_model_card
+from vlaft.release.files import Source, copy_licence, open_source, write_release_files
+from vlaft.release.merge import DTYPE_NAMES, checkpoint_dtype, copy_tensors, tensor_bytes
+from vlaft.release.verify import Comparison, compare, example_inputs, round_parameters
+from vlaft.weights.layout import TensorEntry, check_tensors, tensor_table
+from vlaft.weights.stream import DTYPES
+
+SMALL = 2_000_000_000  # bytes; up to this an export is also loaded and asked for actions
+_FLOATS = frozenset(DTYPE_NAMES.values())
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export wrote.
+
+    Attributes:
+        folder: the exported checkpoint.
+        bytes: size of its weights.
+        source_bytes: size of the weights that it was made from.
+        comparison: how its answers compare with the source's, or None where it is too large to load for that.
+        notes: sentences for the user.
+    """
+
+    folder: Path
+    bytes: int
+    source_bytes: int
+    comparison: Comparison | None = None
+    notes: tuple[str, ...] = ()
+
+
+def export_huggingface(
+    folder: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    repository: str | None = None,
+    overwrite: bool = False,
+    advance: Callable[[int], None] = lambda count: None,
+) -> ExportResult:
+    """Write the checkpoint `folder` to `out` in the release's layout, tensor by tensor.
+
+    Args:
+        folder: a merged checkpoint or a base.
+        out: written beside its place and renamed into it at the end.
+        dtype: `float32`, `bfloat16` or `float16`; None keeps each tensor's own.
+        repository: where it is going to be on the Hub, `user/name`, or None.
+        overwrite: replace what is in `out`.
+        advance: called with the number of bytes that were written.
+
+    Raises:
+        CheckpointError: `folder` is no plain checkpoint, or lacks statistics or a tokenizer.
+        CheckFailed: the exported folder is not what it should be.
+        VlaftError: `out` is in use, or holds something without `overwrite`, or there is too little room on the disk.
+    """
+    check_apart(out, [folder])
+    source = open_source(folder)
+    table = tensor_table(folder)
+    dtypes = {
+        name: DTYPE_NAMES[dtype] if dtype and entry.dtype in _FLOATS else entry.dtype for name, entry in table.items()
+    }
+    size = tensor_bytes(table, dtypes)
+    with output_folder(out, size, overwrite=overwrite) as partial:
+        copy_tensors(folder, partial, dtypes, advance=advance)
+        write_release_files(source, partial, checkpoint_dtype(dtypes))
+        check_weights(partial, dtypes)
+        comparison = compare_with_source(source, partial, table, size)
+        if comparison is not None and not comparison.holds:
+            raise CheckFailed(
+                f"the exported folder does not answer as {folder} does: {comparison.identical_tokens} of"
+                f" {comparison.tokens} tokens are the same; nothing was written"
+            )
+        finish(source, partial, "huggingface", comparison)
+        notes = _server_config(source, partial, repository or out.resolve().name)
+    return ExportResult(out, size, stored_bytes(table.values()), comparison, notes)
+
+
+def _server_config(source: Source, partial: Path, name: str) -> tuple[str, ...]:
+    """Write the config for vla-evaluation-harness where its server can use the model; else say why not."""
+    try:
+        choose_key(dict(source.statistics))
+        write_server_config(partial, model_path=name)
+    except (CheckpointError, DataError) as error:
+        reason = str(error).removeprefix(f"{partial}: ")
+        return (f"no server config for vla-evaluation-harness: {reason}",)
+    return ()
+
+
+def stored_bytes(entries: Iterable[TensorEntry]) -> int:
+    """Return the bytes that tensors take on disk."""
+    return sum(entry.end - entry.begin for entry in entries)
+
+
+def check_weights(folder: Path, dtypes: Mapping[str, str]) -> None:
+    """Open an exported folder as a stranger would and hold it against the model that its config describes.
+
+    Args:
+        folder: in the release's layout, not quantised.
+        dtypes: type of each tensor, by safetensors' names.
+
+    Raises:
+        CheckFailed: names, shapes or types are not what they should be.
+    """
+    table = tensor_table(folder)
+    try:
+        check_tensors({name: entry.shape for name, entry in table.items()}, model_shapes(folder), str(folder))
+    except CheckpointError as error:
+        raise CheckFailed(f"the exported folder is not right: {error}") from None
+    if wrong := [name for name, entry in table.items() if entry.dtype != dtypes[name]]:
+        raise CheckFailed(f"the exported folder is not right: '{wrong[0]}' is of type {table[wrong[0]].dtype}")
+
+
+def model_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the tensors of the model that `config.json` describes."""
+    from vlaft.model.openvla import OpenVLAForActionPrediction
+
+    with torch.device("meta"):
+        model = OpenVLAForActionPrediction(load_config(folder))
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def compare_with_source(source: Source, folder: Path, table: Mapping[str, TensorEntry], size: int) -> Comparison | None:
+    """Let source and export act on the same inputs, where both are small.
+
+    Args:
+        source: the checkpoint that was exported.
+        folder: the export, which says itself how it is to be loaded.
+        table: the source's tensors.
+        size: bytes of the export's weights.
+    """
+    if max(size, stored_bytes(table.values())) > SMALL:
+        return None
+    written = tensor_table(folder)
+    kinds = {entry.dtype for entry in written.values()}
+    rounding = next((kind for kind in ("BF16", "F16") if kind in kinds), "F32")
+    named = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    return compare(
+        lambda: load_model(source.folder, dtype=torch.float32),
+        lambda: load_model(folder, dtype=torch.float32),
+        example_inputs(None, source.folder),
+        named[rounding],
+        _rounding_of(table, written),
+    )
+
+
+def _rounding_of(table: Mapping[str, TensorEntry], written: Mapping[str, TensorEntry]) -> Callable[[Any], None] | None:
+    """Return what rounds the source's parameters to the export's types; None where they are the same or quantised."""
+    if set(table) != set(written) or all(table[name].dtype == entry.dtype for name, entry in written.items()):
+        return None
+    return partial(round_parameters, kinds={name: DTYPES[entry.dtype] for name, entry in written.items()})
+
+
+def finish(source: Source, folder: Path, kind: str, comparison: Comparison | None) -> None:
+    """Add the model card and the licence texts."""
+    copy_licence(source.folder, folder)
+    write_model_card(folder, kind, source.statistics, source.merge_record, source.config, comparison)

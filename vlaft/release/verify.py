@@ -1,0 +1,358 @@
+"""Whether two models answer alike: base with adapter and merged model, checkpoint and export.
+
+Both see the same few inputs, one after the other, so that only one of them is in memory. The first decodes actions by
+itself; the second is given those tokens and asked for its own choice at each place, so that one differing token does
+not hide what comes after it.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlaft.action.statistics import BOUNDS, check_statistics
+from vlaft.adapt.rounding import Mode, generator_of, round_to
+from vlaft.errors import CheckFailed, CheckpointError, DataError
+from vlaft.observation.images import ImagePipeline
+from vlaft.release.record import data_paths
+from vlaft.weights.layout import read_json, tensor_table
+from vlaft.weights.trained import TRAINED_FILE, Trained
+
+_EXAMPLES = 4
+_INSTRUCTION = "put the carrot on the plate"  # of inputs made here, where the training data are gone
+_ACTION_SIZE = 7  # where the statistics do not tell
+_ROOM = 1.15  # memory over that of the weights: activations, adapter, the interpreter
+# How far rounding the merged weights to their type may move a logit, as a share of the logits' range: about four times
+# what is seen. Choices nearer to each other than that may change places.
+_ROUNDING = {torch.float32: 1e-5, torch.float16: 2.5e-3, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A batch for `compare`.
+
+    Attributes:
+        input_ids: `[B, T]` int64 prompts, padded on the right.
+        attention_mask: `[B, T]`, 1 where there is a token.
+        pixel_values: float32 `[B, 3 * number of ViTs, H, W]`, normalised.
+        num_tokens: A, the number of action tokens to compare.
+        origin: `training data` or `synthetic`.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    pixel_values: Tensor
+    num_tokens: int
+    origin: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How two models' answers compare.
+
+    Attributes:
+        examples: number of inputs.
+        inputs: where they come from.
+        tokens: number of tokens compared.
+        identical_tokens: how many of them are the same in both.
+        ties: how many of the others lie between two choices that rounding cannot tell apart.
+        largest_logit_difference: over all places and tokens of the vocabulary.
+        logit_range: largest minus smallest logit of the first model.
+        computed_in: number format of the computation.
+        unrounded_tokens: where the first model was rounded as the second is: how many of the tokens it chose before are
+            the second's too; None where it was not.
+        unrounded_logit_difference: likewise, the largest difference of a logit.
+    """
+
+    examples: int
+    inputs: str
+    tokens: int
+    identical_tokens: int
+    ties: int
+    largest_logit_difference: float
+    logit_range: float
+    computed_in: str
+    unrounded_tokens: int | None = None
+    unrounded_logit_difference: float | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the two choose the same tokens wherever rounding leaves a choice."""
+        return self.identical_tokens + self.ties == self.tokens
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a plain dict."""
+        return asdict(self)
+
+
+def example_inputs(trained: Trained | None, base: Path, count: int = _EXAMPLES) -> Inputs:
+    """Return examples of the data that a run was trained on, or fixed ones made here where those are gone.
+
+    Args:
+        trained: a run's weights; None makes inputs.
+        base: the model's folder.
+        count: how many.
+    """
+    config = read_json(base / "config.json") | (dict(trained.inference) if trained else {})
+    preprocessor = base / "preprocessor_config.json"
+    pipeline = ImagePipeline.from_checkpoint(config, read_json(preprocessor) if preprocessor.is_file() else None)
+    if trained is not None and (paths := data_paths(trained)):
+        try:
+            return data_inputs(paths, pipeline, count)
+        except (DataError, CheckpointError, OSError):
+            pass  # moved, changed or damaged since: the check needs inputs, not these
+    return _synthetic(base, config, pipeline, count)
+
+
+def data_inputs(paths: list[Path], pipeline: ImagePipeline, count: int) -> Inputs:
+    """Return held-out examples of converted datasets, evenly spread; training examples where none are held out.
+
+    Raises:
+        DataError: a dataset is missing or damaged.
+    """
+    from vlaft.evaluation.held_out import HeldOut
+
+    try:
+        examples = HeldOut.open(paths, "val", count)
+    except DataError:  # converted without a held-out split
+        examples = HeldOut.open(paths, "train", count)
+    rows = examples.chosen
+    return _batch(
+        [examples.prompts[int(row)] for row in rows],
+        list(examples.images(rows)),
+        pipeline,
+        examples.action.shape[1],
+        "training data",
+    )
+
+
+def _synthetic(base: Path, config: dict[str, Any], pipeline: ImagePipeline, count: int) -> Inputs:
+    import numpy as np
+
+    prompt = [1, *range(3, 20)]  # for models that have no tokenizer
+    if (base / "tokenizer.json").is_file():
+        from vlaft.observation.prompts import load_base_files
+
+        prompt = load_base_files(str(base)).prompt_token_ids(_INSTRUCTION)
+    found = config.get("norm_stats")
+    statistics = check_statistics(found, f"{base / 'config.json'}: norm_stats", BOUNDS) if found else {}
+    sizes = [len(entry["action"]["q01"]) for entry in statistics.values()]
+    generator = np.random.default_rng(0)
+    size = pipeline.size
+    coarse = generator.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+    images = [np.kron(image, np.ones((size // 8 + 1, size // 8 + 1, 1), np.uint8))[:size, :size] for image in coarse]
+    return _batch([prompt] * count, images, pipeline, max(sizes, default=_ACTION_SIZE), "synthetic")
+
+
+def _batch(
+    prompts: list[list[int]], images: list[Any], pipeline: ImagePipeline, num_tokens: int, origin: str
+) -> Inputs:
+    import numpy as np
+
+    from vlaft.observation.augmentation import pixel_values
+
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt)
+        mask[row, : len(prompt)] = 1
+    frames = torch.from_numpy(np.stack([pipeline.prepare(image) for image in images]))
+    return Inputs(ids, mask, pixel_values(frames, pipeline.means, pipeline.stds), num_tokens, origin)
+
+
+def choose_dtype(folder: Path) -> tuple[torch.dtype, torch.device] | None:
+    """Return the number format and device in which the checkpoint fits into free memory, float32 first, or None."""
+    from vlaft.weights.stream import DTYPES
+
+    places = []
+    if torch.cuda.is_available():
+        places.append((torch.device("cuda"), torch.cuda.mem_get_info()[0]))
+    places.append((torch.device("cpu"), free_memory()))
+    table = tensor_table(folder)
+    numbers = sum(torch.Size(entry.shape).numel() for entry in table.values())
+    stored = {DTYPES[entry.dtype] for entry in table.values() if entry.dtype in DTYPES}
+    half = torch.float16 if stored == {torch.float16} else torch.bfloat16
+    for device, free in places:
+        for dtype in (torch.float32, half):
+            if numbers * dtype.itemsize * _ROOM < free:
+                return dtype, device
+    return None
+
+
+def free_memory() -> int:
+    """Return the bytes of main memory that this process may still take: the machine's, or its control group's."""
+    free = 2**62
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            free = min(free, int(limit) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError, StopIteration, IndexError):
+        pass
+    return free
+
+
+@torch.inference_mode()
+def compare(
+    first: Callable[[], Any],
+    second: Callable[[], Any],
+    inputs: Inputs,
+    rounding: torch.dtype,
+    round_first: Callable[[Any], None] | None = None,
+) -> Comparison:
+    """Compare two models' choices.
+
+    Args:
+        first: loads the model whose own tokens are the reference.
+        second: loads the other; called when the first is no longer in memory.
+        inputs: what both see.
+        rounding: type to which the second's weights were rounded.
+        round_first: rounds the first's weights likewise, in place, when it has chosen its tokens. What rounding changes
+            is then told apart from what is wrong.
+    """
+    from vlaft.model.generation import generate_action_ids
+
+    model = first()
+    device, dtype = next(model.parameters()).device, model.dtype
+    ids, mask = inputs.input_ids.to(device), inputs.attention_mask.to(device)
+    pixels = inputs.pixel_values.to(device=device, dtype=dtype)
+    tokens = generate_action_ids(model, ids, pixels, mask, num_tokens=inputs.num_tokens)
+    exact = reference = _logits(model, ids, mask, pixels, tokens)
+    if round_first is not None:
+        round_first(model)
+        reference = _logits(model, ids, mask, pixels, tokens)
+    del model
+    gc.collect()
+    model = second()
+    other = _logits(model, ids, mask, pixels.to(model.dtype), tokens)
+    del model
+    gc.collect()
+
+    spread = float(reference.max() - reference.min())
+    best, choice = reference.argmax(dim=-1), other.argmax(dim=-1)
+    margin = reference.gather(1, best[:, None]) - reference.gather(1, choice[:, None])
+    differ = best != choice
+    tie = max(_ROUNDING[rounding], _ROUNDING.get(dtype, 0.0)) * spread
+    return Comparison(
+        examples=len(ids),
+        inputs=inputs.origin,
+        tokens=best.numel(),
+        identical_tokens=int((~differ).sum()),
+        ties=int((differ & (margin[:, 0] <= tie)).sum()),
+        largest_logit_difference=float((reference - other).abs().max()),
+        logit_range=spread,
+        computed_in=str(dtype).removeprefix("torch."),
+        unrounded_tokens=int((exact.argmax(dim=-1) == choice).sum()) if round_first else None,
+        unrounded_logit_difference=float((exact - other).abs().max()) if round_first else None,
+    )
+
+
+def _logits(model: Any, ids: Tensor, mask: Tensor, pixels: Tensor, tokens: Tensor) -> Tensor:
+    """Return float32 `[B * A, vocabulary]`: what the model would write in each place of `tokens`."""
+    count = tokens.shape[1]
+    columns = mask.sum(dim=1, keepdim=True) + torch.arange(count, device=ids.device)
+    joined = torch.cat([ids, torch.zeros_like(tokens)], dim=1).scatter(1, columns, tokens)
+    labels = torch.full_like(joined, -100).scatter(1, columns, tokens)
+    logits: Tensor = model(input_ids=joined, pixel_values=pixels, labels=labels, label_positions=columns).logits
+    return logits.float().cpu()
+
+
+def merge_check(
+    trained: Trained, base: Path, dtype: torch.dtype, device: torch.device, mode: Mode = "nearest"
+) -> Callable[[Path], dict[str, Any]]:
+    """Return the check that `merge` calls on its finished folder.
+
+    Args:
+        trained: what is merged.
+        base: into which base.
+        dtype: number format of both computations.
+        device: where they run.
+        mode: how the merge rounds.
+
+    Returns:
+        A function of the merged folder that returns a record for `merge.json`, and raises `CheckFailed` when the
+        two models choose different tokens.
+    """
+
+    def check(folder: Path) -> dict[str, Any]:
+        from vlaft.model.load import load_model
+        from vlaft.weights.stream import DTYPES
+
+        kinds = {name: DTYPES[entry.dtype] for name, entry in tensor_table(folder).items()}
+        floats = set(kinds.values()) & set(_ROUNDING)
+        result = compare(
+            lambda: _attach(load_model(base, dtype=dtype, device=device), trained),
+            lambda: load_model(folder, dtype=dtype, device=device),
+            example_inputs(trained, base),
+            max(floats, key=lambda kind: _ROUNDING[kind], default=torch.float32),
+            partial(_round, trained=trained, kinds=kinds, mode=mode) if floats - {torch.float32} else None,
+        )
+        if not result.holds:
+            raise CheckFailed(
+                f"the merged model does not answer as base and trained weights do: {result.identical_tokens} of"
+                f" {result.tokens} tokens are the same, and logits differ by up to"
+                f" {result.largest_logit_difference:.3g}; nothing was written"
+            )
+        return result.to_json()
+
+    return check
+
+
+def _attach(model: Any, trained: Trained) -> Any:
+    from vlaft.adapt.adapter import load_adapter
+    from vlaft.training.checkpoints import load_trained
+
+    if trained.is_adapter:
+        return load_adapter(model, trained.weights)
+    load_trained(model, trained.weights)
+    return model
+
+
+def round_parameters(model: Any, kinds: Mapping[str, torch.dtype]) -> None:
+    """Round each parameter that has a type in `kinds` to that type, in place; the model's own type stays."""
+    for name, parameter in model.named_parameters():
+        if name in kinds:
+            parameter.copy_(parameter.to(kinds[name]))
+
+
+def _round(model: Any, trained: Trained, kinds: Mapping[str, torch.dtype], mode: Mode) -> None:
+    """Put the trained weights into the base's and round the sum, as merging does; adapters by peft's arithmetic."""
+
+    def rounded(name: str, exact: Tensor) -> Tensor:
+        generator = generator_of(name) if mode == "stochastic" else None
+        return round_to(exact.float().cpu(), torch.empty(exact.shape, dtype=kinds[name]), generator)
+
+    if trained.is_adapter:
+        from peft.tuners.lora import LoraLayer
+
+        for name, module in model.get_base_model().named_modules():
+            if isinstance(module, LoraLayer):
+                _merge_layer(module, partial(rounded, f"{name}.weight"))
+        round_parameters(model.get_base_model(), kinds)
+        return
+    from vlaft.weights.layout import read_header
+    from vlaft.weights.stream import read_tensor
+
+    parameters = dict(model.named_parameters())
+    for name, entry in read_header(trained.weights / TRAINED_FILE).items():
+        parameters[name].copy_(rounded(name, read_tensor(trained.weights, entry)))
+    round_parameters(model, kinds)
+
+
+def _merge_layer(layer: Any, rounded: Callable[[Tensor], Tensor]) -> None:
+    """Merge a layer's adapter in float32, whatever the model computes in, and round once."""
+    weight: nn.Parameter = layer.get_base_layer().weight
+    kind = weight.dtype
+    weight.data = weight.data.float()
+    layer.merge()
+    weight.data = rounded(weight.data).to(device=weight.device, dtype=kind)

@@ -1,1 +1,0 @@
-"""A small simulated robot: a tabletop, a scripted expert, and the loop that lets a policy act."""

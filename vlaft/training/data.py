@@ -1,0 +1,152 @@
+"""The training and held-out examples of a run, and whether they fit its base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlaft.action.tokens import ActionTokenizer
+from vlaft.data.loader import IGNORED, Batch, ExampleLoader, batches_in_order
+from vlaft.data.store import ConvertedDataset
+from vlaft.errors import DataError
+from vlaft.observation.images import ImagePipeline
+from vlaft.observation.prompts import action_tokenizer_of, prompt_style_of
+from vlaft.recipe.settings import RecipeConfig
+from vlaft.training.step import Inputs
+from vlaft.weights.layout import read_json
+
+
+def to_inputs(batch: Batch, device: torch.device) -> Inputs:
+    """Put a batch on the device, without waiting for it.
+
+    The labels of a row are its last tokens, so their columns follow from the row's length; rows with fewer labels
+    than the widest of the batch begin with columns that the loss ignores.
+    """
+    widest = int((batch.labels != IGNORED).sum(dim=1).max())
+    lengths = batch.attention_mask.sum(dim=1, keepdim=True)
+    positions = lengths - widest + torch.arange(widest)[None]
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        if device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(device, non_blocking=True)
+
+    return Inputs(move(batch.input_ids), move(batch.labels), move(positions), move(batch.images))
+
+
+@dataclass
+class TrainingData:
+    """What a run learns from and is judged on.
+
+    Attributes:
+        datasets: the converted datasets.
+        loader: endless shuffled training batches.
+        actions: action tokens of the base.
+        pipeline: how frames were prepared, and the base's pixel statistics.
+        statistics: by dataset name, of all datasets together.
+        train_examples: rows of the training split.
+        val_examples: rows of the held-out split that an evaluation looks at.
+        fingerprint: of all datasets together.
+        inference: keys for `config.json` of what is trained on this.
+    """
+
+    datasets: list[ConvertedDataset]
+    loader: ExampleLoader
+    actions: ActionTokenizer
+    pipeline: ImagePipeline
+    statistics: Mapping[str, Any]
+    train_examples: int
+    val_examples: int
+    fingerprint: str
+    inference: Mapping[str, Any]
+    batch_size: int
+    rank: int
+    world_size: int
+
+    @classmethod
+    def open(cls, recipe: RecipeConfig, base: Path, *, rank: int = 0, world_size: int = 1) -> TrainingData:
+        """Open the recipe's datasets and hold them against the base.
+
+        Raises:
+            DataError: a dataset is missing or damaged, or was converted for another base.
+        """
+        datasets = [ConvertedDataset(Path(path)) for path in recipe.data.paths]
+        config = read_json(base / "config.json")
+        actions = action_tokenizer_of(config)
+        for dataset in datasets:
+            _check_fits(dataset, base, config, actions)
+        batch_size = int(recipe.train.batch_size)
+        loader = ExampleLoader(
+            datasets,
+            batch_size,
+            seed=recipe.train.seed,
+            rank=rank,
+            world_size=world_size,
+            workers=recipe.data.workers,
+            limit=recipe.train.overfit or None,
+        )
+        held_out = sum(dataset.rows("val") for dataset in datasets)
+        first = datasets[0]
+        statistics: dict[str, Any] = {}
+        for dataset in datasets:
+            statistics |= dataset.statistics
+        pipeline = first.pipeline
+        return cls(
+            datasets=datasets,
+            loader=loader,
+            actions=actions,
+            pipeline=pipeline,
+            statistics=statistics,
+            train_examples=sum(dataset.rows("train") for dataset in datasets),
+            val_examples=held_out if recipe.data.val_examples is None else min(held_out, recipe.data.val_examples),
+            fingerprint="+".join(dataset.fingerprint for dataset in datasets),
+            inference={
+                "prompt_style": first.info["prompt_style"],
+                # A model trained on random crops of 90 % of the area is used on the central 90 %.
+                "image_pipeline": pipeline.to_json() | {"center_crop": recipe.data.augment},
+            },
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def validation(self) -> Iterator[Batch]:
+        """Yield this process's share of the held-out examples, always the same ones in the same order."""
+        return batches_in_order(
+            self.datasets,
+            self.batch_size,
+            rank=self.rank,
+            world_size=self.world_size,
+            limit=self.val_examples,
+        )
+
+    def any_validation_batch(self) -> Batch:
+        """Return some held-out batch, for a process that has none of its own."""
+        return next(batches_in_order(self.datasets, self.batch_size, limit=self.val_examples))
+
+
+def _check_fits(dataset: ConvertedDataset, base: Path, config: Mapping[str, Any], actions: ActionTokenizer) -> None:
+    again = f"convert the demonstrations again with --base {base}"
+    tokenizer = dataset.info["tokenizer"]
+    if (tokenizer["action_vocab_size"], tokenizer["n_action_bins"]) != (actions.vocab_size, actions.n_bins):
+        raise DataError(f"{dataset.path}: its action tokens are not those of {base}; {again}")
+    tokenizer_file = base / "tokenizer.json"
+    if tokenizer_file.is_file():
+        import hashlib
+
+        if hashlib.sha256(tokenizer_file.read_bytes()).hexdigest() != tokenizer["fingerprint"]:
+            raise DataError(f"{dataset.path}: it was converted with another tokenizer than that of {base}; {again}")
+    if dataset.info["prompt_style"] != prompt_style_of(config):
+        raise DataError(f"{dataset.path}: its prompts are in another style than {base} was trained with; {again}")
+    preprocessor = base / "preprocessor_config.json"
+    ours = ImagePipeline.for_training(config, read_json(preprocessor) if preprocessor.is_file() else None)
+    if dataset.pipeline.size != ours.size:
+        raise DataError(
+            f"{dataset.path}: its frames are {dataset.pipeline.size} pixels wide, {base} takes {ours.size}; {again}"
+        )
+    if (dataset.pipeline.means, dataset.pipeline.stds) != (ours.means, ours.stds):
+        raise DataError(f"{dataset.path}: its pixel statistics are not those of {base}; {again}")

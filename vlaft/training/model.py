@@ -1,0 +1,240 @@
+"""From a recipe to a model that is ready to train: the base in the recipe's precision, with what it trains."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from vlaft.adapt import adapt
+from vlaft.adapt.methods import quantization_config
+from vlaft.model.openvla import OpenVLAForActionPrediction
+from vlaft.model.vision import AttentionPool, VisionTransformer
+from vlaft.recipe.settings import PrecisionConfig, RecipeConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_trainable(
+    recipe: RecipeConfig, precision: PrecisionConfig, folder: Any, device: torch.device
+) -> tuple[nn.Module, ParameterCount]:
+    """Load a base and make it trainable as the recipe says.
+
+    Args:
+        recipe: resolved settings.
+        precision: number formats without `auto`.
+        folder: the base's local folder.
+        device: where to put the model.
+
+    Returns:
+        The model, and its parameters counted, those that no loss reaches included.
+    """
+    from vlaft.model.load import load_model
+
+    quantization = quantization_config(recipe.adapt, DTYPES[precision.compute])
+    model = load_model(folder, dtype=DTYPES[precision.frozen], device=device, quantization=quantization)
+    trainable = _adapt_and_cast(model, recipe, precision)
+    count = count_parameters(trainable)
+    _prepare_passes(model, recipe)
+    if recipe.train.compile:
+        compile_blocks(model)
+    return trainable, count
+
+
+def make_trainable(model: OpenVLAForActionPrediction, recipe: RecipeConfig, precision: PrecisionConfig) -> nn.Module:
+    """Add adapters or unfreeze, cast what is trained, and set up recomputation, in place.
+
+    Parameters that no loss reaches (last ViT blocks, final norms, pooling head and adapters on them) are frozen:
+    the optimizer would skip them anyway, and with several GPUs they would stall it.
+    """
+    trainable = _adapt_and_cast(model, recipe, precision)
+    _prepare_passes(model, recipe)
+    return trainable
+
+
+def _adapt_and_cast(model: OpenVLAForActionPrediction, recipe: RecipeConfig, precision: PrecisionConfig) -> nn.Module:
+    trainable = adapt(model, recipe.adapt, upcast=precision.trained == "float32")
+    for parameter in trainable.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(DTYPES[precision.trained])
+    return trainable
+
+
+def _prepare_passes(model: OpenVLAForActionPrediction, recipe: RecipeConfig) -> None:
+    for module in unreached_modules(model):
+        module.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            # Forward passes run under autocast, which casts for each product. peft's own cast to the adapter's float32
+            # before it changes no number, but gives every adapter a bfloat16 copy of its own of an input that it
+            # shares with its neighbours, kept for the backward pass: 14 % of the activations of lora32.
+            module.cast_input_dtype_enabled = False
+    policy = recipe.train.gradient_checkpointing
+    if policy != "none":
+        recompute_blocks(model, {"vision": None, "all": 1}[policy] if isinstance(policy, str) else policy)
+
+
+def compile_blocks(model: OpenVLAForActionPrediction) -> None:
+    """Compile each transformer block for itself, in place.
+
+    The blocks of a stack are alike, so one compilation serves them all and the start takes about a minute instead of
+    the whole model's many. Prompt lengths vary from batch to batch, hence dynamic shapes.
+    """
+    stacks = [vit.live_blocks for vit in model.vision_backbone.featurizers]
+    for stack in [*stacks, list(model.language_model.model.layers)]:
+        for block in stack:
+            block.compile(dynamic=True)
+
+
+def unreached_modules(model: OpenVLAForActionPrediction) -> Iterator[nn.Module]:
+    """Yield the modules that the release stores and no forward pass runs."""
+    for module in model.modules():
+        if isinstance(module, VisionTransformer):
+            yield from (module.blocks[-1], module.norm)
+        elif isinstance(module, AttentionPool):
+            yield module
+
+
+def recompute_blocks(model: OpenVLAForActionPrediction, every: int | None) -> None:
+    """Keep only the inputs of some transformer blocks, and run those again in the backward pass.
+
+    The ViTs' blocks come first: a narrow block keeps more bytes per operation that brings them back. On openvla-7b
+    they hold a fifth of the activations for a tenth of the operations.
+
+    Args:
+        model: the base, adapted or not.
+        every: besides the ViTs' blocks, every `every`-th decoder block; None: the ViTs' alone.
+    """
+    function = partial(checkpoint, use_reentrant=False)  # reentrant would lose gradients behind frozen inputs
+    blocks = [block for vit in model.vision_backbone.featurizers for block in vit.live_blocks]
+    if every is not None:
+        blocks += list(model.language_model.model.layers)[::every]
+    for block in blocks:
+        assert isinstance(block, GradientCheckpointingLayer)
+        block.gradient_checkpointing = True
+        block._gradient_checkpointing_func = function
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """How many parameters are trained, and how many there are, adapters included."""
+
+    trainable: int
+    total: int
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count a model's parameters; packed 4-bit weights count as what they stand for."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        count = parameter.numel() if state is None else state.shape.numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return ParameterCount(trainable, total)
+
+
+def trained_names(model: nn.Module) -> list[str]:
+    """Return the names of the trainable parameters."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+SHARDED_METHODS = ("full", "frozen-vision")
+
+
+def several() -> bool:
+    """Say whether `torchrun` or `accelerate launch` started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_first() -> bool:
+    """Say, before the processes have joined, whether this is the main one."""
+    return not several() or os.environ.get("RANK", "0") == "0"
+
+
+def join_processes() -> Accelerator:
+    """Join the processes that `torchrun` or `accelerate launch` started; alone, be the only one."""
+    return Accelerator(
+        cpu=several()
+        and not torch.accelerator.is_available(),  # torchrun says nothing about CPUs; the rest would follow
+        mixed_precision="no",  # the recipe says how to compute, not the launcher
+    )
+
+
+def distribute(model: nn.Module, method: str, device: torch.device) -> nn.Module:
+    """Return `model` ready for training by all processes of the run; alone, as it is.
+
+    Args:
+        model: on `device`, with `requires_grad` set; the same in every process.
+        method: the recipe's `adapt.method`.
+        device: of this process.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return model
+    if method in SHARDED_METHODS:
+        assert isinstance(model, OpenVLAForActionPrediction)
+        shard(model, device)
+        return model
+    ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def shard(model: OpenVLAForActionPrediction, device: torch.device) -> None:
+    """Shard parameters over all processes, in place; each block is gathered while it runs."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    stacks = [vit.blocks for vit in model.vision_backbone.featurizers] + [model.language_model.model.layers]
+    for stack in stacks:
+        for block in stack:
+            fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """Return the model without what copies it over processes."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def base_model(model: nn.Module) -> OpenVLAForActionPrediction:
+    """Return the OpenVLA model inside what copies and adapts it."""
+    inner = bare(model)
+    return inner.get_base_model() if isinstance(inner, PeftModel) else inner  # type: ignore[return-value]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Say whether the model's parameters lie in shards."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a sharded tensor gathered (all processes must ask at once), any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def mine(tensor: Tensor) -> Tensor:
+    """Return this process's part of a sharded tensor, any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def spread_like(tensor: Tensor, example: Tensor) -> Tensor:
+    """Return a whole tensor sharded as `example` is; as it is where the example is not sharded.
+
+    Every process holds the same `tensor`; process 0's is taken.
+    """
+    if not isinstance(example, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(example.device), example.device_mesh, example.placements)
