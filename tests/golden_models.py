@@ -18,6 +18,7 @@ from vlaft.weights.layout import INDEX_FILE, SINGLE_FILE, tensor_table
 from vlaft.weights.stream import read_tensor
 
 MINI = Path(__file__).parent / "golden" / "mini"
+ADAPTER = MINI / "single" / "adapter_trained"
 NAMES = ("fused", "single")  # DINOv2 and SigLIP; SigLIP alone
 
 

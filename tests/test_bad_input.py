@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 from vlaft.cli.main import main
 
@@ -80,7 +81,7 @@ def test_actions_that_are_not_finite(base: Path, tmp_path: Path, capsys: pytest.
 
     import numpy as np
 
-    file = Path(__file__).parents[1] / "examples/rlds_writer.py"
+    file = ROOT / "examples/rlds_writer.py"
     spec = importlib.util.spec_from_file_location("rlds_writer", file)
     assert spec is not None and spec.loader is not None
     writer = importlib.util.module_from_spec(spec)

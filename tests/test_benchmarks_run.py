@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 from golden_models import MINI
+from repository import ROOT
 from small_base import convert_small
 
 from vlaft.accounting.meta import meta_model
@@ -20,7 +21,7 @@ from vlaft.model.configuration import OpenVLAConfig
 from vlaft.weights.layout import tensor_table
 from vlaft.weights.stream import read_tensor
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 BASE = str(MINI / "fused")
 
 

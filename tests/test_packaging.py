@@ -11,15 +11,14 @@ import venv
 from pathlib import Path
 
 import pytest
-
-REPOSITORY = Path(__file__).parents[1]
+from repository import ROOT
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The `vlaft` command of an environment that has the wheel and, from here, only what it depends on."""
     folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(REPOSITORY)]
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True)
     wheel = next(folder.glob("*.whl"))
     environment = folder / "environment"
@@ -42,10 +41,10 @@ def run(command: Path, *words: str, folder: Path) -> str:
 
 def test_the_wheel_finds_its_recipes(installed: Path, tmp_path: Path) -> None:
     listed = json.loads(run(installed, "recipes", "list", "--json", folder=tmp_path))
-    shipped = {path.stem for path in (REPOSITORY / "recipes").glob("*.yaml")}
+    shipped = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
     assert {row["name"] for row in listed} == shipped
     where = run(installed, "recipes", "show", "lora32", folder=tmp_path)
-    assert where == (REPOSITORY / "recipes/lora32.yaml").read_text()
+    assert where == (ROOT / "recipes/lora32.yaml").read_text()
 
 
 def test_the_wheel_reports(installed: Path, tmp_path: Path) -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from repository import ROOT
 from small_base import write_demonstrations, write_small_base
 
 from vlaft.cli.main import main
 from vlaft.data.codec import encode_image
 
-REPOSITORY = Path(__file__).parents[1]
-README = (REPOSITORY / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
@@ -84,10 +84,10 @@ def test_single_commands_in_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)#]+)", README):
-        assert (REPOSITORY / target).exists(), target
+        assert (ROOT / target).exists(), target
 
 
 def test_the_makefile_has_the_targets() -> None:
-    makefile = (REPOSITORY / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", "\n".join(blocks("bash")), flags=re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)

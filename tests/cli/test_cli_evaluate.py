@@ -1,4 +1,4 @@
-"""The words of `vlaft evaluate`, on the Bridge sample and the golden base; what is measured: tests/evaluation/test_offline.py."""
+"""The words of `vlaft evaluate`, on the Bridge sample and the golden base."""
 
 from __future__ import annotations
 

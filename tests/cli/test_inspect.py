@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from repository import ROOT
 
 from vlaft.cli.main import main
 
@@ -258,7 +259,7 @@ def test_a_converted_dataset(shared: Path, tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().err.count("\n") == 1
 
 
-DOCS = Path(__file__).resolve().parents[2] / "docs/datasets.md"
+DOCS = ROOT / "docs/datasets.md"
 
 
 def documented() -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
+from repository import ROOT
 
 from vlaft import __version__
 from vlaft.cli import console
@@ -21,8 +22,6 @@ from vlaft.cli.main import main
 from vlaft.errors import CheckFailed, ConfigError, DataError, Interrupted, UsageError, VlaftError
 from vlaft.recipe.resolve import resolve
 from vlaft.recipe.settings import RecipeConfig
-
-ROOT = Path(__file__).parents[2]
 
 
 def run(*words: str, code: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -213,7 +213,7 @@ def test_presets_fit_real_files(shared: Path, folder: str, preset: str, episodes
 
 
 def test_recipes_lie_in_the_package_of_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlaft.recipe.resolve.__file__", str(tmp_path / "vlaft" / "recipe_files.py"))
+    monkeypatch.setattr("vlaft.recipe.resolve.__file__", str(tmp_path / "vlaft" / "recipe" / "resolve.py"))
     with pytest.raises(ConfigError, match="install vlaft again"):
         recipes_folder()
     (tmp_path / "vlaft" / "recipes" / "datasets").mkdir(parents=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from repository import ROOT
 
 from vlaft.errors import ConfigError
 from vlaft.recipe.resolve import MAX_RECIPE_BYTES, leaf_types, resolve, to_yaml
@@ -232,7 +233,7 @@ def test_precision_auto_depends_on_the_device() -> None:
 
 def test_every_setting_is_explained() -> None:
     """Each field's line in the module ends in a comment, which is where users look settings up."""
-    source = (Path(__file__).parents[1] / "vlaft" / "config.py").read_text(encoding="utf-8")
+    source = (ROOT / "vlaft/recipe/settings.py").read_text(encoding="utf-8")
     for key, _ in leaf_types():
         name = key.rpartition(".")[2]
         lines = [line for line in source.splitlines() if line.startswith(f"    {name}: ")]

@@ -11,15 +11,13 @@ from typing import Any
 
 import httpx
 import pytest
-import test_verify
 import torch
 import yaml
-from golden_models import base_tensors, copy_checkpoint, golden
+from golden_models import ADAPTER, base_tensors, copy_checkpoint, golden
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from small_base import write_small_base
-from test_verify import ADAPTER
 
 from vlaft import push as push_module
 from vlaft.adapt.methods import SKIPPED, quantization_config
@@ -53,9 +51,6 @@ PREPROCESSOR_FIELDS = {  # section 1.11
     *("tvf_resize_params", "tvf_crop_params", "tvf_normalize_params", "tvf_do_letterbox", "tvf_letterbox_fill"),
     *("image_processor_type", "processor_class", "auto_map"),
 }
-
-
-run = test_verify.run  # the same fixture
 
 
 @pytest.fixture(scope="module")

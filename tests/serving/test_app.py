@@ -26,6 +26,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from repository import ROOT
 from serving_fixtures import FakePolicy, expected_action, raw_exchange, running
 
 from vlaft.cli.main import main
@@ -490,7 +491,7 @@ def test_a_signal_lets_what_is_queued_finish(number: int, code: int) -> None:
             sys.executable,
             "-c",
             COMMAND,
-            str(Path(__file__).parent),
+            str(ROOT / "tests"),
             *["serve", "some/model", "--port", "0", "--max-batch", "1"],
         ],
         stderr=subprocess.PIPE,

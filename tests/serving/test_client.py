@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from repository import ROOT
 from serving_fixtures import FakePolicy, expected_action, running
 
 from vlaft.serving.client import Client, ServerError
 
-GUIDE = Path(__file__).resolve().parents[1] / "docs" / "serving.md"
+GUIDE = ROOT / "docs" / "serving.md"
 IMAGE = np.arange(8 * 6 * 3, dtype=np.uint8).reshape(8, 6, 3)
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Small, log_lines, run
 from golden_models import base_tensors
 from safetensors.torch import load_file
+from small_run import Small, log_lines, run
 
 from vlaft.errors import VlaftError
 from vlaft.release.merge import merge

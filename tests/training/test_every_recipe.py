@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Small, run
 from golden_models import base_tensors, golden
 from safetensors.torch import load_file
+from small_run import Small, run
 from torch import Tensor
 
 from vlaft.accounting.parameters import count_parameters

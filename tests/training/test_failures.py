@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Small, checkpoint_content, log_lines, run
 from safetensors.torch import load_file, save_file
 from small_base import convert_small, write_small_base
+from small_run import Small, checkpoint_content, log_lines, run
 
 from vlaft.cli.main import main
 from vlaft.errors import CheckpointError, ConfigError, DataError, MissingExtra, VlaftError

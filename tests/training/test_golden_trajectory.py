@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run
 from golden_models import base_tensors
 from safetensors.torch import load_file
 from small_base import write_examples
+from small_run import run
 
 from vlaft.adapt.adapter import load_adapter_weights
 from vlaft.data.convert.run import ConvertRequest, SourceRequest, convert

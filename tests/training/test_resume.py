@@ -13,7 +13,7 @@ from pathlib import Path
 
 import faults
 import pytest
-from conftest import Small, checkpoint_content, log_lines, run
+from small_run import Small, checkpoint_content, log_lines, run
 
 from vlaft.errors import Interrupted, VlaftError
 from vlaft.files import locked, restored

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Small, log_lines, run
 from small_base import write_examples
+from small_run import Small, log_lines, run
 
 from vlaft.action.metrics import MetricSums
 from vlaft.recipe.settings import RecipeConfig

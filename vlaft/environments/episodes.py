@@ -1,4 +1,4 @@
-"""Let a policy act in environments (`vlaft.environments.interface` says what these are), and count how often it succeeds."""
+"""Let a policy act in environments (`interface` says what these are), and count how often it succeeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Environments by name: `tabletop`, or `module:factory` for one of the user's own."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def environment_maker(name: str) -> Callable[[], Environment]:
 
     Args:
         name: `tabletop` (or `tabletop-b`, the demo's new robot; `tabletop-a`, where its base comes from), or
-            `module:factory`, a callable without arguments that returns an environment (see `vlaft.environments.interface`);
-            the module is looked for in the working folder too.
+            `module:factory`, a callable without arguments that returns an environment (see
+            `vlaft.environments.interface`); the module is looked for in the working folder too.
 
     Raises:
         UsageError: there is none of that name.

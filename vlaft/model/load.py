@@ -1,7 +1,4 @@
-"""The two released bases, described without a download: what `report` counts and `doctor` names.
-
-Only sizes and number formats are here; weights, tokenizer and statistics come from the Hub.
-"""
+"""From a checkpoint's folder, or a released base's sizes, to a model."""
 
 from __future__ import annotations
 
@@ -12,10 +9,12 @@ from typing import Any
 
 from vlaft.errors import CheckpointError, MissingExtra
 from vlaft.model.configuration import OpenVLAConfig
-from vlaft.weights.layout import resolve_checkpoint
+from vlaft.weights.layout import check_tensors, plain_shapes, read_json, resolve_checkpoint, tensor_table
 
 _LLAMA_2_7B = {"model_type": "llama", "pad_token_id": 32000, "vocab_size": 32064}
 
+# The released bases, described without a download: what `report` counts and `doctor` names. Weights, tokenizer and
+# statistics come from the Hub.
 BASES: dict[str, dict] = {
     "openvla/openvla-7b": {
         "dtype": "bfloat16",
@@ -53,8 +52,6 @@ def load_config(folder: Path) -> Any:
     Raises:
         CheckpointError: not an OpenVLA configuration.
     """
-    from vlaft.model.configuration import OpenVLAConfig
-
     content = read_json(folder / "config.json")
     if content.get("model_type") != "openvla":
         raise CheckpointError(

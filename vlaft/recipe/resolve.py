@@ -195,7 +195,7 @@ def recipes_folder() -> Path:
     Raises:
         ConfigError: neither is there (a damaged installation).
     """
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     for folder in (package / "recipes", package.parent / "recipes"):
         if (folder / "datasets").is_dir():
             return folder
@@ -220,7 +220,6 @@ def resolve(
         ConfigError: every unknown key, wrong value, unreadable file and contradiction, all in one.
     """
     from vlaft.recipe.checks import find_problems
-    from vlaft.recipe.resolve import find_recipe, merge_layers, opening_comments, parse_word, read_settings
 
     problems: list[str] = []
     layers: list[tuple[str, dict[str, Any]]] = []

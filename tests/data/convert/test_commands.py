@@ -12,12 +12,13 @@ import av
 import numpy as np
 import pytest
 from PIL import Image as PillowImage
+from repository import ROOT
 
 from vlaft.cli.main import main
 from vlaft.data.codec import decode_image
 from vlaft.data.store import ConvertedDataset
 
-PAGE = Path(__file__).parents[2] / "docs/converting.md"
+PAGE = ROOT / "docs/converting.md"
 COMMANDS = re.findall(r"^vlaft (convert \.\./shared.*)$", PAGE.read_text(), re.MULTILINE)
 
 

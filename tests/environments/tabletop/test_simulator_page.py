@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from repository import ROOT
 from small_base import write_small_base
 
 from vlaft.cli.main import main
@@ -19,7 +20,7 @@ from vlaft.environments.tabletop.environment import MAX_STEPS, MOTION_NOISE
 from vlaft.environments.tabletop.scene import LIFTED, SETUP_A, SETUP_B
 from vlaft.evaluation.rollout import KEPT
 
-PAGE = (Path(__file__).parents[2] / "docs/simulator.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/simulator.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 COMMANDS = [line.strip() for line in re.findall(r"^    (?:vlaft|python) .*$", PAGE, flags=re.MULTILINE)]
 

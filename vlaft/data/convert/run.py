@@ -20,7 +20,6 @@ from vlaft.action.statistics import read_statistics, write_statistics
 from vlaft.data.codec import CODECS, ImageCodec
 from vlaft.data.convert.plan import (
     OnError,
-    OpenedSource,
     Progress,
     ShardPlan,
     Skipped,

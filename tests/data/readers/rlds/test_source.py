@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from repository import ROOT
 
 from vlaft.data.layout import apply_layout
 from vlaft.data.readers import Source, open_source
@@ -28,7 +29,7 @@ from vlaft.errors import ConfigError, DataError
 
 
 def _load_writer() -> ModuleType:
-    path = Path(__file__).resolve().parents[3] / "examples" / "rlds_writer.py"
+    path = ROOT / "examples" / "rlds_writer.py"
     spec = importlib.util.spec_from_file_location("rlds_writer", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

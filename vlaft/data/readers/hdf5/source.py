@@ -1,7 +1,7 @@
 """HDF5 demonstrations: a file or a folder of files, in whichever dialect its content shows.
 
-robomimic and LIBERO (`vlaft.data.readers.hdf5.robomimic`), ALOHA (`vlaft.data.readers.hdf5.aloha`), and any other layout through
-a mapping that the user gives (`vlaft.data.readers.hdf5.mapping`, where its keys are described).
+robomimic and LIBERO (`robomimic`), ALOHA (`aloha`), and any other layout through a mapping that the user gives
+(`mapping`, where its keys are described).
 """
 
 from __future__ import annotations
