@@ -1,0 +1,136 @@
+"""Actions as tokens: the last ids of the vocabulary, read off the language model's own head (OpenVLA)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from vlaft.action.tokens import IGNORED, ActionTokenizer
+from vlaft.model.cuda_graphs import CudaGraphs
+from vlaft.model.generation import decode_both, generate_action_ids
+from vlaft.model.heads import Compared, Written
+from vlaft.observation.batch import Observation
+
+
+@dataclass
+class TokenOutput(ModelOutput):
+    """What a forward pass returns.
+
+    Attributes:
+        loss: mean cross-entropy over all labels of the batch, a scalar; None without labels.
+        logits: with labels `[N, vocabulary]`, one row per label in row-major order; without `[B, S, vocabulary]`
+            with S = 1 + P + (T - 1).
+        label_ids: `[N]` int64, the label that each row of `logits` predicts; None without labels.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    label_ids: Tensor | None = None
+
+
+class TokenHead:
+    """Writes each dimension of an action as one token, one after the other.
+
+    It has no parameters of its own. The actions of a forward pass with labels are the likeliest tokens at the label
+    positions, the last of which is the end of the sequence.
+    """
+
+    def __init__(self, writer: nn.Module, actions: ActionTokenizer) -> None:
+        """Take the language model's head, which gives logits `[..., vocabulary]`, and the action tokens."""
+        self.writer = writer
+        self.actions = actions
+
+    def loss(self, hidden: Tensor, label_ids: Tensor) -> TokenOutput:
+        """Return cross-entropy and logits.
+
+        Args:
+            hidden: `[..., D]`.
+            label_ids: `[...]` int64; `IGNORED` where there is none.
+        """
+        logits = self.writer(hidden.flatten(0, -2))
+        labels = label_ids.flatten()
+        loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED)
+        return TokenOutput(loss=loss, logits=logits, label_ids=labels)
+
+    @torch.no_grad()
+    def compared(self, output: TokenOutput, batch_size: int) -> Compared:
+        """Return the likeliest actions beside the demonstrated ones.
+
+        Args:
+            output: of `loss`, with the same number of labels in each row, the last one the end of the sequence.
+            batch_size: B.
+        """
+        assert output.logits is not None and output.label_ids is not None
+        predicted = output.logits.argmax(dim=-1).view(batch_size, 1, -1)[..., :-1]
+        demonstrated = output.label_ids.view(batch_size, 1, -1)[..., :-1]
+        return Compared(
+            actions=self._decode(predicted),
+            demonstrated=self._decode(demonstrated),
+            correct=predicted == demonstrated,
+            terms=(output.label_ids != IGNORED).sum(),
+        )
+
+    def predict(
+        self,
+        model: Any,
+        observation: Observation,
+        size: int,
+        *,
+        action_ids_only: bool = False,
+        graphs: CudaGraphs | None = None,
+    ) -> Written:
+        """Write actions of `size` dimensions, token by token, each the likeliest.
+
+        Args:
+            model: the model, bare or wrapped by peft.
+            observation: on the model's device.
+            size: A.
+            action_ids_only: choose among action tokens only (upstream chooses among all).
+            graphs: recordings of earlier calls with this model, whose weights must not have moved since.
+        """
+        ids = generate_action_ids(
+            model,
+            observation.prompt_ids,
+            observation.pixel_values,
+            observation.prompt_mask,
+            num_tokens=size,
+            action_ids_only=action_ids_only,
+            graphs=graphs,
+        )
+        return self._written(ids)
+
+    def predict_both(self, model: Any, observation: Observation, demonstrated: Tensor) -> tuple[Written, Written]:
+        """Write actions twice: each token after the demonstrated ones (teacher-forced), and as `predict` does.
+
+        Args:
+            model: in eval mode.
+            observation: on the model's device.
+            demonstrated: int64 `[B, A]`, action tokens.
+        """
+        mask = observation.prompt_mask
+        if mask is None:
+            mask = torch.ones_like(observation.prompt_ids)
+        forced, free = decode_both(
+            model, observation.prompt_ids, mask, observation.pixel_values, demonstrated.to(mask.device)
+        )
+        return self._written(forced), self._written(free)
+
+    def _written(self, ids: Tensor) -> Written:
+        tokens = ids[:, None].cpu().numpy()
+        return Written(self.actions.decode(tokens), tokens, self.actions.is_action(tokens))
+
+    @cached_property
+    def _centers(self) -> Tensor:
+        return torch.tensor(self.actions.centers, dtype=torch.float32)
+
+    def _decode(self, ids: Tensor) -> Tensor:
+        """Return what `ActionTokenizer.decode` does, float32, without leaving the device."""
+        self._centers = self._centers.to(ids.device)
+        index = (self.actions.vocab_size - ids - 1).clamp(0, len(self._centers) - 1)
+        return self._centers[index]
