@@ -20,7 +20,7 @@ from vlaft.model.load import load_model
 from vlaft.observation.images import ImagePipeline
 from vlaft.release.export import ExportResult, export_huggingface, stored_bytes
 from vlaft.release.quantized import export_quantized, linear_weights
-from vlaft.release.verify import compare, data_inputs
+from vlaft.release.verify import compare, data_probe
 from vlaft.weights.layout import read_json, tensor_table
 
 
@@ -31,7 +31,7 @@ def main() -> None:
     options = parser.parse_args()
     model = options.demo / "model"
     pipeline = ImagePipeline.from_checkpoint(read_json(model / "config.json"))
-    inputs = data_inputs([options.demo / "data"], pipeline, options.examples)
+    inputs = data_probe([options.demo / "data"], pipeline, options.examples)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         results: dict[str, ExportResult] = {

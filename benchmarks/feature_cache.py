@@ -41,7 +41,7 @@ def main() -> None:
             runs[way] = Run(recipe, Path(folder) / way, options.base, Silence())
             runs[way].load()
         kept = runs["always"]
-        sums = {way: MetricSums(run.data.actions, run.device) for way, run in runs.items()}
+        sums = {way: MetricSums(run.device) for way, run in runs.items()}
         while kept.data.loader.epoch < 1:  # the first epoch fills the cache
             batch = next(kept.data.loader)
             kept._vision_features(batch, to_inputs(batch, kept.device))

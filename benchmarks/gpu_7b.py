@@ -41,7 +41,6 @@ from vlaft.accounting.memory import CONTEXT_BYTES, LABELS, memory_model, usual_t
 from vlaft.accounting.meta import example_inputs, example_normalization
 from vlaft.accounting.step import follow_steps, trace_step
 from vlaft.action.metrics import MetricSums
-from vlaft.action.tokens import ActionTokenizer
 from vlaft.model.configuration import OpenVLAConfig
 from vlaft.model.cuda_graphs import CudaGraphs
 from vlaft.model.generation import generate_action_ids
@@ -112,7 +111,7 @@ def steps_of(kind: str, name: str, words: list[str], options: argparse.Namespace
     model, optimizer = trainable(recipe, config, device)
     if kind == "plain":
         run_dead_blocks(model)
-    sums = MetricSums(ActionTokenizer(config.action_vocab_size), device)
+    sums = MetricSums(device)
     rows = []
     for batch_size in options.batch_sizes:
         inputs = batch_of(config, batch_size, device)

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlaft.model.openvla import IGNORE_INDEX, OpenVLAForActionPrediction, OpenVLAOutput
+from vlaft.action.tokens import IGNORED
+from vlaft.model.heads.tokens import TokenOutput
+from vlaft.model.openvla import OpenVLAForActionPrediction
 from vlaft.observation.augmentation import pixel_values
 from vlaft.training.step import Inputs, Normalization, autocast
 
@@ -24,7 +26,7 @@ def plain_forward(
     normalization: Normalization,
     compute: torch.dtype,
     generator: torch.Generator | None = None,
-) -> OpenVLAOutput:
+) -> TokenOutput:
     """Take the place of `vlaft.training.step.forward`; images are used as they are."""
     base = cast(OpenVLAForActionPrediction, model.get_base_model() if hasattr(model, "get_base_model") else model)
     pixels = pixel_values(inputs.images, normalization.means, normalization.stds)
@@ -34,9 +36,9 @@ def plain_forward(
         length = keys.shape[-1]
         mask = keys & torch.ones(length, length, dtype=torch.bool, device=keys.device).tril()
         logits = base.language_model.lm_head(base.decode(embeddings, mask=mask)).float()
-        ignored = inputs.labels.new_full((len(inputs.labels), base.num_patches), IGNORE_INDEX)
+        ignored = inputs.labels.new_full((len(inputs.labels), base.num_patches), IGNORED)
         labels = torch.cat([inputs.labels[:, :1], ignored, inputs.labels[:, 1:]], dim=1)
         shifted = logits[:, :-1].contiguous().flatten(0, 1)
         label_ids = labels[:, 1:].contiguous().flatten()
-        loss = F.cross_entropy(shifted, label_ids, ignore_index=IGNORE_INDEX)
-    return OpenVLAOutput(loss=loss, logits=logits, label_ids=label_ids)
+        loss = F.cross_entropy(shifted, label_ids, ignore_index=IGNORED)
+    return TokenOutput(loss=loss, logits=logits, label_ids=label_ids)

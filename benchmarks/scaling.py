@@ -23,7 +23,6 @@ from vlaft.accounting.memory import LABELS
 from vlaft.accounting.meta import example_inputs, example_normalization
 from vlaft.accounting.step import follow_steps, trace_step
 from vlaft.action.metrics import MetricSums
-from vlaft.action.tokens import ActionTokenizer
 from vlaft.model.configuration import OpenVLAConfig
 from vlaft.recipe.resolve import resolve
 from vlaft.recipe.settings import RecipeConfig, resolve_precision
@@ -47,7 +46,7 @@ def measure(size: str, batch_sizes: list[int], rounds: int) -> dict[str, Any]:
     precision = resolve_precision(recipe.precision, on_gpu=device.type == "cuda")
     compute, normalization = DTYPES[precision.compute], example_normalization(config)
     model, optimizer = ready(config, recipe, device)
-    sums = MetricSums(ActionTokenizer(), device)
+    sums = MetricSums(device)
     seconds, peaks = [], []
     for batch_size in batch_sizes:
         inputs = example_inputs(config, batch_size=batch_size, tokens=TOKENS, labels=LABELS, device=device)

@@ -28,10 +28,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlaft.accounting.meta import example_inputs, example_normalization
 from vlaft.accounting.step import follow_steps
 from vlaft.action.metrics import MetricSums
-from vlaft.action.tokens import ActionTokenizer
+from vlaft.action.tokens import IGNORED, ActionTokenizer
 from vlaft.model import OpenVLAConfig, OpenVLAForActionPrediction
 from vlaft.model.load import base_config
-from vlaft.model.openvla import IGNORE_INDEX
 from vlaft.recipe.resolve import resolve
 from vlaft.recipe.settings import RecipeConfig, resolve_precision
 from vlaft.training.model import DTYPES, make_trainable
@@ -113,7 +112,7 @@ def our_step(
     output = forward(model, inputs, normalization, compute)
     assert output.loss is not None
     output.loss.backward()
-    sums.add(output)
+    sums.add(output.loss, model.head.compared(output, len(inputs.labels)))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -143,9 +142,9 @@ def measure(config: OpenVLAConfig, recipe: RecipeConfig, batch_size: int, rounds
     normalization = example_normalization(config)
     with device:
         inputs = example_inputs(config, batch_size=batch_size, tokens=TOKENS, labels=LABELS, device=device)
-    inputs.labels.fill_(IGNORE_INDEX)
+    inputs.labels.fill_(IGNORED)
     inputs.labels[:, -LABELS:] = 31800
-    sums = MetricSums(ActionTokenizer(), device)
+    sums = MetricSums(device)
     ours, our_optimizer = ready(config, recipe, device)
     counter = FlopCounterMode(display=False)
     with counter:

@@ -133,15 +133,13 @@ def test_of_several_statistics_one_is_asked_for(base: Path, frames: list[np.ndar
 def test_frames_go_through_the_pipeline_that_the_checkpoint_records(
     tmp_path: Path, frames: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import vlaft.inference as module
-
     seen: list[torch.Tensor] = []
 
     def keep(model: Any, ids: torch.Tensor, pixels: torch.Tensor, mask: Any, **_: Any) -> torch.Tensor:
         seen.append(pixels)
         return torch.full((len(ids), 7), 300)
 
-    monkeypatch.setattr(module, "generate_action_ids", keep)
+    monkeypatch.setattr("vlaft.model.heads.tokens.generate_action_ids", keep)
     folder = write_small_base(tmp_path / "base", "single")
     pipeline = load(folder, device="cpu").pipeline.to_json()
     for crop in (False, True):

@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 
 from vlaft.action.statistics import BOUNDS, check_statistics, choose_key, read_statistics
 from vlaft.action.tokens import unnormalize
+from vlaft.action.written import Written
 from vlaft.errors import CheckpointError, DataError, UsageError
 from vlaft.model.cuda_graphs import CudaGraphs
-from vlaft.model.generation import generate_action_ids
 from vlaft.model.load import load_model
 from vlaft.model.packed_linear import pack_linears
-from vlaft.observation.augmentation import center_crop, pixel_values
+from vlaft.observation.batch import Observation
 from vlaft.observation.images import Image, ImagePipeline
 from vlaft.observation.prompts import BaseFiles, load_base_files, prompt_style_of
 from vlaft.weights.layout import check_tensor_checksums, fingerprint, resolve_checkpoint
@@ -39,22 +39,32 @@ _QUANTIZED = ("int8", "nf4")
 
 @dataclass(frozen=True)
 class Prediction:
-    """One action.
+    """What a policy answers to one observation: K actions of A dimensions; the released OpenVLA answers one.
 
     Attributes:
-        action: float64 `[A]`, in the robot's units.
-        normalized_action: float64 `[A]`, in [-1, 1].
-        action_token_ids: A token ids, as generated.
+        actions: float64 `[K, A]`, in the robot's units.
+        normalized_actions: float64 `[K, A]`, in [-1, 1].
+        action_token_ids: the K * A token ids, as generated; None of a policy without tokens.
         unnorm_key: name of the statistics that turned one into the other.
         non_action_tokens: how many of the ids stand for no action; each was read as a full move, so a robot should
             not act on a prediction that has any.
     """
 
-    action: NDArray[np.float64]
-    normalized_action: NDArray[np.float64]
-    action_token_ids: tuple[int, ...]
+    actions: NDArray[np.float64]
+    normalized_actions: NDArray[np.float64]
+    action_token_ids: tuple[int, ...] | None
     unnorm_key: str
     non_action_tokens: int
+
+    @property
+    def action(self) -> NDArray[np.float64]:
+        """The first action, float64 `[A]`, in the robot's units."""
+        return self.actions[0]
+
+    @property
+    def normalized_action(self) -> NDArray[np.float64]:
+        """The first action, float64 `[A]`, in [-1, 1]."""
+        return self.normalized_actions[0]
 
 
 @dataclass(frozen=True)
@@ -113,49 +123,50 @@ class Policy:
             return []
         key = choose_key(self.statistics, unnorm_key)
         statistics = self.statistics[key]["action"]
-        input_ids, mask = self._prompts(texts)
-        ids = generate_action_ids(
-            self.model,
-            input_ids.to(self.device),
-            self._pixels(frames),
-            None if mask is None else mask.to(self.device),
-            num_tokens=len(statistics["q01"]),
-            action_ids_only=action_ids_only,
-            graphs=self.graphs,
+        self._check_images(frames)
+        observation = self.observe(
+            [self.files.prompt_token_ids(text) for text in texts],
+            np.stack([self.pipeline.prepare(frame) for frame in frames]),
         )
-        predictions = [self._prediction(row, statistics, key) for row in ids.cpu().numpy()]
+        written = self.model.head.predict(
+            self.model, observation, len(statistics["q01"]), action_ids_only=action_ids_only, graphs=self.graphs
+        )
+        predictions = [self._prediction(written[[row]], statistics, key) for row in range(len(frames))]
         return predictions if several else predictions[0]
 
-    def _prediction(self, ids: NDArray[np.int64], statistics: Mapping[str, Any], key: str) -> Prediction:
-        actions = self.files.actions
-        normalized = actions.decode(ids)
-        return Prediction(
-            action=unnormalize(normalized, statistics),
-            normalized_action=normalized,
-            action_token_ids=tuple(int(token) for token in ids),
-            unnorm_key=key,
-            non_action_tokens=int((~actions.is_action(ids)).sum()),
+    def observe(self, prompts: Sequence[Sequence[int]], frames: NDArray[np.uint8]) -> Observation:
+        """Return what the model reads.
+
+        Args:
+            prompts: B lists of token ids.
+            frames: uint8 `[B, size, size, 3]`, as `pipeline.prepare` gives them.
+        """
+        return Observation.of(
+            prompts,
+            frames,
+            self.pipeline,
+            pad_id=self.files.tokenizer.pad_id,
+            device=self.device,
+            dtype=self.model.dtype,
         )
 
-    def _prompts(self, instructions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        rows = [self.files.prompt_token_ids(text) for text in instructions]
-        longest = max(len(row) for row in rows)
-        ids = torch.full((len(rows), longest), self.files.tokenizer.pad_id, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for index, row in enumerate(rows):
-            ids[index, : len(row)] = torch.tensor(row)
-            mask[index, : len(row)] = 1
-        return ids, None if mask.all() else mask
+    @staticmethod
+    def _prediction(written: Written, statistics: Mapping[str, Any], key: str) -> Prediction:
+        ids, is_action = written.token_ids, written.is_action
+        return Prediction(
+            actions=unnormalize(written.actions[0], statistics),
+            normalized_actions=written.actions[0],
+            action_token_ids=None if ids is None else tuple(int(token) for token in ids.ravel()),
+            unnorm_key=key,
+            non_action_tokens=0 if is_action is None else int((~is_action).sum()),
+        )
 
-    def _pixels(self, frames: Sequence[Image]) -> torch.Tensor:
+    @staticmethod
+    def _check_images(frames: Sequence[Image]) -> None:
         for index, frame in enumerate(frames):
             if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
                 shape = getattr(frame, "shape", type(frame).__name__)
                 raise DataError(f"image {index} must be uint8 [height, width, 3] in RGB, not {shape}")
-        batch = torch.from_numpy(np.stack([self.pipeline.prepare(frame) for frame in frames])).to(self.device)
-        if self.pipeline.center_crop:
-            batch = center_crop(batch)
-        return pixel_values(batch, self.pipeline.means, self.pipeline.stds).to(self.model.dtype)
 
 
 def load(

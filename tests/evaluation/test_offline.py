@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from small_base import convert_small, write_small_base
 
-from vlaft.action.metrics import f1_score, measure
+from vlaft.action.metrics import f1_score, measure_actions
 from vlaft.action.statistics import compute_statistics
 from vlaft.action.tokens import ActionTokenizer
+from vlaft.action.written import Written
 from vlaft.cli.main import main
 from vlaft.data.codec import encode_image
 from vlaft.data.convert.run import ConvertRequest, SourceRequest, convert
 from vlaft.data.store import ConvertedDataset, example_schema, shard_entry, write_shard
 from vlaft.errors import CheckpointError, ConfigError, DataError
-from vlaft.evaluation import offline as module
 from vlaft.evaluation.held_out import HeldOut
 from vlaft.evaluation.offline import check_models, evaluate
 from vlaft.evaluation.plots import draw_evaluations
@@ -122,7 +123,10 @@ def test_measures_by_hand() -> None:
     ids = np.array([[low - 1, 400, 257], [7, 402, low]])  # one bin off; no action; two bins off
     demonstrated = np.array([[-1, 0, 1], [-1, 0, 0]], np.float32)
     predicted = np.array([[-0.9, 0.1, 0.9], [1.0, -0.3, 0.2]])
-    metrics = measure(ids, targets, predicted, demonstrated, actions=ACTIONS, names=["x", "y", "gripper"], gripper=True)
+    written, target = (Written(ACTIONS.decode(i), i, ACTIONS.is_action(i)) for i in (ids[:, None], targets[:, None]))
+    centers = ACTIONS.centers
+    measure = partial(measure_actions, written, target, predicted[:, None], demonstrated[:, None])
+    metrics = measure(ends=(centers[0], centers[-1]), names=["x", "y", "gripper"], gripper=True)
     x, y, gripper = metrics.dimensions
     assert (x.token_accuracy, y.token_accuracy, gripper.token_accuracy) == (0.0, 0.5, 0.5)
     assert (x.within_one_bin, y.within_one_bin, gripper.within_one_bin) == (0.5, 0.5, 1.0)
@@ -135,7 +139,7 @@ def test_measures_by_hand() -> None:
     assert [x.l1_robot, y.l1_robot, gripper.l1_robot] == pytest.approx([1.05, 0.2, 0.15])
     assert metrics.gripper_f1 == 1.0
     assert metrics.overall.token_accuracy == pytest.approx(1 / 3) and metrics.overall.l1_robot is None
-    no_gripper = measure(ids, targets, predicted, demonstrated, actions=ACTIONS, names=["a", "b", "c"], gripper=False)
+    no_gripper = measure(ends=(centers[0], centers[-1]), names=["a", "b", "c"], gripper=False)
     assert no_gripper.gripper_f1 is None and no_gripper.dimensions[2].name == "c"
 
 
@@ -233,11 +237,11 @@ def test_free_running_is_what_predict_gives(folder: Path, base: Path, data: Path
     assert policy.pipeline.center_crop
     predictions = policy.predict(list(held_out.images(range(8))), held_out.episodes[0].instruction)
     evaluation = evaluate(str(run), held_out)
-    assert evaluation.predicted == pytest.approx(np.stack([each.action for each in predictions]))
+    assert evaluation.predicted == pytest.approx(np.stack([each.actions for each in predictions]))
     ids = np.array([each.action_token_ids for each in predictions])
     overall = evaluation.free_running.overall
     assert overall.non_action == pytest.approx(1 - policy.files.actions.is_action(ids).mean())
-    distance = abs(evaluation.predicted - held_out.action).mean(axis=0)
+    distance = abs(evaluation.predicted[:, 0] - held_out.action).mean(axis=0)
     assert [each.l1_robot for each in evaluation.free_running.dimensions] == pytest.approx(list(distance))
     merged = folder / "cropped-merged"
     assert main(["merge", str(run), "--out", str(merged)]) == 0
@@ -249,7 +253,9 @@ def test_free_running_is_what_predict_gives(folder: Path, base: Path, data: Path
 def test_a_perfect_model_is_off_by_the_rounding_alone(
     base: Path, held_out: HeldOut, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "decode_both", lambda model, prompts, mask, pixels, targets: (targets, targets))
+    monkeypatch.setattr(
+        "vlaft.model.heads.tokens.decode_both", lambda model, prompts, mask, pixels, targets: (targets, targets)
+    )
     evaluation = evaluate(str(base), held_out)
     overall = evaluation.free_running.overall
     assert (overall.token_accuracy, overall.l1_normalized, overall.non_action) == (1.0, 0.0, 0.0)
@@ -259,7 +265,7 @@ def test_a_perfect_model_is_off_by_the_rounding_alone(
     low, high = np.array(statistics["q01"]), np.array(statistics["q99"])
     within = np.clip(held_out.action, low, high)
     bound = np.where(statistics["mask"], (high - low) / 510, 1 / 255) + 1e-6
-    assert (abs(evaluation.predicted - within) <= bound).all()
+    assert (abs(evaluation.predicted[:, 0] - within) <= bound).all()
 
 
 def test_demonstrations_are_tokenized_in_the_models_own_range(
@@ -272,7 +278,7 @@ def test_demonstrations_are_tokenized_in_the_models_own_range(
         seen.append(targets.numpy())
         return targets, targets
 
-    monkeypatch.setattr(module, "decode_both", keep)
+    monkeypatch.setattr("vlaft.model.heads.tokens.decode_both", keep)
     evaluate(str(base), held_out)
     stored = [held_out.datasets[0].row("val", row)["action_token_ids"] for row in range(8)]
     assert seen[0].tolist() == stored
@@ -281,7 +287,7 @@ def test_demonstrations_are_tokenized_in_the_models_own_range(
     (other / "dataset_statistics.json").write_text(json.dumps(wider))
     evaluation = evaluate(str(other), held_out)
     assert evaluation.statistics_from == "model" and seen[1].tolist() != stored
-    inside = abs(evaluation.predicted - held_out.action)[:, :6]
+    inside = abs(evaluation.predicted[:, 0] - held_out.action)[:, :6]
     assert (inside < 4 / 255 + 1e-6).all()
 
 

@@ -12,8 +12,8 @@ from golden_models import NAMES, Golden, copy_checkpoint, golden
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from vlaft.action.tokens import IGNORED
 from vlaft.model import OpenVLAConfig, OpenVLAForActionPrediction
-from vlaft.model.openvla import IGNORE_INDEX
 from vlaft.training.model import recompute_blocks
 
 
@@ -101,7 +101,7 @@ def test_padding_never_changes_the_loss(case: Golden, model: OpenVLAForActionPre
     batch = case.batch
     padded = {
         name: torch.nn.functional.pad(batch[name], (0, 6), value=fill)
-        for name, fill in (("input_ids", 77), ("labels", IGNORE_INDEX), ("attention_mask", 0))
+        for name, fill in (("input_ids", 77), ("labels", IGNORED), ("attention_mask", 0))
     }
     with torch.no_grad():
         assert model(**(batch | padded)).loss.item() == pytest.approx(model(**batch).loss.item(), rel=1e-6)
@@ -109,10 +109,8 @@ def test_padding_never_changes_the_loss(case: Golden, model: OpenVLAForActionPre
 
 def test_label_positions_give_the_same_loss_and_gradients(case: Golden, model: OpenVLAForActionPrediction) -> None:
     batch = case.batch
-    counts = (batch["labels"] != IGNORE_INDEX).sum(dim=1)
-    positions = torch.stack(
-        [torch.nonzero(row != IGNORE_INDEX).flatten()[: int(counts.min())] for row in batch["labels"]]
-    )
+    counts = (batch["labels"] != IGNORED).sum(dim=1)
+    positions = torch.stack([torch.nonzero(row != IGNORED).flatten()[: int(counts.min())] for row in batch["labels"]])
     assert counts.min() == counts.max()
     plain = model(**batch)
     plain.loss.backward()
@@ -128,7 +126,7 @@ def test_label_positions_give_the_same_loss_and_gradients(case: Golden, model: O
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)
     # a column that holds no label is skipped by the loss
     wider = torch.cat([positions[:, :1] - 1, positions], dim=1)
-    assert (batch["labels"].gather(1, wider[:, :1]) == IGNORE_INDEX).all()
+    assert (batch["labels"].gather(1, wider[:, :1]) == IGNORED).all()
     with torch.no_grad():
         assert model(**batch, label_positions=wider).loss.item() == pytest.approx(plain.loss.item(), rel=1e-6)
 

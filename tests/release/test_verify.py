@@ -19,10 +19,11 @@ from vlaft.adapt.adapter import WEIGHTS_FILE
 from vlaft.adapt.merging import ModuleAdapter
 from vlaft.cli.main import main
 from vlaft.model.load import load_model
+from vlaft.observation.batch import Observation
 from vlaft.release import verify
 from vlaft.release.merge import MERGE_FILE
 from vlaft.release.record import data_paths, training_record
-from vlaft.release.verify import Comparison, choose_dtype, compare, example_inputs
+from vlaft.release.verify import Comparison, Probe, choose_dtype, compare, example_probe
 from vlaft.weights.layout import read_json
 from vlaft.weights.trained import find_trained
 
@@ -31,7 +32,7 @@ BASE = MINI / "single"
 
 def test_identical_models_compare_as_identical() -> None:
     load = partial(load_model, BASE, dtype=torch.float32)
-    found = compare(load, load, example_inputs(None, BASE), torch.float32)
+    found = compare(load, load, example_probe(None, BASE), torch.float32)
     assert (found.examples, found.tokens, found.identical_tokens, found.ties) == (4, 28, 28, 0)
     assert found.largest_logit_difference == 0
     assert found.logit_range > 1
@@ -45,7 +46,7 @@ def test_another_model_does_not_hold() -> None:
         model.language_model.lm_head.weight.data.neg_()
         return model
 
-    found = compare(partial(load_model, BASE, dtype=torch.float32), other, example_inputs(None, BASE), torch.bfloat16)
+    found = compare(partial(load_model, BASE, dtype=torch.float32), other, example_probe(None, BASE), torch.bfloat16)
     assert found.identical_tokens + found.ties < found.tokens
     assert not found.holds
     assert found.largest_logit_difference > 1
@@ -63,7 +64,8 @@ def test_the_first_models_tokens_are_those_it_generates() -> None:
     prompts, lengths = case.tensors["input_ids"], case.expected["prompt_lengths"]
     longest = max(lengths)
     mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
-    inputs = verify.Inputs(prompts[:, :longest] * mask, mask, case.tensors["pixel_values"], 7, "golden")
+    observation = Observation(prompts[:, :longest] * mask, mask, case.tensors["pixel_values"])
+    inputs = Probe(observation, 7, "golden")
     found = compare(reference, partial(load_model, BASE, dtype=torch.float32), inputs, torch.float32)
     assert found.holds
     assert seen[0].view(-1, 7).tolist() == case.expected["generated"]
@@ -79,7 +81,7 @@ def test_only_ties_may_differ(tokens: int, same: int, ties: int, holds: bool) ->
 def test_a_tie_is_told_from_a_difference() -> None:
     head = "language_model.lm_head.weight"
     plain = load_model(BASE, dtype=torch.float32)
-    inputs = example_inputs(None, BASE, 1)
+    inputs = example_probe(None, BASE, 1)
 
     def model(sign: float, size: float) -> Any:
         found = load_model(BASE, dtype=torch.float32)
@@ -102,13 +104,13 @@ def test_a_tie_is_told_from_a_difference() -> None:
 
 def test_inputs_are_the_runs_held_out_examples(run: Path) -> None:
     trained = find_trained(run)
-    inputs = example_inputs(trained, Path(str(trained.base)), 3)
+    inputs = example_probe(trained, Path(str(trained.base)), 3)
     assert inputs.origin == "training data"
-    assert inputs.num_tokens == 7
-    assert inputs.pixel_values.shape == (3, 3, 56, 56)
-    assert (inputs.input_ids[:, 0] == 1).all()
-    again = example_inputs(trained, Path(str(trained.base)), 3)
-    assert torch.equal(inputs.pixel_values, again.pixel_values)
+    assert inputs.action_size == 7
+    assert inputs.observation.pixel_values.shape == (3, 3, 56, 56)
+    assert (inputs.observation.prompt_ids[:, 0] == 1).all()
+    again = example_probe(trained, Path(str(trained.base)), 3)
+    assert torch.equal(inputs.observation.pixel_values, again.observation.pixel_values)
 
 
 def test_where_the_data_are_gone_inputs_are_made(run: Path, tmp_path: Path) -> None:
@@ -116,15 +118,15 @@ def test_where_the_data_are_gone_inputs_are_made(run: Path, tmp_path: Path) -> N
     (moved / "recipe.yaml").write_text(json.dumps({"data": {"path": str(tmp_path / "gone")}}))
     trained = find_trained(moved)
     assert data_paths(trained) == []
-    inputs = example_inputs(trained, Path(str(trained.base)))
+    inputs = example_probe(trained, Path(str(trained.base)))
     assert inputs.origin == "synthetic"
-    assert len(inputs.input_ids) == 4
-    assert inputs.pixel_values.std() > 0.1
+    assert len(inputs.observation) == 4
+    assert inputs.observation.pixel_values.std() > 0.1
     damaged = tmp_path / "data"
     damaged.mkdir()
     (damaged / "dataset.json").write_text("{}")
     (moved / "recipe.yaml").write_text(json.dumps({"data": {"path": [str(damaged)]}}))
-    assert example_inputs(find_trained(moved), Path(str(trained.base))).origin == "synthetic"
+    assert example_probe(find_trained(moved), Path(str(trained.base))).origin == "synthetic"
 
 
 def test_the_record_tells_recipe_data_and_figures_without_paths(run: Path) -> None:

@@ -112,7 +112,7 @@ def test_pissa_merged_is_the_model_that_was_trained(small: Small, tmp_path: Path
     words = ["adapt.lora.rank=4", "adapt.lora.init=pissa", "train.learning_rate=0.01"]
     recipe = small.recipe("lora8", *words)
     started = started_run(recipe, tmp_path / "run", small)
-    sums = MetricSums(started.data.actions, torch.device("cpu"))
+    sums = MetricSums(torch.device("cpu"))
     for _ in range(3):
         started.step(sums, want_norm=False)
     started.folder.create("", {}, {}, {})
@@ -146,7 +146,7 @@ def test_lora_plus_trains_b_faster(small: Small, tmp_path: Path) -> None:
         started_run(small.recipe("lora8", *words), tmp_path / str(number), small)
         for number, words in enumerate([[], ["adapt.lora.plus_ratio=16"]])
     )
-    sums = MetricSums(plain.data.actions, torch.device("cpu"))
+    sums = MetricSums(torch.device("cpu"))
     moves: list[dict[str, Tensor]] = []
     for started in (plain, fast):
         before = {name: p.detach().clone() for name, p in started.model.named_parameters() if p.requires_grad}
@@ -198,7 +198,7 @@ def test_precision_and_gradients_reach_every_part(
         original()
 
     started.optimizer.step = remember  # type: ignore[method-assign, assignment]
-    started.step(MetricSums(started.data.actions, torch.device("cpu")), want_norm=False)
+    started.step(MetricSums(torch.device("cpu")), want_norm=False)
     assert all(norm > 0 for norm in norms) and len(norms) == len(layers)
     assert {p.dtype for p in parameters.values() if p.requires_grad} == {trained}
     moments = [value for state in started.optimizer.state.values() for key, value in state.items() if key != "step"]

@@ -41,7 +41,7 @@ def recipe(base: Path, data: Path, name: str, *words: str) -> RecipeConfig:
 def train(settings: RecipeConfig, base: Path, out: Path, steps: int = 12) -> Run:
     run = Run(settings, out, base, Silence())
     run.load()
-    sums = MetricSums(run.data.actions, run.device)
+    sums = MetricSums(run.device)
     for _ in range(steps):
         run.step(sums, want_norm=False)
     return run

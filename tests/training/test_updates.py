@@ -35,7 +35,7 @@ def updated(recipe: RecipeConfig, small: Small, out: Path, steps: int = 3) -> tu
     """Return the trained tensors after some steps, and each step's loss and gradient norm."""
     started = Run(recipe, out, small.base, Silence())
     started.load()
-    sums = MetricSums(started.data.actions, torch.device("cpu"))
+    sums = MetricSums(torch.device("cpu"))
     told = []
     for _ in range(steps):
         norm, _ = started.step(sums, want_norm=True)
@@ -76,7 +76,7 @@ def test_clipping_bounds_the_gradient_and_tells_the_norm_before(small: Small, tm
         original()
 
     started.optimizer.step = remember  # type: ignore[method-assign, assignment]
-    norm, _ = started.step(MetricSums(started.data.actions, torch.device("cpu")), want_norm=False)
+    norm, _ = started.step(MetricSums(torch.device("cpu")), want_norm=False)
     assert norm is not None and float(norm) > 1.0
     assert seen == [pytest.approx(0.25, rel=1e-4)]
 

@@ -15,13 +15,13 @@ from vlaft.accounting.meta import META, WithoutValues, example_inputs, example_n
 from vlaft.accounting.parameters import ParameterCount, count, trained_by
 from vlaft.accounting.tracker import ADAPTERS, GRADIENTS, OPTIMIZER, WEIGHTS, StorageTracker, Trace
 from vlaft.model.configuration import OpenVLAConfig
-from vlaft.model.openvla import OpenVLAOutput
+from vlaft.model.heads.tokens import TokenOutput
 from vlaft.recipe.settings import PrecisionConfig, RecipeConfig, resolve_precision
 from vlaft.training.model import DTYPES, make_trainable
 from vlaft.training.optimizer import build_optimizer
 from vlaft.training.step import Inputs, Normalization, forward
 
-ForwardPass = Callable[..., OpenVLAOutput]  # as `vlaft.training.step.forward`
+ForwardPass = Callable[..., TokenOutput]  # as `vlaft.training.step.forward`
 
 
 def trace_step(

@@ -10,8 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vlaft.action.tokens import ActionTokenizer
-from vlaft.model.openvla import IGNORE_INDEX, OpenVLAOutput
+from vlaft.action.written import Compared, Written
 
 OPEN = 0.5  # a gripper command above is open
 
@@ -22,29 +21,30 @@ class DimensionMetrics:
 
     Attributes:
         name: of the dimension.
-        token_accuracy: share of tokens that are the demonstrated one.
-        within_one_bin: share of action tokens at most one bin away from the demonstrated one.
-        l1_normalized: mean distance between decoded tokens, in [-1, 1] units; what training logs as action L1.
+        l1_normalized: mean distance between the written value and the demonstrated one as the head would write it, in
+            [-1, 1] units; what training logs as action L1.
         l1_robot: mean distance to the demonstrated value as recorded, in the robot's units: the rounding to bins
             and the clipping to [q01, q99] are part of it. None overall, where units differ.
-        saturated: share of predictions in the first or last bin, the ends of the range.
+        saturated: share of predictions at the ends of the range.
         saturated_demonstrated: the same of the demonstrations.
+        token_accuracy: share of tokens that are the demonstrated one; this and the rest are None without tokens.
+        within_one_bin: share of action tokens at most one bin away from the demonstrated one.
         non_action: share of predicted tokens that stand for no action; decoded, each would be a full move.
     """
 
     name: str
-    token_accuracy: float
-    within_one_bin: float
     l1_normalized: float
     l1_robot: float | None
     saturated: float
     saturated_demonstrated: float
-    non_action: float
+    token_accuracy: float | None = None
+    within_one_bin: float | None = None
+    non_action: float | None = None
 
 
 @dataclass(frozen=True)
-class DecodingMetrics:
-    """What one way of decoding came to.
+class ActionMetrics:
+    """What one way of writing actions came to.
 
     Attributes:
         overall: the mean of `dimensions`.
@@ -58,46 +58,51 @@ class DecodingMetrics:
     gripper_f1: float | None
 
 
-def measure(
-    ids: NDArray[np.int64],
-    target_ids: NDArray[np.int64],
+def measure_actions(
+    written: Written,
+    target: Written,
     predicted: NDArray[np.float64],
     demonstrated: NDArray[np.float32],
     *,
-    actions: ActionTokenizer,
+    ends: tuple[float, float],
     names: Sequence[str],
     gripper: bool,
-) -> DecodingMetrics:
+) -> ActionMetrics:
     """Compare predictions with demonstrations.
 
     Args:
-        ids: `[N, A]` predicted tokens.
-        target_ids: `[N, A]` demonstrated tokens.
-        predicted: `[N, A]`, `ids` decoded, in the robot's units.
-        demonstrated: `[N, A]`, as recorded, in the robot's units.
-        actions: the action tokenizer.
+        written: what the model wrote, `[N, K, A]`.
+        target: the demonstrated actions, as the model's head would write them.
+        predicted: `[N, K, A]`, `written` in the robot's units.
+        demonstrated: `[N, K, A]`, as recorded, in the robot's units.
+        ends: least and largest value that the head is meant to write; what reaches them counts as saturated.
         names: one per dimension.
         gripper: whether the last dimension is a gripper, 1 = open.
     """
-    is_action = actions.is_action(ids)
-    columns = {
-        "token_accuracy": ids == target_ids,
-        "within_one_bin": is_action & (abs(_bins(ids, actions) - _bins(target_ids, actions)) <= 1),
-        "l1_normalized": abs(actions.decode(ids) - actions.decode(target_ids)),
+    columns: dict[str, NDArray] = {
+        "l1_normalized": abs(written.actions - target.actions),
         "l1_robot": abs(predicted - demonstrated),
-        "saturated": is_action & _at_the_end(ids, actions),
-        "saturated_demonstrated": _at_the_end(target_ids, actions),
-        "non_action": ~is_action,
+        "saturated": _at_an_end(written.actions, ends),
+        "saturated_demonstrated": _at_an_end(target.actions, ends),
     }
-    means = {key: values.mean(axis=0, dtype=np.float64) for key, values in columns.items()}
+    if written.token_ids is not None and target.token_ids is not None and written.is_action is not None:
+        columns["saturated"] = columns["saturated"] & written.is_action
+        columns["token_accuracy"] = written.token_ids == target.token_ids
+        columns["within_one_bin"] = written.is_action & (abs(written.token_ids - target.token_ids) <= 1)
+        columns["non_action"] = ~written.is_action
+    means = {key: values.mean(axis=(0, 1), dtype=np.float64) for key, values in columns.items()}
     dimensions = tuple(
         DimensionMetrics(name, **{key: float(values[index]) for key, values in means.items()})
         for index, name in enumerate(names)
     )
-    whole = {key: float(values.mean()) for key, values in means.items() if key != "l1_robot"}
-    overall = DimensionMetrics("all", l1_robot=None, **whole)
-    f1 = f1_score(predicted[:, -1] > OPEN, demonstrated[:, -1] > OPEN) if gripper else None
-    return DecodingMetrics(overall, dimensions, f1)
+    over_all = {key: float(values.mean()) for key, values in means.items() if key != "l1_robot"}
+    overall = DimensionMetrics("all", l1_robot=None, **over_all)
+    f1 = f1_score(predicted[..., -1] > OPEN, demonstrated[..., -1] > OPEN) if gripper else None
+    return ActionMetrics(overall, dimensions, f1)
+
+
+def _at_an_end(actions: NDArray[np.float64], ends: tuple[float, float]) -> NDArray[np.bool_]:
+    return (actions <= ends[0]) | (actions >= ends[1])
 
 
 def f1_score(predicted: NDArray[np.bool_], demonstrated: NDArray[np.bool_]) -> float | None:
@@ -111,64 +116,53 @@ def f1_score(predicted: NDArray[np.bool_], demonstrated: NDArray[np.bool_]) -> f
     return both / (both + wrong) if both + wrong else None
 
 
-def _bins(ids: NDArray[np.int64], actions: ActionTokenizer) -> NDArray[np.int64]:
-    return actions.vocab_size - 1 - ids.astype(np.int64)
-
-
-def _at_the_end(ids: NDArray[np.int64], actions: ActionTokenizer) -> NDArray[np.bool_]:
-    """Two tokens decode to the highest value (see `ActionTokenizer`); both count."""
-    bins = _bins(ids, actions)
-    return (bins <= 0) | (bins >= actions.n_bins - 2)
-
-
 @dataclass(frozen=True)
 class Metrics:
     """Means over the examples that were summed.
 
     Attributes:
-        loss: cross-entropy in nats per label, end-of-sequence included.
-        action_accuracy: share of action tokens predicted exactly (argmax over the whole vocabulary).
+        loss: of tokens, cross-entropy in nats per label, end-of-sequence included.
+        action_accuracy: share of action tokens predicted exactly (argmax over the whole vocabulary); None of a head
+            without tokens.
         action_l1: mean absolute difference of decoded actions, in normalised units ([-1, 1]).
     """
 
     loss: float
-    action_accuracy: float
+    action_accuracy: float | None
     action_l1: float
 
 
 class MetricSums:
-    """Running sums of one device: `[sum of losses, labels, correct tokens, sum of differences, action tokens]`."""
+    """Running sums of one device: `[losses, their terms, correct tokens, tokens, differences, values]`."""
 
-    def __init__(self, actions: ActionTokenizer, device: torch.device) -> None:
-        self.actions = actions
-        self.centers = torch.tensor(actions.centers, dtype=torch.float32, device=device)
-        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(6, dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def add(self, output: OpenVLAOutput) -> None:
-        """Add one forward pass with labels. Nothing is read back from the device."""
-        assert output.loss is not None and output.logits is not None and output.label_ids is not None
-        predicted = output.logits.argmax(dim=-1)
-        # Upstream's test for an action token; it leaves the end-of-sequence label out.
-        is_action = (output.label_ids >= self.actions.first_id) & (output.label_ids < self.actions.vocab_size)
-        difference = (self._decode(predicted) - self._decode(output.label_ids)).abs()
-        labels = (output.label_ids != IGNORE_INDEX).sum().double()
+    def add(self, loss: Tensor, compared: Compared) -> None:
+        """Add one forward pass with labels. Nothing is read back from the device.
+
+        Args:
+            loss: the pass's, a scalar.
+            compared: its actions beside the demonstrated ones.
+        """
+        difference = (compared.actions - compared.demonstrated).abs()
+        tokens = difference.new_zeros(()) if compared.correct is None else compared.correct.sum()
+        values = difference.new_tensor(difference.numel())
         self.sums += torch.stack(
             [
-                output.loss.detach().double() * labels,
-                labels,
-                ((predicted == output.label_ids) & is_action).sum().double(),
-                (difference * is_action).sum().double(),
-                is_action.sum().double(),
+                loss.detach().double() * compared.terms,
+                compared.terms.double(),
+                tokens.double(),
+                values.double() if compared.correct is not None else tokens.double(),
+                difference.sum(dtype=torch.float64),
+                values.double(),
             ]
         )
 
-    def _decode(self, ids: Tensor) -> Tensor:
-        index = (self.actions.vocab_size - ids - 1).clamp(0, len(self.centers) - 1)
-        return self.centers[index]
-
     def read(self) -> Metrics:
         """Return the means so far and begin anew: the one transfer from the device."""
-        loss, labels, correct, difference, tokens = self.sums.tolist()
+        loss, terms, correct, tokens, difference, values = self.sums.tolist()
         self.sums.zero_()
-        return Metrics(loss / max(labels, 1), correct / max(tokens, 1), difference / max(tokens, 1))
+        accuracy = correct / tokens if tokens else None
+        return Metrics(loss / max(terms, 1), accuracy, difference / max(values, 1))

@@ -14,6 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from vlaft.errors import ConfigError, DataError
 
+IGNORED = -100  # label of a position that a loss leaves out
+
 ActionStatistics = Mapping[str, Sequence[float] | Sequence[bool]]  # q01, q99, min, max, mask: one value per dimension
 
 

@@ -16,7 +16,7 @@ from vlaft.cli.arguments import AsJson, Base, Device, Overwrite
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vlaft.action.metrics import DecodingMetrics, DimensionMetrics
+    from vlaft.action.metrics import ActionMetrics, DimensionMetrics
     from vlaft.evaluation.offline import Evaluation
     from vlaft.evaluation.rollout import RolloutEvaluation
 
@@ -234,16 +234,17 @@ def _short_names(models: Sequence[str]) -> dict[str, str]:
     return {model: folder if unique else model for model, folder in zip(models, folders, strict=True)}
 
 
-def _rows(evaluations: Sequence[Evaluation]) -> Iterator[tuple[str, str, DecodingMetrics]]:
+def _rows(evaluations: Sequence[Evaluation]) -> Iterator[tuple[str, str, ActionMetrics]]:
     for evaluation in evaluations:
-        yield evaluation.model, "forced", evaluation.teacher_forced
+        if evaluation.teacher_forced is not None:
+            yield evaluation.model, "forced", evaluation.teacher_forced
         yield evaluation.model, "free", evaluation.free_running
 
 
 def _cells(metrics: DimensionMetrics) -> Iterator[str]:
     for name in _METRICS:
         value = getattr(metrics, name)
-        yield _number(value, 4) if name.startswith("l1") else f"{value:.1%}"
+        yield _number(value, 4) if name.startswith("l1") else "" if value is None else f"{value:.1%}"
 
 
 def _number(value: float | None, digits: int) -> str:

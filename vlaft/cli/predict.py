@@ -49,9 +49,10 @@ def predict(
     predictions = policy.predict(frames, instruction, unnorm_key=unnorm_key, action_ids_only=action_ids_only)
     for path, prediction in zip(image, predictions, strict=True):
         if prediction.non_action_tokens:
+            tokens = len(prediction.action_token_ids or ())
             warn(
-                f"{path}: {prediction.non_action_tokens} of {len(prediction.action_token_ids)} tokens stand for no"
-                " action; do not send this to a robot (or choose among action tokens with --action-ids-only)"
+                f"{path}: {prediction.non_action_tokens} of {tokens} tokens stand for no action; do not send this to a"
+                " robot (or choose among action tokens with --action-ids-only)"
             )
     rows = [
         {

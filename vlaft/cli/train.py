@@ -162,6 +162,10 @@ def _main_memory(own: int, mapped: int) -> str:
     return f"{own / 1e9:.2f} GB of main memory{besides} for the tensors of a step on this CPU"
 
 
+def _accuracy(share: float | None) -> str:
+    return "" if share is None else f" | accuracy {share:.3f}"
+
+
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -211,7 +215,7 @@ class _Printer:
 
         memory = f" | {line.memory_bytes / 1e9:.2f} GB" if line.memory_bytes is not None else ""
         say(
-            f"step {line.step:>6} | loss {line.loss:.4f} | accuracy {line.action_accuracy:.3f}"
+            f"step {line.step:>6} | loss {line.loss:.4f}{_accuracy(line.action_accuracy)}"
             f" | L1 {line.action_l1:.4f}"
             f" | lr {line.learning_rate:.2e} | grad {line.grad_norm:.3f} | {line.samples_per_second:.1f} samples/s"
             f" | data {line.data_seconds:.3f} s{memory} | {_duration(line.seconds_left)} left"
@@ -222,7 +226,7 @@ class _Printer:
 
         mark = " (best so far)" if line.best else ""
         say(
-            f"step {line.step:>6} | held out: loss {line.val_loss:.4f} | accuracy {line.val_action_accuracy:.3f}"
+            f"step {line.step:>6} | held out: loss {line.val_loss:.4f}{_accuracy(line.val_action_accuracy)}"
             f" | L1 {line.val_action_l1:.4f}{mark}"
         )
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vlaft.action.tokens import IGNORED
 from vlaft.data.codec import decode_image
 from vlaft.data.store import ConvertedDataset
 from vlaft.errors import DataError
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import torch
 
-IGNORED = -100  # label of a position that the loss leaves out
 _PREFETCHED = 2  # batches decoded ahead, or one per thread where there are more
 
 

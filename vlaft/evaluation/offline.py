@@ -18,14 +18,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vlaft.action.metrics import DecodingMetrics, measure
+from vlaft.action.metrics import ActionMetrics, measure_actions
 from vlaft.action.statistics import check_statistics
 from vlaft.action.tokens import normalize, unnormalize
-from vlaft.data.store import ConvertedDataset
+from vlaft.action.written import Written
 from vlaft.errors import ConfigError, DataError, VlaftError
 from vlaft.evaluation.held_out import HeldOut
-from vlaft.model.generation import decode_both
-from vlaft.observation.augmentation import center_crop, pixel_values
+from vlaft.observation.batch import Reader, check_fits
 from vlaft.policy import Policy, load
 from vlaft.weights.layout import resolve_checkpoint
 from vlaft.weights.trained import find_trained, is_trained
@@ -37,18 +36,19 @@ class Evaluation:
 
     Attributes:
         model: as it was named.
-        teacher_forced: each token predicted from the demonstrated ones before it, as in training.
-        free_running: each token predicted from the model's own, as on a robot.
+        teacher_forced: each token predicted from the demonstrated ones before it, as in training; None of a model that
+            writes all at once.
+        free_running: what the model writes alone, as on a robot.
         statistics_from: `"model"`, or `"dataset"` where the model has none of the dataset's name: then its
             actions are read in a range that it was not trained on.
         seconds: without loading.
-        predicted: float64 `[N, A]`, free-running, in the robot's units.
-        error: float64 `[N, A]`, free-running, predicted less demonstrated, decoded tokens in [-1, 1] units.
+        predicted: float64 `[N, K, A]`, free-running, in the robot's units.
+        error: float64 `[N, K, A]`, free-running: written less demonstrated as the head would write it, normalised.
     """
 
     model: str
-    teacher_forced: DecodingMetrics
-    free_running: DecodingMetrics
+    teacher_forced: ActionMetrics | None
+    free_running: ActionMetrics
     statistics_from: str
     seconds: float
     predicted: NDArray[np.float64]
@@ -119,83 +119,68 @@ def _evaluate(
     model: str, policy: Policy, held_out: HeldOut, batch_size: int, advance: Callable[[int], None]
 ) -> Evaluation:
     for dataset in held_out.datasets:
-        _check_fits(model, policy, dataset)
+        check_fits(dataset.path, dataset.info, dataset.pipeline, _reader(model, policy))
     vocabulary = policy.model.config.text_config.vocab_size
     if not all(0 <= token < vocabulary for row in held_out.chosen for token in held_out.prompts[row]):
         raise DataError(
             f"{held_out.datasets[0].path}: a prompt has tokens that {model} does not have; convert it again"
         )
-    statistics, ours = _statistics(model, policy, held_out)
+    statistics, own_statistics = _statistics(model, policy, held_out)
     began = time.monotonic()
-    actions = policy.files.actions
-    rows = held_out.chosen
-    demonstrated, names = held_out.action[rows], held_out.dataset[rows]
-    targets = actions.encode(_by_dataset(normalize, demonstrated, names, statistics)).astype(np.int64)
-    forced, free = np.empty_like(targets), np.empty_like(targets)
+    rows, head = held_out.chosen, policy.model.head
+    demonstrated, names = held_out.action[rows][:, None], held_out.dataset[rows]
+    targets = head.as_written(_by_dataset(normalize, demonstrated, names, statistics))
+    forced: dict[int, Written] = {}
+    free: dict[int, Written] = {}
     # Prompts of one length in a batch save the padding; the sort is stable, so neighbours stay neighbours on disk.
     order = np.argsort([len(held_out.prompts[row]) for row in rows], kind="stable")
     for start in range(0, len(rows), batch_size):
         part = order[start : start + batch_size]
-        ids, mask = _prompts([held_out.prompts[row] for row in rows[part]], policy)
-        forced_ids, free_ids = decode_both(
-            policy.model,
-            ids,
-            mask,
-            _pixels(held_out.images(rows[part]), policy),
-            torch.from_numpy(targets[part]).to(policy.device),
-        )
-        forced[part], free[part] = forced_ids.cpu().numpy(), free_ids.cpu().numpy()
+        observation = policy.observe([held_out.prompts[row] for row in rows[part]], held_out.images(rows[part]))
+        for found, written in zip(
+            (forced, free), head.predict_both(policy.model, observation, targets[part]), strict=True
+        ):
+            if written is not None:
+                found |= {int(row): written[[index]] for index, row in enumerate(part)}
         advance(len(part))
 
-    def read(ids: NDArray[np.int64]) -> tuple[NDArray[np.float64], DecodingMetrics]:
-        predicted = _by_dataset(unnormalize, actions.decode(ids), names, statistics)
-        return predicted, measure(
-            ids,
-            targets,
+    def measured(found: dict[int, Written]) -> tuple[Written, NDArray[np.float64], ActionMetrics]:
+        written = Written.joined([found[row] for row in range(len(rows))])
+        predicted = _by_dataset(unnormalize, written.actions, names, statistics)
+        return (
+            written,
             predicted,
-            demonstrated,
-            actions=actions,
-            names=held_out.names,
-            gripper=held_out.gripper,
+            measure_actions(
+                written,
+                targets,
+                predicted,
+                demonstrated,
+                ends=head.ends,
+                names=held_out.names,
+                gripper=held_out.gripper,
+            ),
         )
 
-    predicted, free_running = read(free)
+    written, predicted, free_running = measured(free)
     return Evaluation(
         model=model,
-        teacher_forced=read(forced)[1],
+        teacher_forced=measured(forced)[2] if forced else None,
         free_running=free_running,
-        statistics_from="model" if ours else "dataset",
+        statistics_from="model" if own_statistics else "dataset",
         seconds=time.monotonic() - began,
         predicted=predicted,
-        error=actions.decode(free) - actions.decode(targets),
+        error=written.actions - targets.actions,
     )
 
 
 def _by_dataset(
     function: Callable[[Any, Any], NDArray], values: NDArray, names: NDArray[np.str_], statistics: Mapping[str, Any]
 ) -> NDArray[np.float64]:
-    """Apply `normalize` or `unnormalize` to each row of `[N, A]` with the statistics of its dataset."""
+    """Apply `normalize` or `unnormalize` to each row of `[N, K, A]` with the statistics of its dataset."""
     result = np.empty(values.shape, dtype=np.float64)
     for name in np.unique(names):
         result[names == name] = function(values[names == name], statistics[str(name)])
     return result
-
-
-def _prompts(prompts: Sequence[Sequence[int]], policy: Policy) -> tuple[torch.Tensor, torch.Tensor]:
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), longest), policy.files.tokenizer.pad_id, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.tensor(prompt)
-        mask[row, : len(prompt)] = 1
-    return ids.to(policy.device), mask.to(policy.device)
-
-
-def _pixels(images: NDArray[np.uint8], policy: Policy) -> torch.Tensor:
-    batch = torch.from_numpy(images).to(policy.device)
-    if policy.pipeline.center_crop:
-        batch = center_crop(batch)
-    return pixel_values(batch, policy.pipeline.means, policy.pipeline.stds).to(policy.model.dtype)
 
 
 def _statistics(model: str, policy: Policy, held_out: HeldOut) -> tuple[dict[str, Any], bool]:
@@ -220,38 +205,14 @@ def _statistics(model: str, policy: Policy, held_out: HeldOut) -> tuple[dict[str
     return chosen, ours
 
 
-def _check_fits(model: str, policy: Policy, dataset: ConvertedDataset) -> None:
-    """Hold a dataset against the model's tokenizer, prompts and images.
-
-    Raises:
-        DataError: the first thing that differs, in one sentence.
-    """
+def _reader(model: str, policy: Policy) -> Reader:
     files, pipeline = policy.files, policy.pipeline
-    again = f"convert the demonstrations for it with vlaft convert --base {model}"
-    try:
-        tokenizer = dataset.info["tokenizer"]
-        bins = (tokenizer["action_vocab_size"], tokenizer["n_action_bins"])
-        same_tokenizer = tokenizer["fingerprint"] == files.tokenizer.fingerprint
-        style = dataset.info["prompt_style"]
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{dataset.path}: dataset.json lacks {error}; convert the source again") from error
-    if bins != (files.actions.vocab_size, files.actions.n_bins):
-        raise DataError(f"{dataset.path}: its action tokens are not those of {model}; {again}")
-    if not same_tokenizer:
-        raise DataError(f"{dataset.path}: it was converted with another tokenizer than that of {model}; {again}")
-    if style != files.prompt_style:
-        raise DataError(
-            f"{dataset.path}: its prompts are in style '{style}', and {model} takes '{files.prompt_style}'; {again}"
-        )
-    if dataset.pipeline.size != pipeline.size:
-        raise DataError(
-            f"{dataset.path}: its frames are {dataset.pipeline.size} pixels wide, and {model} takes {pipeline.size};"
-            f" {again}"
-        )
     recorded = "image_pipeline" in files.config  # what a release says of serving differs from how it was trained
-    ours, theirs = ((each.resize, each.strategy) for each in (pipeline, dataset.pipeline))
-    if recorded and ours != theirs:
-        raise DataError(
-            f"{dataset.path}: its frames were resized by {' and '.join(theirs)}, those that {model} was trained on by"
-            f" {' and '.join(ours)}; {again}"
-        )
+    return Reader(
+        name=model,
+        actions=files.actions,
+        prompt_style=files.prompt_style,
+        tokenizer=files.tokenizer.fingerprint,
+        size=pipeline.size,
+        resized_by=(pipeline.resize, pipeline.strategy) if recorded else None,
+    )

@@ -67,7 +67,7 @@ def draw_episode(episode: Episode, evaluations: Sequence[Evaluation], held_out: 
         for number, evaluation in enumerate(evaluations):
             axis.plot(
                 [step for step, _ in shown],
-                [evaluation.predicted[index, dimension] for _, index in shown],
+                [evaluation.predicted[index, 0, dimension] for _, index in shown],
                 **_style(number, len(evaluations)),
             )
     _legend(figure, evaluations, demonstrated=True)
@@ -83,7 +83,10 @@ def draw_errors(evaluations: Sequence[Evaluation], held_out: HeldOut) -> Figure:
     for dimension, axis in enumerate(axes):
         highest = 0.0
         for number, evaluation in enumerate(evaluations):
-            share = np.histogram(evaluation.error[:, dimension], bins=edges)[0] / len(evaluation.error)
+            share = (
+                np.histogram(evaluation.error[..., dimension].ravel(), bins=edges)[0]
+                / evaluation.error[..., dimension].size
+            )
             style = _style(number, len(evaluations))
             axis.stairs(share, edges, color=style["color"], linewidth=style["linewidth"])
             highest = max(highest, float(share.max()))

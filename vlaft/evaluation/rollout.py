@@ -157,7 +157,7 @@ class _Actor:
 
     def __call__(self, frames: list[Image], instructions: list[str]) -> list[NDArray[Any]]:
         predictions = self.policy.predict(frames, instructions, unnorm_key=self.key)
-        self.tokens += sum(len(each.action_token_ids) for each in predictions)
+        self.tokens += sum(len(each.action_token_ids or ()) for each in predictions)
         self.non_action_tokens += sum(each.non_action_tokens for each in predictions)
         return [each.action for each in predictions]
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlaft.model.configuration import OpenVLAConfig
-    from vlaft.model.openvla import OpenVLAForActionPrediction, OpenVLAOutput
+    from vlaft.model.openvla import OpenVLAForActionPrediction
 
-__all__ = ["OpenVLAConfig", "OpenVLAForActionPrediction", "OpenVLAOutput"]
+__all__ = ["OpenVLAConfig", "OpenVLAForActionPrediction"]
 
 
 def __getattr__(name: str) -> Any:

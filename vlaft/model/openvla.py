@@ -10,38 +10,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, LlamaForCausalLM, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
 
+from vlaft.action.tokens import IGNORED, ActionTokenizer
 from vlaft.model.configuration import OpenVLAConfig
-from vlaft.model.generation import KeyValues
+from vlaft.model.heads.tokens import TokenHead, TokenOutput
 from vlaft.model.last_layer import LastDecoderLayer
 from vlaft.model.vision import AttentionPool, LayerScale, Projector, VisionBackbone, VisionTransformer, vit_config
-
-IGNORE_INDEX = -100  # label of positions that the loss skips
-
-
-@dataclass
-class OpenVLAOutput(ModelOutput):
-    """What a forward pass returns.
-
-    Attributes:
-        loss: mean cross-entropy over all labels of the batch, a scalar; None without labels.
-        logits: with labels `[N, vocabulary]`, one row per label in row-major order; without `[B, S, vocabulary]`
-            with S = 1 + P + (T - 1).
-        label_ids: `[N]` int64, the label that each row of `logits` predicts; None without labels.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    label_ids: Tensor | None = None
 
 
 class OpenVLAForActionPrediction(PreTrainedModel):
@@ -101,6 +81,12 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         return self.language_model.get_output_embeddings()
 
     @property
+    def head(self) -> TokenHead:
+        """The part that writes actions."""
+        actions = ActionTokenizer(self.config.action_vocab_size, self.config.n_action_bins)
+        return TokenHead(self.get_output_embeddings(), actions)
+
+    @property
     def num_patches(self) -> int:
         """Patch positions that every image takes in the sequence."""
         return self.vision_backbone.num_patches
@@ -132,7 +118,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         *,
         mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cache: KeyValues | None = None,
+        cache: Any | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
         """Run the decoder blocks and the final norm.
@@ -176,16 +162,16 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         label_positions: Tensor | None = None,
         vision_features: Tensor | None = None,
         **_: Any,
-    ) -> OpenVLAOutput:
+    ) -> TokenOutput:
         """Compute logits, and the loss when there are labels.
 
         Args:
             input_ids: `[B, T]` int64, beginning with BOS, padded on the right.
             pixel_values: `[B, 3 * number of ViTs, H, W]`, normalised.
             attention_mask: `[B, T]`, 1 where there is a token; used without labels only (see the module's notes).
-            labels: `[B, T]` int64, `IGNORE_INDEX` where there is none; label t is predicted from what is before t.
+            labels: `[B, T]` int64, `IGNORED` where there is none; label t is predicted from what is before t.
             label_positions: `[B, K]` int64, columns of `labels` to use. Saves a look at `labels` and, on a GPU, the
-                synchronisation that comes with it. Columns that hold `IGNORE_INDEX` are skipped by the loss.
+                synchronisation that comes with it. Columns that hold `IGNORED` are skipped by the loss.
             vision_features: in place of `pixel_values`, as `embed` takes them.
         """
         embeddings = self.embed(input_ids, pixel_values, vision_features)
@@ -194,20 +180,18 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             if attention_mask is not None:
                 keys = self.splice_mask(attention_mask).bool()[:, None, None]  # [B, 1, 1, S]
                 mask = keys & torch.ones(keys.shape[-1], keys.shape[-1], dtype=torch.bool, device=keys.device).tril()
-            return OpenVLAOutput(logits=self.language_model.lm_head(self.decode(embeddings, mask=mask)))
+            return TokenOutput(logits=self.language_model.lm_head(self.decode(embeddings, mask=mask)))
 
         # Text column t lies at position P + t of the sequence and is predicted from the position before it.
         if label_positions is None:
-            examples, columns = torch.nonzero(labels[:, 1:] != IGNORE_INDEX, as_tuple=True)
+            examples, columns = torch.nonzero(labels[:, 1:] != IGNORED, as_tuple=True)
             hidden = self.decode(embeddings)[examples, self.num_patches + columns]
             label_ids = labels[examples, columns + 1]
         else:
             # columns that hold no label may lie before the row's first token: any position will do for them
-            hidden = self.decode(embeddings, rows=self.num_patches + (label_positions - 1).clamp(min=0)).flatten(0, 1)
-            label_ids = labels.gather(1, label_positions.clamp(min=0)).flatten()
-        logits = self.language_model.lm_head(hidden)
-        loss = F.cross_entropy(logits.float(), label_ids, ignore_index=IGNORE_INDEX)
-        return OpenVLAOutput(loss=loss, logits=logits, label_ids=label_ids)
+            hidden = self.decode(embeddings, rows=self.num_patches + (label_positions - 1).clamp(min=0))
+            label_ids = labels.gather(1, label_positions.clamp(min=0))
+        return self.head.loss(hidden, label_ids)
 
 
 AutoModelForImageTextToText.register(OpenVLAConfig, OpenVLAForActionPrediction, exist_ok=True)

@@ -22,7 +22,7 @@ from vlaft.model.load import load_config, load_model
 from vlaft.release.card import write_model_card
 from vlaft.release.files import Source, copy_licence, open_source, write_release_files
 from vlaft.release.merge import DTYPE_NAMES, checkpoint_dtype, copy_tensors, tensor_bytes
-from vlaft.release.verify import Comparison, compare, example_inputs, round_parameters
+from vlaft.release.verify import Comparison, compare, example_probe, round_parameters
 from vlaft.weights.layout import TensorEntry, check_tensors, tensor_table
 from vlaft.weights.stream import DTYPES
 
@@ -157,7 +157,7 @@ def compare_with_source(source: Source, folder: Path, table: Mapping[str, Tensor
     return compare(
         lambda: load_model(source.folder, dtype=torch.float32),
         lambda: load_model(folder, dtype=torch.float32),
-        example_inputs(None, source.folder),
+        example_probe(None, source.folder),
         named[rounding],
         _rounding_of(table, written),
     )

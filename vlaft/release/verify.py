@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from vlaft.action.statistics import BOUNDS, check_statistics
+from vlaft.action.tokens import IGNORED
 from vlaft.adapt.rounding import Mode, generator_of, round_to
 from vlaft.errors import CheckFailed, CheckpointError, DataError
+from vlaft.observation.batch import Observation
 from vlaft.observation.images import ImagePipeline
 from vlaft.release.record import data_paths
 from vlaft.weights.layout import read_json, tensor_table
@@ -35,21 +37,17 @@ _ROUNDING = {torch.float32: 1e-5, torch.float16: 2.5e-3, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True)
-class Inputs:
+class Probe:
     """A batch for `compare`.
 
     Attributes:
-        input_ids: `[B, T]` int64 prompts, padded on the right.
-        attention_mask: `[B, T]`, 1 where there is a token.
-        pixel_values: float32 `[B, 3 * number of ViTs, H, W]`, normalised.
-        num_tokens: A, the number of action tokens to compare.
+        observation: B observations, on the CPU, in float32.
+        action_size: A, the number of dimensions to compare.
         origin: `training data` or `synthetic`.
     """
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    pixel_values: Tensor
-    num_tokens: int
+    observation: Observation
+    action_size: int
     origin: str
 
 
@@ -92,7 +90,7 @@ class Comparison:
         return asdict(self)
 
 
-def example_inputs(trained: Trained | None, base: Path, count: int = _EXAMPLES) -> Inputs:
+def example_probe(trained: Trained | None, base: Path, count: int = _EXAMPLES) -> Probe:
     """Return examples of the data that a run was trained on, or fixed ones made here where those are gone.
 
     Args:
@@ -105,13 +103,13 @@ def example_inputs(trained: Trained | None, base: Path, count: int = _EXAMPLES) 
     pipeline = ImagePipeline.from_checkpoint(config, read_json(preprocessor) if preprocessor.is_file() else None)
     if trained is not None and (paths := data_paths(trained)):
         try:
-            return data_inputs(paths, pipeline, count)
+            return data_probe(paths, pipeline, count)
         except (DataError, CheckpointError, OSError):
             pass  # moved, changed or damaged since: the check needs inputs, not these
     return _synthetic(base, config, pipeline, count)
 
 
-def data_inputs(paths: list[Path], pipeline: ImagePipeline, count: int) -> Inputs:
+def data_probe(paths: list[Path], pipeline: ImagePipeline, count: int) -> Probe:
     """Return held-out examples of converted datasets, evenly spread; training examples where none are held out.
 
     Raises:
@@ -133,7 +131,7 @@ def data_inputs(paths: list[Path], pipeline: ImagePipeline, count: int) -> Input
     )
 
 
-def _synthetic(base: Path, config: dict[str, Any], pipeline: ImagePipeline, count: int) -> Inputs:
+def _synthetic(base: Path, config: dict[str, Any], pipeline: ImagePipeline, count: int) -> Probe:
     import numpy as np
 
     prompt = [1, *range(3, 20)]  # for models that have no tokenizer
@@ -152,20 +150,13 @@ def _synthetic(base: Path, config: dict[str, Any], pipeline: ImagePipeline, coun
 
 
 def _batch(
-    prompts: list[list[int]], images: list[Any], pipeline: ImagePipeline, num_tokens: int, origin: str
-) -> Inputs:
+    prompts: list[list[int]], images: list[Any], pipeline: ImagePipeline, action_size: int, origin: str
+) -> Probe:
     import numpy as np
 
-    from vlaft.observation.augmentation import pixel_values
-
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.tensor(prompt)
-        mask[row, : len(prompt)] = 1
-    frames = torch.from_numpy(np.stack([pipeline.prepare(image) for image in images]))
-    return Inputs(ids, mask, pixel_values(frames, pipeline.means, pipeline.stds), num_tokens, origin)
+    frames = np.stack([pipeline.prepare(image) for image in images])
+    pipeline = replace(pipeline, center_crop=False)  # a merge does not depend on it
+    return Probe(Observation.of(prompts, frames, pipeline, pad_id=0), action_size, origin)
 
 
 def choose_dtype(folder: Path) -> tuple[torch.dtype, torch.device] | None:
@@ -206,7 +197,7 @@ def free_memory() -> int:
 def compare(
     first: Callable[[], Any],
     second: Callable[[], Any],
-    inputs: Inputs,
+    inputs: Probe,
     rounding: torch.dtype,
     round_first: Callable[[Any], None] | None = None,
 ) -> Comparison:
@@ -220,21 +211,18 @@ def compare(
         round_first: rounds the first's weights likewise, in place, when it has chosen its tokens. What rounding changes
             is then told apart from what is wrong.
     """
-    from vlaft.model.generation import generate_action_ids
-
     model = first()
     device, dtype = next(model.parameters()).device, model.dtype
-    ids, mask = inputs.input_ids.to(device), inputs.attention_mask.to(device)
-    pixels = inputs.pixel_values.to(device=device, dtype=dtype)
-    tokens = generate_action_ids(model, ids, pixels, mask, num_tokens=inputs.num_tokens)
-    exact = reference = _logits(model, ids, mask, pixels, tokens)
+    observation = inputs.observation.to(device, dtype)
+    tokens = torch.from_numpy(model.head.predict(model, observation, inputs.action_size).token_ids[:, 0]).to(device)
+    exact = reference = _logits(model, observation, tokens)
     if round_first is not None:
         round_first(model)
-        reference = _logits(model, ids, mask, pixels, tokens)
+        reference = _logits(model, observation, tokens)
     del model
     gc.collect()
     model = second()
-    other = _logits(model, ids, mask, pixels.to(model.dtype), tokens)
+    other = _logits(model, observation.to(device, model.dtype), tokens)
     del model
     gc.collect()
 
@@ -244,7 +232,7 @@ def compare(
     differ = best != choice
     tie = max(_ROUNDING[rounding], _ROUNDING.get(dtype, 0.0)) * spread
     return Comparison(
-        examples=len(ids),
+        examples=len(observation),
         inputs=inputs.origin,
         tokens=best.numel(),
         identical_tokens=int((~differ).sum()),
@@ -257,12 +245,14 @@ def compare(
     )
 
 
-def _logits(model: Any, ids: Tensor, mask: Tensor, pixels: Tensor, tokens: Tensor) -> Tensor:
+def _logits(model: Any, observation: Observation, tokens: Tensor) -> Tensor:
     """Return float32 `[B * A, vocabulary]`: what the model would write in each place of `tokens`."""
-    count = tokens.shape[1]
-    columns = mask.sum(dim=1, keepdim=True) + torch.arange(count, device=ids.device)
+    ids, mask = observation.prompt_ids, observation.prompt_mask
+    lengths = torch.full_like(ids[:, :1], ids.shape[1]) if mask is None else mask.sum(dim=1, keepdim=True)
+    columns = lengths + torch.arange(tokens.shape[1], device=ids.device)
     joined = torch.cat([ids, torch.zeros_like(tokens)], dim=1).scatter(1, columns, tokens)
-    labels = torch.full_like(joined, -100).scatter(1, columns, tokens)
+    labels = torch.full_like(joined, IGNORED).scatter(1, columns, tokens)
+    pixels = observation.pixel_values
     logits: Tensor = model(input_ids=joined, pixel_values=pixels, labels=labels, label_positions=columns).logits
     return logits.float().cpu()
 
@@ -293,7 +283,7 @@ def merge_check(
         result = compare(
             lambda: _attach(load_model(base, dtype=dtype, device=device), trained),
             lambda: load_model(folder, dtype=dtype, device=device),
-            example_inputs(trained, base),
+            example_probe(trained, base),
             max(floats, key=lambda kind: _ROUNDING[kind], default=torch.float32),
             partial(_round, trained=trained, kinds=kinds, mode=mode) if floats - {torch.float32} else None,
         )

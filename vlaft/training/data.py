@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,10 @@ from typing import Any
 
 import torch
 
-from vlaft.action.tokens import ActionTokenizer
-from vlaft.data.loader import IGNORED, Batch, ExampleLoader, batches_in_order
+from vlaft.action.tokens import IGNORED
+from vlaft.data.loader import Batch, ExampleLoader, batches_in_order
 from vlaft.data.store import ConvertedDataset
-from vlaft.errors import DataError
+from vlaft.observation.batch import Reader, check_fits
 from vlaft.observation.images import ImagePipeline
 from vlaft.observation.prompts import action_tokenizer_of, prompt_style_of
 from vlaft.recipe.settings import RecipeConfig
@@ -45,7 +46,6 @@ class TrainingData:
     Attributes:
         datasets: the converted datasets.
         loader: endless shuffled training batches.
-        actions: action tokens of the base.
         pipeline: how frames were prepared, and the base's pixel statistics.
         statistics: by dataset name, of all datasets together.
         train_examples: rows of the training split.
@@ -56,7 +56,6 @@ class TrainingData:
 
     datasets: list[ConvertedDataset]
     loader: ExampleLoader
-    actions: ActionTokenizer
     pipeline: ImagePipeline
     statistics: Mapping[str, Any]
     train_examples: int
@@ -75,10 +74,9 @@ class TrainingData:
             DataError: a dataset is missing or damaged, or was converted for another base.
         """
         datasets = [ConvertedDataset(Path(path)) for path in recipe.data.paths]
-        config = read_json(base / "config.json")
-        actions = action_tokenizer_of(config)
+        reader = _reader(base, read_json(base / "config.json"))
         for dataset in datasets:
-            _check_fits(dataset, base, config, actions)
+            check_fits(dataset.path, dataset.info, dataset.pipeline, reader)
         batch_size = int(recipe.train.batch_size)
         loader = ExampleLoader(
             datasets,
@@ -98,7 +96,6 @@ class TrainingData:
         return cls(
             datasets=datasets,
             loader=loader,
-            actions=actions,
             pipeline=pipeline,
             statistics=statistics,
             train_examples=sum(dataset.rows("train") for dataset in datasets),
@@ -129,24 +126,16 @@ class TrainingData:
         return next(batches_in_order(self.datasets, self.batch_size, limit=self.val_examples))
 
 
-def _check_fits(dataset: ConvertedDataset, base: Path, config: Mapping[str, Any], actions: ActionTokenizer) -> None:
-    again = f"convert the demonstrations again with --base {base}"
-    tokenizer = dataset.info["tokenizer"]
-    if (tokenizer["action_vocab_size"], tokenizer["n_action_bins"]) != (actions.vocab_size, actions.n_bins):
-        raise DataError(f"{dataset.path}: its action tokens are not those of {base}; {again}")
-    tokenizer_file = base / "tokenizer.json"
-    if tokenizer_file.is_file():
-        import hashlib
-
-        if hashlib.sha256(tokenizer_file.read_bytes()).hexdigest() != tokenizer["fingerprint"]:
-            raise DataError(f"{dataset.path}: it was converted with another tokenizer than that of {base}; {again}")
-    if dataset.info["prompt_style"] != prompt_style_of(config):
-        raise DataError(f"{dataset.path}: its prompts are in another style than {base} was trained with; {again}")
+def _reader(base: Path, config: Mapping[str, Any]) -> Reader:
+    """Describe what a base reads when it is trained, from its files alone."""
+    tokenizer = base / "tokenizer.json"
     preprocessor = base / "preprocessor_config.json"
-    ours = ImagePipeline.for_training(config, read_json(preprocessor) if preprocessor.is_file() else None)
-    if dataset.pipeline.size != ours.size:
-        raise DataError(
-            f"{dataset.path}: its frames are {dataset.pipeline.size} pixels wide, {base} takes {ours.size}; {again}"
-        )
-    if (dataset.pipeline.means, dataset.pipeline.stds) != (ours.means, ours.stds):
-        raise DataError(f"{dataset.path}: its pixel statistics are not those of {base}; {again}")
+    pipeline = ImagePipeline.for_training(config, read_json(preprocessor) if preprocessor.is_file() else None)
+    return Reader(
+        name=str(base),
+        actions=action_tokenizer_of(config),
+        prompt_style=prompt_style_of(config),
+        tokenizer=hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.is_file() else None,
+        size=pipeline.size,
+        pixel_statistics=(pipeline.means, pipeline.stds),
+    )

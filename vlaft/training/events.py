@@ -106,7 +106,7 @@ class StepLine:
 
     step: int
     loss: float
-    action_accuracy: float
+    action_accuracy: float | None
     action_l1: float
     learning_rate: float
     grad_norm: float
@@ -122,7 +122,7 @@ class EvaluationLine:
 
     step: int
     val_loss: float
-    val_action_accuracy: float
+    val_action_accuracy: float | None
     val_action_l1: float
     best: bool
 

@@ -17,12 +17,14 @@ from peft import PeftModel
 from torch.nn.parallel import DistributedDataParallel
 
 from vlaft.action.metrics import Metrics, MetricSums
+from vlaft.action.tokens import IGNORED
 from vlaft.adapt import pissa
 from vlaft.adapt.adapter import load_adapter_weights, save_adapter
-from vlaft.data.loader import IGNORED, Batch
+from vlaft.data.loader import Batch
 from vlaft.documents import read_as
 from vlaft.errors import CheckpointError, ConfigError, VlaftError
 from vlaft.files import content_checksum
+from vlaft.model.heads.tokens import TokenOutput
 from vlaft.observation.augmentation import pixel_values
 from vlaft.recipe.settings import RecipeConfig, resolve_precision
 from vlaft.training.checkpoints import (
@@ -181,6 +183,10 @@ class Run:
         self._told_to_stop = self.accelerator.reduce(flag, reduction="sum")
         return before is not None and bool(before)
 
+    def _count(self, sums: MetricSums, output: TokenOutput, batch_size: int) -> None:
+        assert output.loss is not None
+        sums.add(output.loss, base_model(self.model).head.compared(output, batch_size))
+
     def read(self, sums: MetricSums) -> Metrics:
         """Return the means over all processes and begin anew."""
         sums.sums = self.accelerator.reduce(sums.sums, reduction="sum")
@@ -333,7 +339,7 @@ class Run:
                 output = forward(self.model, inputs, self.normalization, self.compute, generator, features)
                 assert output.loss is not None
                 (share * output.loss).backward()
-            sums.add(output)
+            self._count(sums, output, len(batch))
         norm = None
         trained = [p for p in self.model.parameters() if p.requires_grad]
         if train.max_grad_norm is not None:
@@ -389,11 +395,11 @@ class Run:
         # Without the copies' wrapper, which would wait for processes that have fewer batches.
         model = bare(self.model)
         model.eval()
-        sums = MetricSums(self.data.actions, self.device)
+        sums = MetricSums(self.device)
         for batch, counts in self._validation():
             output = forward(model, to_inputs(batch, self.device), self.normalization, self.compute)
             if counts:
-                sums.add(output)
+                self._count(sums, output, len(batch))
         return self.read(sums)
 
     def _validation(self) -> Iterator[tuple[Batch, bool]]:

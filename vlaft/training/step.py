@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vlaft.model.openvla import OpenVLAOutput
+from vlaft.model.heads.tokens import TokenOutput
 from vlaft.observation.augmentation import augment, pixel_values
 
 
@@ -52,7 +52,7 @@ def forward(
     compute: torch.dtype,
     generator: torch.Generator | None = None,
     vision_features: Tensor | None = None,
-) -> OpenVLAOutput:
+) -> TokenOutput:
     """Run the model on a batch and return loss and logits at label positions.
 
     Args:

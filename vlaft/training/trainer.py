@@ -202,7 +202,7 @@ def _finish(
 def _loop(run: Run, signals: StopSignals) -> bool:
     """Do steps until all are done, evaluation stops improving, or a signal comes; say whether it stopped early."""
     train = run.recipe.train
-    sums = MetricSums(run.data.actions, run.device)
+    sums = MetricSums(run.device)
     waited, steps_since, mark = 0.0, 0, time.monotonic()
     while run.progress.step < train.steps and not _patience_lost(run):
         upcoming = run.progress.step + 1

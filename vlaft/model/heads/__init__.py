@@ -6,53 +6,24 @@ trains, evaluates, compares or serves a model reads these, and what only some he
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
+from vlaft.action.written import Compared, Written
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from vlaft.observation.batch import Observation
 
 
-@dataclass(frozen=True)
-class Written:
-    """Actions that a head wrote by itself, in the host's memory.
-
-    Attributes:
-        actions: float64 `[B, K, A]`, normalised.
-        token_ids: int64 `[B, K, A]`, of a head that writes tokens; else None.
-        is_action: bool `[B, K, A]`, False where a token stands for no action, which `actions` shows as a full move;
-            None of a head without tokens.
-    """
-
-    actions: NDArray[np.float64]
-    token_ids: NDArray[np.int64] | None = None
-    is_action: NDArray[np.bool_] | None = None
-
-
-@dataclass(frozen=True)
-class Compared:
-    """Actions of a forward pass with labels beside the demonstrated ones, on the model's device.
-
-    Attributes:
-        actions: float32 `[B, K, A]`, normalised.
-        demonstrated: float32 `[B, K, A]`, as this head would write them.
-        correct: bool `[B, K, A]`, whether the token is the demonstrated one; None of a head without tokens.
-        terms: number of terms that the loss is the mean of, a scalar.
-    """
-
-    actions: Tensor
-    demonstrated: Tensor
-    correct: Tensor | None
-    terms: Tensor
-
-
 class Head(Protocol):
     """What trainer, evaluation, checks and policies ask of a head."""
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The least and the largest value that it is meant to write."""
 
     def loss(self, hidden: Tensor, label_ids: Tensor) -> Any:
         """Return the model's output, with its loss, for hidden states `[B, R, D]` at the R label positions."""
@@ -60,5 +31,13 @@ class Head(Protocol):
     def compared(self, output: Any, batch_size: int) -> Compared:
         """Return the actions of an output of `loss` beside the demonstrated ones; nothing waits for the device."""
 
+    def as_written(self, actions: NDArray[np.floating]) -> Written:
+        """Return normalised actions `[B, K, A]` as this head would write them."""
+
     def predict(self, model: Any, observation: Observation, size: int, **options: Any) -> Written:
         """Write actions of `size` dimensions for each row of `observation`."""
+
+    def predict_both(
+        self, model: Any, observation: Observation, demonstrated: Written
+    ) -> tuple[Written | None, Written]:
+        """Write actions teacher-forced, where that is another thing (else None), and as `predict` does."""

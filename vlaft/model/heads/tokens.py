@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from vlaft.action.tokens import IGNORED, ActionTokenizer
+from vlaft.action.written import Compared, Written
 from vlaft.model.cuda_graphs import CudaGraphs
 from vlaft.model.generation import decode_both, generate_action_ids
-from vlaft.model.heads import Compared, Written
 from vlaft.observation.batch import Observation
 
 
@@ -103,26 +105,34 @@ class TokenHead:
             action_ids_only=action_ids_only,
             graphs=graphs,
         )
-        return self._written(ids)
+        return self._written(ids[:, None].cpu().numpy())
 
-    def predict_both(self, model: Any, observation: Observation, demonstrated: Tensor) -> tuple[Written, Written]:
+    def predict_both(self, model: Any, observation: Observation, demonstrated: Written) -> tuple[Written, Written]:
         """Write actions twice: each token after the demonstrated ones (teacher-forced), and as `predict` does.
 
         Args:
             model: in eval mode.
             observation: on the model's device.
-            demonstrated: int64 `[B, A]`, action tokens.
+            demonstrated: `[B, 1, A]`, of `as_written`.
         """
-        mask = observation.prompt_mask
-        if mask is None:
-            mask = torch.ones_like(observation.prompt_ids)
+        assert demonstrated.token_ids is not None
+        targets = torch.from_numpy(demonstrated.token_ids[:, 0]).to(observation.prompt_ids.device)
         forced, free = decode_both(
-            model, observation.prompt_ids, mask, observation.pixel_values, demonstrated.to(mask.device)
+            model, observation.prompt_ids, observation.prompt_mask, observation.pixel_values, targets
         )
-        return self._written(forced), self._written(free)
+        return self._written(forced[:, None].cpu().numpy()), self._written(free[:, None].cpu().numpy())
 
-    def _written(self, ids: Tensor) -> Written:
-        tokens = ids[:, None].cpu().numpy()
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The least and the largest value that a token stands for."""
+        centers = self.actions.centers
+        return float(centers[0]), float(centers[-1])
+
+    def as_written(self, actions: NDArray[np.floating]) -> Written:
+        """Return normalised actions `[B, K, A]` as this head writes them: rounded to bins."""
+        return self._written(self.actions.encode(actions).astype(np.int64))
+
+    def _written(self, tokens: NDArray[np.int64]) -> Written:
         return Written(self.actions.decode(tokens), tokens, self.actions.is_action(tokens))
 
     @cached_property
