@@ -141,17 +141,17 @@ def bandwidth(model: OpenVLAForActionPrediction, device: torch.device, threads: 
 def prompt_operations(model: OpenVLAForActionPrediction, batch: int) -> float:
     """Count the products of an image and its prompt: weights times positions, without attention (a few percent)."""
     size = lambda module: sum(p.numel() for p in module.parameters() if p.dim() > 1)  # noqa: E731
-    llama = model.language_model.model
+    *_, blocks = model.stacks()
     vision = sum(size(vit.patch_embed) + sum(map(size, vit.live_blocks)) for vit in model.vision_backbone.featurizers)
-    last = sum(size(getattr(llama.layers[-1].self_attn, name)) for name in ("k_proj", "v_proj"))
+    last = sum(size(getattr(blocks[-1].self_attn, name)) for name in ("k_proj", "v_proj"))
     patches, positions = model.num_patches, model.num_patches + PROMPT
-    whole = sum(map(size, llama.layers[:-1])) + last
+    whole = sum(map(size, blocks[:-1])) + last
     return 2.0 * batch * ((vision + size(model.projector)) * patches + whole * positions)
 
 
 def token_bytes(model: OpenVLAForActionPrediction) -> int:
     """Count the bytes of weights that a token needs: decoder blocks and head."""
-    modules = [model.language_model.model.layers, model.language_model.lm_head]
+    modules = [model.stacks()[-1], model.parts()["head"]]
     return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 
 

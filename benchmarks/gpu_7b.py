@@ -231,7 +231,7 @@ def prediction_in(precision: str, options: argparse.Namespace) -> dict[str, Any]
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    language = sum(tensor.nbytes for tensor in model.language_model.parameters())
+    language = sum(t.nbytes for name in ("language model", "head") for t in model.parts()[name].parameters())
     language -= model.get_input_embeddings().weight.nbytes  # a token reads one row
     assert config.image_sizes and config.timm_model_ids
     side, vits = config.image_sizes[0], len(config.timm_model_ids)

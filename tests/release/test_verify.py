@@ -327,7 +327,7 @@ def test_what_rounding_changes_is_told_apart_from_what_is_wrong() -> None:
             verify.round_parameters(model, kinds)
         return model
 
-    inputs = example_inputs(None, BASE)
+    inputs = example_probe(None, BASE)
     assert not compare(load, coarse, inputs, torch.bfloat16).holds
     found = compare(load, coarse, inputs, torch.bfloat16, partial(verify.round_parameters, kinds=kinds))
     assert found.identical_tokens == found.tokens

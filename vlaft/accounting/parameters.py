@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vlaft.model.openvla import PARTS
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from vlaft.model.openvla import OpenVLAForActionPrediction
     from vlaft.recipe.settings import AdaptConfig, RecipeConfig
 
-PARTS = ("vision", "projector", "language model", "head")
 _PREFIX = "base_model.model."  # peft's
 _NUMBERED = re.compile(r"\.(\d+)(?=\.|$)")
 _ADAPTER = re.compile(r"\.(base_layer|lora_\w+)(\..*)?$")
@@ -63,11 +64,7 @@ def part_of(name: str) -> str:
     ('head', 'projector')
     """
     name = name.removeprefix(_PREFIX)
-    if name.startswith("vision_backbone"):
-        return "vision"
-    if name.startswith("projector"):
-        return "projector"
-    return "head" if name.startswith("language_model.lm_head") else "language model"
+    return next(part for part, place in PARTS.items() if name.startswith(place))
 
 
 def base_name(name: str) -> str:

@@ -69,13 +69,13 @@ def trained_modules(model: OpenVLAForActionPrediction, method: str) -> list[nn.M
     * `last-layer`: token embeddings, last decoder block and head; the final norm stays frozen.
     * `sandwich`: vision, projector, and what `last-layer` trains.
     """
-    llama = model.language_model
-    last_layer: list[nn.Module] = [llama.model.embed_tokens, llama.model.layers[-1], llama.lm_head]
+    parts = model.parts()
+    last_layer = [model.get_input_embeddings(), model.stacks()[-1][-1], parts["head"]]
     return {
         "full": [model],
-        "frozen-vision": [model.projector, llama],
+        "frozen-vision": [parts["projector"], parts["language model"], parts["head"]],
         "last-layer": last_layer,
-        "sandwich": [model.vision_backbone, model.projector, *last_layer],
+        "sandwich": [parts["vision"], parts["projector"], *last_layer],
     }[method]
 
 

@@ -23,6 +23,14 @@ from vlaft.model.heads.tokens import TokenHead, TokenOutput
 from vlaft.model.last_layer import LastDecoderLayer
 from vlaft.model.vision import AttentionPool, LayerScale, Projector, VisionBackbone, VisionTransformer, vit_config
 
+# What recipes, reports and shards tell apart, and where it lies in the model.
+PARTS = {
+    "vision": "vision_backbone",
+    "projector": "projector",
+    "language model": "language_model.model",
+    "head": "language_model.lm_head",
+}
+
 
 class OpenVLAForActionPrediction(PreTrainedModel):
     """A vision-language-action model that writes actions as tokens."""
@@ -85,6 +93,14 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         """The part that writes actions."""
         actions = ActionTokenizer(self.config.action_vocab_size, self.config.n_action_bins)
         return TokenHead(self.get_output_embeddings(), actions)
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Return the model's parts, by the names of `PARTS`."""
+        return {name: self.get_submodule(place) for name, place in PARTS.items()}
+
+    def stacks(self) -> list[nn.ModuleList]:
+        """Return the stacks of like blocks: of each ViT, and last of the language model."""
+        return [*(vit.blocks for vit in self.vision_backbone.featurizers), self.language_model.model.layers]
 
     @property
     def num_patches(self) -> int:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from vlaft.documents import read_as, shown
 from vlaft.errors import CheckpointError, VlaftError
 from vlaft.files import SEAL, checksum, holds, sealed, sync, unsealed
-from vlaft.training.model import spread_like, whole
+from vlaft.training.model import gathered, spread_like
 from vlaft.weights.trained import CHECKPOINT_NAME, STATE_FILE, TRAINED_FILE, state_seal_holds
 
 _OPTIMIZER_FILE = "optimizer.safetensors"
@@ -166,7 +166,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def _stored(tensor: Tensor) -> Tensor:
-    return whole(tensor.detach()).cpu().contiguous()
+    return gathered(tensor.detach()).cpu().contiguous()
 
 
 def random_state() -> dict[str, Tensor]:

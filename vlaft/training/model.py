@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -95,10 +96,8 @@ def compile_blocks(model: OpenVLAForActionPrediction) -> None:
     The blocks of a stack are alike, so one compilation serves them all and the start takes about a minute instead of
     the whole model's many. Prompt lengths vary from batch to batch, hence dynamic shapes.
     """
-    stacks = [vit.live_blocks for vit in model.vision_backbone.featurizers]
-    for stack in [*stacks, list(model.language_model.model.layers)]:
-        for block in stack:
-            block.compile(dynamic=True)
+    for block in chain.from_iterable(model.stacks()):
+        block.compile(dynamic=True)
 
 
 def unreached_modules(model: OpenVLAForActionPrediction) -> Iterator[nn.Module]:
@@ -121,10 +120,8 @@ def recompute_blocks(model: OpenVLAForActionPrediction, every: int | None) -> No
         every: besides the ViTs' blocks, every `every`-th decoder block; None: the ViTs' alone.
     """
     function = partial(checkpoint, use_reentrant=False)  # reentrant would lose gradients behind frozen inputs
-    blocks = [block for vit in model.vision_backbone.featurizers for block in vit.live_blocks]
-    if every is not None:
-        blocks += list(model.language_model.model.layers)[::every]
-    for block in blocks:
+    *vision, decoder = model.stacks()
+    for block in [*chain.from_iterable(vision), *(decoder[::every] if every is not None else ())]:
         assert isinstance(block, GradientCheckpointingLayer)
         block.gradient_checkpointing = True
         block._gradient_checkpointing_func = function
@@ -197,21 +194,19 @@ def distribute(model: nn.Module, method: str, device: torch.device) -> nn.Module
 def shard(model: OpenVLAForActionPrediction, device: torch.device) -> None:
     """Shard parameters over all processes, in place; each block is gathered while it runs."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    stacks = [vit.blocks for vit in model.vision_backbone.featurizers] + [model.language_model.model.layers]
-    for stack in stacks:
-        for block in stack:
-            fully_shard(block, mesh=mesh)
+    for block in chain.from_iterable(model.stacks()):
+        fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
-def bare(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model without what copies it over processes."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def base_model(model: nn.Module) -> OpenVLAForActionPrediction:
     """Return the OpenVLA model inside what copies and adapts it."""
-    inner = bare(model)
+    inner = unwrapped(model)
     return inner.get_base_model() if isinstance(inner, PeftModel) else inner  # type: ignore[return-value]
 
 
@@ -220,12 +215,12 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gathered(tensor: Tensor) -> Tensor:
     """Return a sharded tensor gathered (all processes must ask at once), any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def mine(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """Return this process's part of a sharded tensor, any other as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

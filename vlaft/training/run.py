@@ -49,15 +49,15 @@ from vlaft.training.folder import LOG_FILE, RunFolder
 from vlaft.training.interrupts import StopSignals
 from vlaft.training.model import (
     DTYPES,
-    bare,
     base_model,
     distribute,
+    gathered,
     is_sharded,
     join_processes,
     load_trainable,
-    mine,
+    local_part,
     trained_names,
-    whole,
+    unwrapped,
 )
 from vlaft.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
 from vlaft.training.step import Inputs, Normalization, autocast, forward
@@ -103,7 +103,7 @@ class Run:
     def _feature_cache(self) -> FeatureCache | None:
         """Return where the vision backbone's output is kept, or None where it changes or is not worth keeping."""
         wanted = self.recipe.data.reuse_features
-        steady = cacheable(bare(self.model), augment=self.recipe.data.augment) and not is_sharded(self.model)
+        steady = cacheable(unwrapped(self.model), augment=self.recipe.data.augment) and not is_sharded(self.model)
         if wanted == "never" or not steady:
             if wanted == "always":
                 raise ConfigError(
@@ -200,7 +200,7 @@ class Run:
         """
         self._check_finite()
         adapters = self.recipe.adapt.method == "lora"
-        tensors = {} if adapters else trained_tensors(bare(self.model), self.names)
+        tensors = {} if adapters else trained_tensors(unwrapped(self.model), self.names)
         error: VlaftError | None = None
         if self.accelerator.is_main_process:
             try:
@@ -218,7 +218,7 @@ class Run:
         return checkpoint_name(self.progress.step)
 
     def _write_checkpoint(self, tensors: dict[str, torch.Tensor]) -> None:
-        model, base = bare(self.model), (self.base_fingerprint, self.base_checksums)
+        model, base = unwrapped(self.model), (self.base_fingerprint, self.base_checksums)
 
         def write_weights(target: Path) -> None:
             if not isinstance(model, PeftModel):
@@ -250,7 +250,7 @@ class Run:
         self.folder.write_status(last=last, best=progress.best, step=progress.step, best_l1=progress.best_l1)
 
     def _check_finite(self) -> None:
-        trained = [mine(p.detach()) for p in self.model.parameters() if p.requires_grad]
+        trained = [local_part(p.detach()) for p in self.model.parameters() if p.requires_grad]
         odd = (~torch.stack([torch.isfinite(p).all() for p in trained])).sum()
         if bool(self.accelerator.reduce(odd, reduction="sum")):
             raise VlaftError(
@@ -286,7 +286,7 @@ class Run:
         state, tensors, random = read_checkpoint(checkpoint)
         if missing := [key for key in ("progress", "loader") if state.get(key) is None]:
             raise CheckpointError(f"{checkpoint}: its state.json is of another version of vlaft (no '{missing[0]}')")
-        model = bare(self.model)
+        model = unwrapped(self.model)
         if not isinstance(model, PeftModel):
             load_trained(model, checkpoint)
         elif self._uses_pissa:
@@ -343,9 +343,9 @@ class Run:
         norm = None
         trained = [p for p in self.model.parameters() if p.requires_grad]
         if train.max_grad_norm is not None:
-            norm = whole(torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm))
+            norm = gathered(torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm))
         elif want_norm:
-            norm = whole(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
+            norm = gathered(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
@@ -377,7 +377,7 @@ class Run:
         """
         if not self.data.val_examples:
             return
-        model = bare(self.model)
+        model = unwrapped(self.model)
         model.eval()
         for batch, _ in islice(self._validation(), 2):
             output = forward(model, to_inputs(batch, self.device), self.normalization, self.compute)
@@ -393,7 +393,7 @@ class Run:
         if not self.data.val_examples:
             return None
         # Without the copies' wrapper, which would wait for processes that have fewer batches.
-        model = bare(self.model)
+        model = unwrapped(self.model)
         model.eval()
         sums = MetricSums(self.device)
         for batch, counts in self._validation():
