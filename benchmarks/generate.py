@@ -115,7 +115,7 @@ def vlaft_way(model: OpenVLAForActionPrediction, graphs: CudaGraphs | None) -> W
 def matmul_rate(model: OpenVLAForActionPrediction, batch: int, device: torch.device, threads: int) -> float:
     """Measure the best rate of the language model's products for a prompt, in floating-point operations per second."""
     config = model.config.text_config
-    rows, inner, outer = batch * (model.num_patches + PROMPT), config.hidden_size, config.intermediate_size
+    rows, inner, outer = batch * (model.context_size + PROMPT), config.hidden_size, config.intermediate_size
     plain = nn.Linear(inner, outer, bias=False, device=device, dtype=model.dtype)
     layers: list[nn.Module] = [plain]
     if device.type == "cpu" and can_pack(model.dtype):
@@ -144,7 +144,7 @@ def prompt_operations(model: OpenVLAForActionPrediction, batch: int) -> float:
     *_, blocks = model.stacks()
     vision = sum(size(vit.patch_embed) + sum(map(size, vit.live_blocks)) for vit in model.vision_backbone.featurizers)
     last = sum(size(getattr(blocks[-1].self_attn, name)) for name in ("k_proj", "v_proj"))
-    patches, positions = model.num_patches, model.num_patches + PROMPT
+    patches, positions = model.context_size, model.context_size + PROMPT
     whole = sum(map(size, blocks[:-1])) + last
     return 2.0 * batch * ((vision + size(model.projector)) * patches + whole * positions)
 

@@ -36,7 +36,7 @@ def plain_forward(
         length = keys.shape[-1]
         mask = keys & torch.ones(length, length, dtype=torch.bool, device=keys.device).tril()
         logits = base.language_model.lm_head(base.decode(embeddings, mask=mask)).float()
-        ignored = inputs.labels.new_full((len(inputs.labels), base.num_patches), IGNORED)
+        ignored = inputs.labels.new_full((len(inputs.labels), base.context_size), IGNORED)
         labels = torch.cat([inputs.labels[:, :1], ignored, inputs.labels[:, 1:]], dim=1)
         shifted = logits[:, :-1].contiguous().flatten(0, 1)
         label_ids = labels[:, 1:].contiguous().flatten()

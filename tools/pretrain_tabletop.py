@@ -306,7 +306,7 @@ class Branches(nn.Module):
         super().__init__()
         self.model = model
         width = model.config.text_config.hidden_size
-        self.frame_head = nn.Sequential(nn.Linear(model.num_patches * width, 192), nn.GELU(), nn.Linear(192, facts))
+        self.frame_head = nn.Sequential(nn.Linear(model.context_size * width, 192), nn.GELU(), nn.Linear(192, facts))
         self.offset_head = nn.Linear(width, offsets)
 
     def forward(self, pixels: Tensor, prompts: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -106,7 +106,7 @@ def test_the_cache_is_as_long_as_needed_and_never_moves(case: Golden, model: Ope
         blocks = state.cache._blocks
         places = [tensor.data_ptr() for pair in blocks.values() for tensor in pair]
         assert len(blocks) == model.config.text_config.num_hidden_layers
-        assert {pair[0].shape[2] for pair in blocks.values()} == {model.num_patches + prompt.shape[1] + 6}
+        assert {pair[0].shape[2] for pair in blocks.values()} == {model.context_size + prompt.shape[1] + 6}
         token = likeliest(model, state.last)
         for fed in range(6):
             token = likeliest(model, feed(model, state, token[:, None], fed)[:, -1])

@@ -41,7 +41,7 @@ def test_logits_at_labels_are_the_rows_of_upstreams_logits_that_predict_them(
     output = model(**case.batch)
     labels = case.tensors["labels"]
     # upstream's alignment: text logits begin at the last patch, logits[:, P:-1] predict labels[:, 1:]
-    shifted, targets = case.tensors["logits"][:, model.num_patches : -1], labels[:, 1:]
+    shifted, targets = case.tensors["logits"][:, model.context_size : -1], labels[:, 1:]
     assert torch.equal(output.label_ids, targets[targets != -100])
     assert len(output.logits) == len(output.label_ids) > 0
     torch.testing.assert_close(output.logits, shifted[targets != -100], rtol=0, atol=1e-4)

@@ -89,7 +89,7 @@ def test_causal_in_the_text_and_full_over_image(case: Golden, model: OpenVLAForA
     changed[0, 5] = changed[0, 5] % 200 + 7
     assert changed[0, 5] != ids[0, 5]
     after = model(changed, images).logits[0]
-    position = model.num_patches + 5
+    position = model.context_size + 5
     assert torch.equal(before[:position], after[:position])
     assert (before[position:] != after[position:]).any(dim=-1).all()
     images_changed = model(ids, images + 0.5).logits[0]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vlaft.model.openvla import PARTS
+from vlaft.model.openvla import PARTS as PLACES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vlaft.model.openvla import OpenVLAForActionPrediction
     from vlaft.recipe.settings import AdaptConfig, RecipeConfig
 
+PARTS = tuple(PLACES)
 _PREFIX = "base_model.model."  # peft's
 _NUMBERED = re.compile(r"\.(\d+)(?=\.|$)")
 _ADAPTER = re.compile(r"\.(base_layer|lora_\w+)(\..*)?$")
@@ -64,7 +65,7 @@ def part_of(name: str) -> str:
     ('head', 'projector')
     """
     name = name.removeprefix(_PREFIX)
-    return next(part for part, place in PARTS.items() if name.startswith(place))
+    return next(part for part, place in PLACES.items() if name.startswith(place))
 
 
 def base_name(name: str) -> str:

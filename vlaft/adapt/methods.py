@@ -70,13 +70,14 @@ def trained_modules(model: OpenVLAForActionPrediction, method: str) -> list[nn.M
     * `sandwich`: vision, projector, and what `last-layer` trains.
     """
     parts = model.parts()
-    last_layer = [model.get_input_embeddings(), model.stacks()[-1][-1], parts["head"]]
-    return {
+    last_layer: list[nn.Module] = [model.get_input_embeddings(), model.stacks()[-1][-1], parts["head"]]
+    trained: dict[str, list[nn.Module]] = {
         "full": [model],
         "frozen-vision": [parts["projector"], parts["language model"], parts["head"]],
         "last-layer": last_layer,
         "sandwich": [parts["vision"], parts["projector"], *last_layer],
-    }[method]
+    }
+    return trained[method]
 
 
 def freeze(model: OpenVLAForActionPrediction, method: str) -> None:

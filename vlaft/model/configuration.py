@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from vlaft.documents import WrongValue, read_as
 from vlaft.errors import CheckpointError
+from vlaft.recipe.settings import PolicyConfig
 
 _LARGEST_SIZE = 2**20
 _MOST_LAYERS = 1000
@@ -73,6 +74,19 @@ class _Numbers:
             raise ValueError("pad_to_multiple_of, n_action_bins or llm_max_length is too small")
 
 
+@dataclass(frozen=True)
+class Policy(PolicyConfig):
+    """What a policy reads and writes, and the sizes that the data gave it: `policy` in `config.json`.
+
+    Attributes:
+        action_size: A; None where the statistics tell.
+        state_size: S; None where no state is read.
+    """
+
+    action_size: int | None = None
+    state_size: int | None = None
+
+
 class OpenVLAConfig(PretrainedConfig):
     """Configuration of `OpenVLAForActionPrediction`; defaults are those of upstream's config class.
 
@@ -87,6 +101,7 @@ class OpenVLAConfig(PretrainedConfig):
         norm_stats: dataset statistics by dataset name, in OpenVLA's layout.
         prompt_style: `openvla` or `vicuna`; None means "as the language model's id says".
         image_pipeline: how training prepared frames, or None for what `preprocessor_config.json` says.
+        policy: what it reads and writes (fields of `Policy`), or None for what the released OpenVLA does.
     """
 
     model_type = "openvla"
@@ -111,6 +126,7 @@ class OpenVLAConfig(PretrainedConfig):
     norm_stats: dict | None = None
     prompt_style: str | None = None
     image_pipeline: dict | None = None
+    policy: dict | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -34,7 +34,8 @@ class LastDecoderLayer(LlamaDecoderLayer):
 
         Args:
             hidden_states: `[B, S, D]`.
-            attention_mask: as `LlamaDecoderLayer` takes it; must be None with `rows`, which imply causal attention.
+            attention_mask: as `LlamaDecoderLayer` takes it; with `rows`, None for causal attention, or what every
+                position may look at: bool `[B, 1, 1, S]`.
             position_ids: as `LlamaDecoderLayer`.
             past_key_values: an empty cache to fill, or None.
             use_cache: as `LlamaDecoderLayer`.
@@ -55,7 +56,7 @@ class LastDecoderLayer(LlamaDecoderLayer):
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
-        assert position_embeddings is not None and attention_mask is None
+        assert position_embeddings is not None
         attention = self.self_attn
         batch, length, _ = hidden_states.shape
         examples = torch.arange(batch, device=rows.device)[:, None]
@@ -71,7 +72,10 @@ class LastDecoderLayer(LlamaDecoderLayer):
         _, key = apply_rotary_pos_emb(key, key, cos, sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, attention.layer_idx)
-        visible = torch.arange(length, device=rows.device) <= rows[:, None, :, None]  # [B, 1, K, S]
+        visible = attention_mask
+        if kwargs.get("is_causal", True):
+            assert attention_mask is None
+            visible = torch.arange(length, device=rows.device) <= rows[:, None, :, None]  # [B, 1, K, S]
         mixed = F.scaled_dot_product_attention(
             query,
             key[:, :, :length],  # a preallocated cache is longer

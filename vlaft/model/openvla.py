@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -18,9 +20,12 @@ from transformers import AutoModelForImageTextToText, LlamaForCausalLM, PreTrain
 from transformers import initialization as init
 
 from vlaft.action.tokens import IGNORED, ActionTokenizer
-from vlaft.model.configuration import OpenVLAConfig
+from vlaft.model.configuration import OpenVLAConfig, Policy
+from vlaft.model.heads import Head
+from vlaft.model.heads.regression import RegressionHead
 from vlaft.model.heads.tokens import TokenHead, TokenOutput
 from vlaft.model.last_layer import LastDecoderLayer
+from vlaft.model.policy_parts import ProprioProjector
 from vlaft.model.vision import AttentionPool, LayerScale, Projector, VisionBackbone, VisionTransformer, vit_config
 
 # What recipes, reports and shards tell apart, and where it lies in the model.
@@ -53,6 +58,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         )
         self.language_model = LlamaForCausalLM(config.text_config)
         self.language_model.model.layers[-1].__class__ = LastDecoderLayer  # same parameters, one argument more
+        self.policy = Policy()
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -88,11 +94,35 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         """Return the head."""
         return self.language_model.get_output_embeddings()
 
+    def attach(self, policy: Policy) -> None:
+        """Become a policy that reads and writes as `policy` says, with new modules as torch initialises them.
+
+        After adapters, so that these do not take the new modules for the base's.
+
+        Args:
+            policy: with the sizes of action and state where it needs them.
+        """
+        self.policy = policy
+        self.config.policy = asdict(policy)
+        width = self.config.text_config.hidden_size
+        if policy.head == "l1":
+            assert policy.action_size is not None
+            self.action_head = RegressionHead(policy.chunk, policy.action_size, width)
+        if policy.state:
+            assert policy.state_size is not None
+            self.proprio_projector = ProprioProjector(policy.state_size, width)
+        if policy.film:
+            for block in chain.from_iterable(self.stacks()[:-1]):
+                block.add_film(width)  # type: ignore[operator]
+        self.to(self.device)
+
     @property
-    def head(self) -> TokenHead:
+    def head(self) -> Head:
         """The part that writes actions."""
+        if self.policy.head == "l1":
+            return self.action_head  # type: ignore[return-value]
         actions = ActionTokenizer(self.config.action_vocab_size, self.config.n_action_bins)
-        return TokenHead(self.get_output_embeddings(), actions)
+        return TokenHead(self.get_output_embeddings(), actions, self.policy.chunk if self.policy.parallel else None)
 
     def parts(self) -> dict[str, nn.Module]:
         """Return the model's parts, by the names of `PARTS`."""
@@ -103,30 +133,87 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         return [*(vit.blocks for vit in self.vision_backbone.featurizers), self.language_model.model.layers]
 
     @property
-    def num_patches(self) -> int:
-        """Patch positions that every image takes in the sequence."""
-        return self.vision_backbone.num_patches
+    def context_size(self) -> int:
+        """M, the positions between the first token and the rest of the text: patches of all cameras, and the state."""
+        return len(self.policy.cameras) * self.vision_backbone.num_patches + int(self.policy.state)
 
-    def embed(self, input_ids: Tensor, pixel_values: Tensor | None, vision_features: Tensor | None = None) -> Tensor:
-        """Splice projected patches behind the first token.
+    def embed(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        vision_features: Tensor | None = None,
+        *,
+        state: Tensor | None = None,
+        empty: Tensor | None = None,
+        spoken: Tensor | None = None,
+    ) -> Tensor:
+        """Splice projected patches, and the state, behind the first token.
 
         Args:
             input_ids: `[B, T]` int64, beginning with BOS.
-            pixel_values: `[B, 3 * number of ViTs, H, W]`, normalised.
-            vision_features: `[B, P, V]`, what the vision backbone gave for them earlier; then no pixels are needed.
+            pixel_values: `[B, N * 3 * number of ViTs, H, W]`, normalised, camera by camera.
+            vision_features: `[B, N * P, V]`, what the vision backbone gave for them earlier; then no pixels are needed.
+            state: `[B, S]`, normalised, of a policy that reads it.
+            empty: `[B, T]` bool, True on tokens whose embedding is to be zero.
+            spoken: `[B, T]` bool, True on the tokens whose mean embedding modulates the ViTs, of a policy with FiLM.
 
         Returns:
-            `[B, 1 + P + (T - 1), D]`.
+            `[B, 1 + M + (T - 1), D]`.
         """
-        features = self.vision_backbone(pixel_values) if vision_features is None else vision_features
-        patches = self.projector(features)
+        language = None
+        if self.policy.film:
+            assert spoken is not None
+            said = self.get_input_embeddings()(input_ids) * spoken[..., None]
+            language = said.sum(dim=1) / spoken.sum(dim=1, keepdim=True)
+        if vision_features is None:
+            vision_features = self.vision_backbone(pixel_values, language)
+        context = [self.projector(vision_features)]
+        if self.policy.state:
+            assert state is not None
+            context.append(self.proprio_projector(state)[:, None])
         text = self.get_input_embeddings()(input_ids)
-        return torch.cat([text[:, :1], patches.to(text.dtype), text[:, 1:]], dim=1)
+        if empty is not None:
+            text = text.masked_fill(empty[..., None], 0)
+        return torch.cat([text[:, :1], *(part.to(text.dtype) for part in context), text[:, 1:]], dim=1)
 
     def splice_mask(self, attention_mask: Tensor) -> Tensor:
-        """Widen a text mask `[B, T]` to the spliced sequence `[B, 1 + P + (T - 1)]`; patches are attended."""
-        patches = attention_mask.new_ones(attention_mask.shape[0], self.num_patches)
-        return torch.cat([attention_mask[:, :1], patches, attention_mask[:, 1:]], dim=1)
+        """Widen a text mask `[B, T]` to the spliced sequence `[B, 1 + M + (T - 1)]`; the context is attended."""
+        context = attention_mask.new_ones(attention_mask.shape[0], self.context_size)
+        return torch.cat([attention_mask[:, :1], context, attention_mask[:, 1:]], dim=1)
+
+    def label_states(
+        self,
+        input_ids: Tensor,
+        label_positions: Tensor,
+        pixel_values: Tensor | None,
+        vision_features: Tensor | None = None,
+        state: Tensor | None = None,
+    ) -> Tensor:
+        """Return the hidden states that labels are predicted from, each one position before its label.
+
+        Args:
+            input_ids: `[B, T]` int64, beginning with BOS, padded on the right.
+            label_positions: `[B, R]` int64, columns of `input_ids`. Of a policy that writes all at once, those of its
+                actions and, last, of the end of the sequence, which is the row's last token.
+            pixel_values: as `embed` takes them.
+            vision_features: likewise.
+            state: likewise.
+
+        Returns:
+            `[B, R, D]`.
+        """
+        # columns that hold no label may lie before the row's first token: any position will do for them
+        rows = self.context_size + (label_positions - 1).clamp(min=0)
+        if not self.policy.parallel:
+            return self.decode(self.embed(input_ids, pixel_values, vision_features, state=state), rows=rows)
+        empty = torch.zeros_like(input_ids, dtype=torch.bool).scatter(1, label_positions[:, :-1], True)
+        real = torch.arange(input_ids.shape[1], device=input_ids.device) <= label_positions[:, -1:]
+        spoken = ~empty if self.policy.film_mean == "padded" else real & ~empty
+        embeddings = self.embed(
+            input_ids, pixel_values, vision_features, state=state, empty=empty, spoken=spoken.to(torch.float32)
+        )
+        mask = self.splice_mask(real)[:, None, None]  # the same keys for every query: [B, 1, 1, S]
+        return self.decode(embeddings, mask=mask, rows=rows, causal=False)
 
     def decode(
         self,
@@ -136,6 +223,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         position_ids: Tensor | None = None,
         cache: Any | None = None,
         rows: Tensor | None = None,
+        causal: bool = True,
     ) -> Tensor:
         """Run the decoder blocks and the final norm.
 
@@ -144,10 +232,11 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
         Args:
             embeddings: `[B, S, D]`.
-            mask: `[B, 1, S, keys]` bool, True where a query may look; None for plain causal attention.
+            mask: `[B, 1, S or 1, keys]` bool, True where a query may look; None for plain causal attention.
             position_ids: `[B or 1, S]` int64; None counts from 0.
             cache: keys and values of what came before; filled with those of this call.
-            rows: `[B, K]` int64, positions whose hidden states are wanted; None for all. Without `mask` only.
+            rows: `[B, K]` int64, positions whose hidden states are wanted; None for all. Causally, without `mask` only.
+            causal: False where every query may look at all that `mask` shows.
 
         Returns:
             Hidden states `[B, S, D]`, or `[B, K, D]` of `rows`.
@@ -163,6 +252,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             "past_key_values": cache,
             "use_cache": cache is not None,
             "position_embeddings": rotary,
+            **({} if causal else {"is_causal": False}),
         }
         for layer in llama.layers[:-1]:
             hidden = layer(hidden, **shared)
@@ -177,8 +267,10 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         labels: Tensor | None = None,
         label_positions: Tensor | None = None,
         vision_features: Tensor | None = None,
+        state: Tensor | None = None,
+        actions: Tensor | None = None,
         **_: Any,
-    ) -> TokenOutput:
+    ) -> Any:
         """Compute logits, and the loss when there are labels.
 
         Args:
@@ -186,28 +278,30 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             pixel_values: `[B, 3 * number of ViTs, H, W]`, normalised.
             attention_mask: `[B, T]`, 1 where there is a token; used without labels only (see the module's notes).
             labels: `[B, T]` int64, `IGNORED` where there is none; label t is predicted from what is before t.
-            label_positions: `[B, K]` int64, columns of `labels` to use. Saves a look at `labels` and, on a GPU, the
+            label_positions: `[B, R]` int64, columns of `labels` to use. Saves a look at `labels` and, on a GPU, the
                 synchronisation that comes with it. Columns that hold `IGNORED` are skipped by the loss.
             vision_features: in place of `pixel_values`, as `embed` takes them.
+            state: as `embed` takes it.
+            actions: float32 `[B, K, A]`, normalised; what a head that regresses is trained on.
+
+        Returns:
+            The head's output: a `TokenOutput`, or a `RegressionOutput`.
         """
-        embeddings = self.embed(input_ids, pixel_values, vision_features)
+        if label_positions is not None:
+            assert labels is not None
+            hidden = self.label_states(input_ids, label_positions, pixel_values, vision_features, state)
+            return self.head.loss(hidden, labels.gather(1, label_positions.clamp(min=0)), actions)
+        embeddings = self.embed(input_ids, pixel_values, vision_features, state=state)
         if labels is None:
             mask = None
             if attention_mask is not None:
                 keys = self.splice_mask(attention_mask).bool()[:, None, None]  # [B, 1, 1, S]
                 mask = keys & torch.ones(keys.shape[-1], keys.shape[-1], dtype=torch.bool, device=keys.device).tril()
             return TokenOutput(logits=self.language_model.lm_head(self.decode(embeddings, mask=mask)))
-
-        # Text column t lies at position P + t of the sequence and is predicted from the position before it.
-        if label_positions is None:
-            examples, columns = torch.nonzero(labels[:, 1:] != IGNORED, as_tuple=True)
-            hidden = self.decode(embeddings)[examples, self.num_patches + columns]
-            label_ids = labels[examples, columns + 1]
-        else:
-            # columns that hold no label may lie before the row's first token: any position will do for them
-            hidden = self.decode(embeddings, rows=self.num_patches + (label_positions - 1).clamp(min=0))
-            label_ids = labels.gather(1, label_positions.clamp(min=0))
-        return self.head.loss(hidden, label_ids)
+        # Text column t lies at position M + t of the sequence and is predicted from the position before it.
+        examples, columns = torch.nonzero(labels[:, 1:] != IGNORED, as_tuple=True)
+        hidden = self.decode(embeddings)[examples, self.context_size + columns]
+        return self.head.loss(hidden, labels[examples, columns + 1], actions)
 
 
 AutoModelForImageTextToText.register(OpenVLAConfig, OpenVLAForActionPrediction, exist_ok=True)

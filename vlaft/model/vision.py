@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlaft.documents import WrongValue, read_as
 from vlaft.errors import CheckpointError
+from vlaft.model.policy_parts import FullPrecisionLinear, modulate
 
 _MOST_BLOCKS = 1000  # the deepest ViTs have a tenth of that
 _EPS = 1e-6  # LayerNorm epsilon of both timm models
@@ -145,10 +146,21 @@ class Block(GradientCheckpointingLayer):
         self.norm2 = nn.LayerNorm(dim, eps=_EPS)
         self.mlp = MLP(dim, int(dim * config.mlp_ratio))
         self.ls2: nn.Module = LayerScale(dim) if config.layer_scale else nn.Identity()
+        self.scale: nn.Module | None = None  # FiLM, where a policy has it
+        self.shift: nn.Module | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `x` `[B, N, D]` to `[B, N, D]`."""
+    def add_film(self, text_dim: int) -> None:
+        """Let an instruction's embedding of `text_dim` modulate the block."""
+        width = self.norm1.normalized_shape[0]
+        self.scale = FullPrecisionLinear(text_dim, width)
+        self.shift = FullPrecisionLinear(text_dim, width)
+
+    def forward(self, x: Tensor, language: Tensor | None = None) -> Tensor:
+        """Map `x` `[B, N, D]` to `[B, N, D]`; `language` `[B, text width]` is read where the block has FiLM."""
         x = x + self.ls1(self.attn(self.norm1(x)))
+        if self.scale is not None and self.shift is not None:
+            assert language is not None
+            x = modulate(x, language, self.scale, self.shift)
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
@@ -200,14 +212,14 @@ class VisionTransformer(nn.Module):
         """The blocks that a forward pass runs: all but the last."""
         return list(self.blocks[:-1])  # type: ignore[arg-type]
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Map normalised images `[B, 3, H, W]` to patch features `[B, P, D]`."""
+    def forward(self, images: Tensor, language: Tensor | None = None) -> Tensor:
+        """Map normalised images `[B, 3, H, W]` to patch features `[B, P, D]`; `language` is for FiLM."""
         x = self.patch_embed(images) + self.pos_embed  # positions belong to patches only (timm: no_embed_class)
         if self.config.prefix_tokens:
             batch = x.shape[0]
             x = torch.cat([self.cls_token.expand(batch, -1, -1), self.reg_token.expand(batch, -1, -1), x], dim=1)
         for block in self.live_blocks:
-            x = block(x)
+            x = block(x) if language is None else block(x, language)
         return x[:, self.config.prefix_tokens :]
 
 
@@ -230,10 +242,24 @@ class VisionBackbone(nn.Module):
         """Patches per image; equal for both ViTs, whose grids coincide."""
         return self.featurizer.num_patches
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Map `[B, 3 * number of ViTs, H, W]`, three normalised channels for each ViT, to `[B, P, sum of widths]`."""
-        images = pixel_values.split(3, dim=1)
-        return torch.cat([vit(image) for vit, image in zip(self.featurizers, images, strict=True)], dim=-1)
+    def forward(self, pixel_values: Tensor, language: Tensor | None = None) -> Tensor:
+        """Map the frames of N cameras to patch features.
+
+        Args:
+            pixel_values: `[B, N * 3 * number of ViTs, H, W]`: camera by camera, three normalised channels for each ViT.
+            language: `[B, text width]`, the instruction's mean embedding, for FiLM.
+
+        Returns:
+            `[B, N * P, sum of widths]`, camera by camera.
+        """
+        batch, channels = pixel_values.shape[:2]
+        vits = self.featurizers
+        cameras = channels // (3 * len(vits))
+        frames = pixel_values.reshape(batch * cameras, 3 * len(vits), *pixel_values.shape[2:]).split(3, dim=1)
+        if language is not None:
+            language = language.repeat_interleave(cameras, dim=0)
+        features = torch.cat([vit(frame, language) for vit, frame in zip(vits, frames, strict=True)], dim=-1)
+        return features.view(batch, cameras * self.num_patches, -1)
 
 
 class Projector(nn.Module):

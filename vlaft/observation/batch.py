@@ -27,12 +27,14 @@ class Observation:
     Attributes:
         prompt_ids: int64 `[B, T]`, beginning with BOS, padded on the right.
         prompt_mask: int64 `[B, T]`, 1 where there is a token; None where no row is padded.
-        pixel_values: `[B, 3 * number of ViTs, H, W]`, normalised, of the model's dtype.
+        pixel_values: `[B, N * 3 * number of ViTs, H, W]`, normalised, of the model's dtype; N cameras in order.
+        state: float32 `[B, S]`, normalised; None where the policy does not read it.
     """
 
     prompt_ids: Tensor
     prompt_mask: Tensor | None
     pixel_values: Tensor
+    state: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -75,8 +77,8 @@ class Observation:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Observation:
         """Return the observation on another device, with pixels of another type."""
-        mask = None if self.prompt_mask is None else self.prompt_mask.to(device)
-        return Observation(self.prompt_ids.to(device), mask, self.pixel_values.to(device=device, dtype=dtype))
+        mask, state = (None if each is None else each.to(device) for each in (self.prompt_mask, self.state))
+        return Observation(self.prompt_ids.to(device), mask, self.pixel_values.to(device=device, dtype=dtype), state)
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

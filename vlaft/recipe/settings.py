@@ -58,6 +58,26 @@ class PrecisionConfig:
 
 
 @dataclass(frozen=True)
+class PolicyConfig:
+    """What the policy reads and writes; the defaults are the released OpenVLA's."""
+
+    head: Literal["tokens", "l1"] = "tokens"  # what writes actions: the vocabulary's last ids, or a regression
+    decoding: Literal["serial", "parallel"] = "serial"  # parallel: all at once, every token sees all; always so with l1
+    chunk: int = 1  # K, actions from one forward pass
+    cameras: list[str] = field(default_factory=lambda: ["main"])  # names in the converted dataset, in this order
+    state: bool = False  # read the robot's state, as one token
+    film: bool = False  # let the instruction modulate the ViTs' blocks
+    film_mean: Literal["tokens", "padded"] = "tokens"  # the instruction's mean; padded: over padding too, as upstream
+    normalization: Literal["q99", "minmax"] = "q99"  # what becomes [-1, 1], of actions and state
+    tail: Literal["drop", "repeat"] = "drop"  # frames less than K from the end: left out, or the last action repeated
+
+    @property
+    def parallel(self) -> bool:
+        """Whether all actions are written at once, under bidirectional attention."""
+        return self.head == "l1" or self.decoding == "parallel"
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The converted dataset that is trained on."""
 

@@ -25,7 +25,7 @@ class Head(Protocol):
     def ends(self) -> tuple[float, float]:
         """The least and the largest value that it is meant to write."""
 
-    def loss(self, hidden: Tensor, label_ids: Tensor) -> Any:
+    def loss(self, hidden: Tensor, label_ids: Tensor, actions: Tensor | None) -> Any:
         """Return the model's output, with its loss, for hidden states `[B, R, D]` at the R label positions."""
 
     def compared(self, output: Any, batch_size: int) -> Compared:

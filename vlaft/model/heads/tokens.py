@@ -16,7 +16,8 @@ from transformers.utils import ModelOutput
 from vlaft.action.tokens import IGNORED, ActionTokenizer
 from vlaft.action.written import Compared, Written
 from vlaft.model.cuda_graphs import CudaGraphs
-from vlaft.model.generation import decode_both, generate_action_ids
+from vlaft.model.generation import decode_both, generate_action_ids, likeliest
+from vlaft.model.parallel import action_states
 from vlaft.observation.batch import Observation
 
 
@@ -37,23 +38,32 @@ class TokenOutput(ModelOutput):
 
 
 class TokenHead:
-    """Writes each dimension of an action as one token, one after the other.
+    """Writes each dimension of an action as one token, one after the other or all at once.
 
     It has no parameters of its own. The actions of a forward pass with labels are the likeliest tokens at the label
     positions, the last of which is the end of the sequence.
     """
 
-    def __init__(self, writer: nn.Module, actions: ActionTokenizer) -> None:
-        """Take the language model's head, which gives logits `[..., vocabulary]`, and the action tokens."""
+    def __init__(self, writer: nn.Module, actions: ActionTokenizer, parallel_chunk: int | None = None) -> None:
+        """Take what it writes with.
+
+        Args:
+            writer: the language model's head, which gives logits `[..., vocabulary]`.
+            actions: the action tokens.
+            parallel_chunk: K, of a policy that writes all at once; None writes one action, token by token.
+        """
         self.writer = writer
         self.actions = actions
+        self.parallel_chunk = parallel_chunk
+        self.chunk = parallel_chunk or 1
 
-    def loss(self, hidden: Tensor, label_ids: Tensor) -> TokenOutput:
+    def loss(self, hidden: Tensor, label_ids: Tensor, actions: Tensor | None = None) -> TokenOutput:
         """Return cross-entropy and logits.
 
         Args:
             hidden: `[..., D]`.
             label_ids: `[...]` int64; `IGNORED` where there is none.
+            actions: not looked at.
         """
         logits = self.writer(hidden.flatten(0, -2))
         labels = label_ids.flatten()
@@ -69,8 +79,10 @@ class TokenHead:
             batch_size: B.
         """
         assert output.logits is not None and output.label_ids is not None
-        predicted = output.logits.argmax(dim=-1).view(batch_size, 1, -1)[..., :-1]
-        demonstrated = output.label_ids.view(batch_size, 1, -1)[..., :-1]
+        predicted, demonstrated = (
+            ids.view(batch_size, -1)[:, :-1].view(batch_size, self.chunk, -1)
+            for ids in (output.logits.argmax(dim=-1), output.label_ids)
+        )
         return Compared(
             actions=self._decode(predicted),
             demonstrated=self._decode(demonstrated),
@@ -86,8 +98,9 @@ class TokenHead:
         *,
         action_ids_only: bool = False,
         graphs: CudaGraphs | None = None,
+        **_: Any,
     ) -> Written:
-        """Write actions of `size` dimensions, token by token, each the likeliest.
+        """Write actions of `size` dimensions, each token the likeliest.
 
         Args:
             model: the model, bare or wrapped by peft.
@@ -96,6 +109,8 @@ class TokenHead:
             action_ids_only: choose among action tokens only (upstream chooses among all).
             graphs: recordings of earlier calls with this model, whose weights must not have moved since.
         """
+        if self.parallel_chunk is not None:
+            return self._written(self._at_once(model, observation, size, action_ids_only=action_ids_only))
         ids = generate_action_ids(
             model,
             observation.prompt_ids,
@@ -107,14 +122,26 @@ class TokenHead:
         )
         return self._written(ids[:, None].cpu().numpy())
 
-    def predict_both(self, model: Any, observation: Observation, demonstrated: Written) -> tuple[Written, Written]:
+    @torch.inference_mode()
+    def _at_once(self, model: Any, observation: Observation, size: int, *, action_ids_only: bool) -> NDArray[np.int64]:
+        hidden = action_states(model, observation, self.chunk * size)
+        ids = likeliest(model, hidden, action_ids_only=action_ids_only)
+        return ids.view(len(ids), self.chunk, size).cpu().numpy()
+
+    def predict_both(
+        self, model: Any, observation: Observation, demonstrated: Written
+    ) -> tuple[Written | None, Written]:
         """Write actions twice: each token after the demonstrated ones (teacher-forced), and as `predict` does.
+
+        A policy that writes all at once feeds nothing back, so that there is nothing to force.
 
         Args:
             model: in eval mode.
             observation: on the model's device.
             demonstrated: `[B, 1, A]`, of `as_written`.
         """
+        if self.parallel_chunk is not None:
+            return None, self.predict(model, observation, demonstrated.actions.shape[-1])
         assert demonstrated.token_ids is not None
         targets = torch.from_numpy(demonstrated.token_ids[:, 0]).to(observation.prompt_ids.device)
         forced, free = decode_both(
