@@ -6,11 +6,12 @@ import gc
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -43,7 +44,7 @@ from vlaft.training.checkpoints import (
     write_trained,
 )
 from vlaft.training.data import TrainingData, to_inputs
-from vlaft.training.events import Listener, Silence
+from vlaft.training.events import Listener, Trackers
 from vlaft.training.feature_cache import FeatureCache, cache_folder, cacheable, pays
 from vlaft.training.folder import LOG_FILE, RunFolder
 from vlaft.training.interrupts import StopSignals
@@ -72,7 +73,8 @@ class Run:
         self.accelerator = join_processes()
         self.recipe = recipe
         self.base = base
-        self.listener = listener if self.accelerator.is_main_process else Silence()
+        self.listener = listener if self.accelerator.is_main_process else Listener()
+        self.trackers = Trackers(self.listener.warned)
         self.folder = RunFolder(out, writes=self.accelerator.is_main_process)
         self.precision = resolve_precision(recipe.precision, on_gpu=self.device.type == "cuda")
         self.compute = DTYPES[self.precision.compute]
@@ -191,6 +193,11 @@ class Run:
         """Return the means over all processes and begin anew."""
         sums.sums = self.accelerator.reduce(sums.sums, reduction="sum")
         return sums.read()
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Add a line to `log.jsonl` and to the curves of the trackers."""
+        self.folder.log(line)
+        self.trackers.log(line)
 
     def save(self) -> str:
         """Write a checkpoint of the current step and rotate; return its name.
