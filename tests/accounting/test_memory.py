@@ -89,18 +89,18 @@ def test_two_traces_give_every_batch_size(mini):
     model = memory_model(recipe, config, tokens=24)
     for batch_size in (1, 3, 16):
         direct = predict_memory(recipe, config, batch_size=batch_size, tokens=24)
-        assert model.predict_memory(batch_size).live == direct.live
+        assert model.predict(batch_size).live == direct.live
         # where two moments are equally high, roundings may choose either
-        assert model.predict_memory(batch_size).allocated == pytest.approx(direct.allocated, rel=0.001)
+        assert model.predict(batch_size).allocated == pytest.approx(direct.allocated, rel=0.001)
 
 
 def test_the_largest_batch_fits_and_one_more_does_not(mini):
     model = memory_model(resolve("lora16"), load_config(mini), tokens=24)
-    memory = model.predict_memory(100).peak
+    memory = model.predict(100).peak
     largest = model.largest_batch(memory)
     # the allocator's segments are coarse for so small a model: a few more may fit into the same ones
     assert 97 <= largest <= 130
-    assert model.predict_memory(largest).peak <= memory < model.predict_memory(2 * largest).peak
+    assert model.predict(largest).peak <= memory < model.predict(2 * largest).peak
     assert model.largest_batch(1000) == 0
 
 
@@ -200,8 +200,8 @@ def test_only_frozen_weights_that_are_stored_as_they_are_needed_stay_in_the_file
 def test_a_base_that_is_not_here_is_stored_as_its_configuration_says(tmp_path: Path) -> None:
     config = base_config(str(write_small_base(tmp_path / "base")))
     recipe = resolve("lora8", [], ["base=some/model", "train.batch_size=1", "precision.frozen=bfloat16"])
-    config.dtype = "float32"
+    config.dtype = torch.float32
     assert predict_main_memory(recipe, config).mapped == 0
-    config.dtype = "bfloat16"
+    config.dtype = torch.bfloat16
     assert predict_main_memory(recipe, config).mapped > 0
     assert {base_config(name).dtype for name in BASES} == {torch.bfloat16}
