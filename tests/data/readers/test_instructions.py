@@ -9,8 +9,8 @@ import h5py
 import numpy as np
 import pyarrow as pa
 import pytest
-from test_lerobot_bad_input import edit_rows, make_v2, read_all
-from test_rlds import writer
+from lerobot_sets import edit_rows, make_v2, read_all
+from rlds_sets import writer
 
 from vlaft.data.episode import gather
 from vlaft.data.layout import Layout, apply_layout

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_lerobot_bad_input import (
+from lerobot_sets import (
     CAMERA,
     LENGTHS,
     columns,

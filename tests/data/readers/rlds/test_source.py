@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import pickle
@@ -19,26 +18,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from repository import ROOT
+from rlds_sets import writer
 
 from vlaft.data.layout import apply_layout
 from vlaft.data.readers import Source, open_source
 from vlaft.data.readers.rlds.fields import Ragged, decode_field, parse_features
 from vlaft.data.readers.rlds.source import RldsSource
 from vlaft.errors import ConfigError, DataError
-
-
-def _load_writer() -> ModuleType:
-    path = ROOT / "examples" / "rlds_writer.py"
-    spec = importlib.util.spec_from_file_location("rlds_writer", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["rlds_writer"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-writer = _load_writer()
 
 
 def make_episode(steps: int = 4, seed: int = 0, text: str = "pick up the cup") -> dict[str, Any]:

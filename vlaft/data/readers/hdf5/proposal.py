@@ -18,8 +18,7 @@ import h5py
 from vlaft.data.likely_action import likely_action
 from vlaft.data.readers.hdf5.access import MAX_STEPS, attribute, datasets, find, guarded, is_numeric, opened, read_array
 from vlaft.data.readers.hdf5.episode import Hdf5Frames, main_first, short_names
-from vlaft.data.readers.hdf5.mapping import CameraRule
-from vlaft.data.readers.hdf5.options import USUAL_ATTRIBUTES, InstructionRule, positive_number
+from vlaft.data.readers.hdf5.options import USUAL_ATTRIBUTES, CameraRule, InstructionRule, positive_number
 from vlaft.data.sentences import word
 from vlaft.errors import DataError
 
