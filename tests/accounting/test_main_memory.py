@@ -62,8 +62,8 @@ def test_only_frozen_weights_that_are_stored_as_they_are_needed_stay_in_the_file
 def test_a_base_that_is_not_here_is_stored_as_its_configuration_says(tmp_path: Path) -> None:
     config = base_config(str(write_small_base(tmp_path / "base")))
     recipe = resolve("lora8", [], ["base=some/model", "train.batch_size=1", "precision.frozen=bfloat16"])
-    config.dtype = "float32"
+    config.dtype = torch.float32
     assert predict_main_memory(recipe, config).mapped == 0
-    config.dtype = "bfloat16"
+    config.dtype = torch.bfloat16
     assert predict_main_memory(recipe, config).mapped > 0
     assert {base_config(name).dtype for name in BASES} == {torch.bfloat16}

@@ -77,7 +77,9 @@ def _mapped_bytes(model: nn.Module, base: str, config: OpenVLAConfig) -> int:
     table = tensor_table(Path(base)) if Path(base).is_dir() else None
     size = 0
     for name, parameter in model.named_parameters():
+        if parameter.requires_grad or ".lora_" in name:  # adapters that no loss reaches are frozen, and made here
+            continue
         plain = base_name(name)
         stored = config.dtype if table is None else DTYPES.get(table[plain].dtype) if plain in table else None
-        size += parameter.nbytes if parameter.dtype == stored and not parameter.requires_grad else 0
+        size += parameter.nbytes if parameter.dtype == stored else 0
     return size
