@@ -113,8 +113,8 @@ def test_a_release_has_every_field_and_file(merged: Path, tmp_path: Path) -> Non
     }
 
 
-def test_a_release_keeps_its_own_fields(shared: Path, tmp_path: Path) -> None:
-    source = shared / "golden/openvla-tiny/checkpoint"
+def test_a_release_keeps_its_own_fields(tiny: Path, tmp_path: Path) -> None:
+    source = tiny / "checkpoint"
     assert export(source, tmp_path / "out") == 0
     before, after = read_json(source / "config.json"), read_json(tmp_path / "out" / "config.json")
     assert {key: after[key] for key in before if key != "auto_map"} == {

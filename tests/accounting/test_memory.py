@@ -32,8 +32,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def mini(shared):
-    return shared / "golden" / "mini" / "fused"
+def mini(golden_folder):
+    return golden_folder / "mini" / "fused"
 
 
 def peaks(folder, recipe, batch_size=3, tokens=24):
