@@ -36,13 +36,13 @@ from vlaft.model_card import write_model_card
 from vlaft.push import check_repository, push
 
 KINDS = ("nf4", "int8")
-CONFIG_FIELDS = {  # openvla.md, section 1.1
+CONFIG_FIELDS = {  # docs/upstream.md, Configuration
     *("model_type", "architectures", "auto_map", "vision_backbone_id", "llm_backbone_id", "arch_specifier"),
     *("use_fused_vision_backbone", "image_resize_strategy", "text_config", "llm_max_length", "pad_token_id"),
     *("pad_to_multiple_of", "output_projector_states", "image_sizes", "timm_model_ids", "timm_override_act_layers"),
     *("hf_llm_id", "n_action_bins", "norm_stats", "torch_dtype", "transformers_version"),
 }
-PREPROCESSOR_FIELDS = {  # section 1.11
+PREPROCESSOR_FIELDS = {  # docs/upstream.md, Files
     *("use_fused_vision_backbone", "image_resize_strategy", "input_sizes", "interpolations", "means", "stds"),
     *("tvf_resize_params", "tvf_crop_params", "tvf_normalize_params", "tvf_do_letterbox", "tvf_letterbox_fill"),
     *("image_processor_type", "processor_class", "auto_map"),

@@ -139,7 +139,7 @@ class BaseFiles:
         """Return the prompt's ids: BOS, the text, and the blank that stands before the first action token.
 
         Training on text gives that blank by itself, since a space precedes the action; without it actions
-        degrade (openvla.md, section 3).
+        degrade (docs/upstream.md, Prompts).
         """
         ids = self.tokenizer.encode(prompt_text(instruction, self.prompt_style))
         blank = self.tokenizer.blank_id
