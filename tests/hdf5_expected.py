@@ -1,4 +1,4 @@
-"""Compare a source with the facts in `../shared/data/expected`."""
+"""Compare a source with the facts in `tests/data/expected`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from vlaft.data.readers import Source
 from vlaft.observation.images import Image
 
 
-def load_expected(shared: Path, name: str) -> dict[str, Any]:
-    return json.loads((shared / "data" / "expected" / f"{name}.json").read_text())
+def load_expected(samples: Path, name: str) -> dict[str, Any]:
+    return json.loads((samples / "expected" / f"{name}.json").read_text())
 
 
 def quarters(image: Image) -> dict[str, Any]:

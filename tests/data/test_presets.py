@@ -197,8 +197,8 @@ def test_published_names_lead_to_their_preset() -> None:
         ("hdf5/aloha_raw", "aloha", 2),
     ],
 )
-def test_presets_fit_real_files(shared: Path, folder: str, preset: str, episodes: int) -> None:
-    source = open_source(shared / "data" / folder)
+def test_presets_fit_real_files(samples: Path, folder: str, preset: str, episodes: int) -> None:
+    source = open_source(samples / folder)
     layout = load_preset(preset, source.layout)
     assert len(source.episodes()) == episodes
     for ref in source.episodes():

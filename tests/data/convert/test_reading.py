@@ -44,7 +44,7 @@ def test_only_the_cameras_of_the_layout_are_decoded(
     assert decoded == []
 
 
-def test_folders_train_and_val_are_splits_in_every_hdf5_dialect(shared: Path, demos: Path, tmp_path: Path) -> None:
+def test_folders_train_and_val_are_splits_in_every_hdf5_dialect(samples: Path, demos: Path, tmp_path: Path) -> None:
     (demos / "train").mkdir()
     (demos / "val").mkdir()
     for number in range(10):
@@ -57,7 +57,7 @@ def test_folders_train_and_val_are_splits_in_every_hdf5_dialect(shared: Path, de
     for folder in ("train", "val"):
         (tmp_path / "robomimic" / folder).mkdir(parents=True)
         target = tmp_path / "robomimic" / folder / "demo.hdf5"
-        shutil.copy(shared / "data/hdf5/robomimic_image.hdf5", target)
+        shutil.copy(samples / "hdf5/robomimic_image.hdf5", target)
         target.chmod(0o644)
         with h5py.File(target, "r+") as file:
             del file["mask"]
@@ -77,7 +77,7 @@ def test_the_folders_decide_what_is_held_out(demos: Path, base: str, tmp_path: P
 
 
 def test_a_hub_id_is_fetched_once_and_its_copy_converted(
-    shared: Path, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    samples: Path, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub
 
@@ -86,7 +86,7 @@ def test_a_hub_id_is_fetched_once_and_its_copy_converted(
     def fetch(repo_id: str, **options: Any) -> str:
         asked.append(repo_id)
         assert options["repo_type"] == "dataset" and "meta/*.pkl" not in options["allow_patterns"]
-        return str(shared / "data/lerobot/v2.1-pusht_image")
+        return str(samples / "lerobot/v2.1-pusht_image")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     monkeypatch.chdir(tmp_path)

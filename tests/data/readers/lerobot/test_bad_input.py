@@ -47,12 +47,12 @@ def test_the_sound_sets_are_sound(tmp_path: Path, make: Callable[[Path], Path]) 
 # --- the real broken sets
 
 
-def test_lfs_pointers(shared: Path) -> None:
-    refused(shared / "data/broken/lerobot_lfs_pointers", "15 of 15 data and video files.*run git lfs pull")
+def test_lfs_pointers(samples: Path) -> None:
+    refused(samples / "broken/lerobot_lfs_pointers", "15 of 15 data and video files.*run git lfs pull")
 
 
-def test_malformed_info(shared: Path) -> None:
-    refused(shared / "data/broken/lerobot_malformed_info", r"info\.json: this is not LeRobot's info\.json")
+def test_malformed_info(samples: Path) -> None:
+    refused(samples / "broken/lerobot_malformed_info", r"info\.json: this is not LeRobot's info\.json")
 
 
 # --- folders

@@ -82,10 +82,10 @@ def test_full_range_is_not_stretched(tmp_path: Path) -> None:
         np.testing.assert_allclose(levels, [10, 14, 18], atol=1.5)
 
 
-def test_av1(shared: Path) -> None:
-    path = shared / "data/lerobot/v2.1-internvla_pick_place/videos/chunk-000/video.ego_view/episode_000003.mp4"
-    frames = VideoFrames(path, "x", np.arange(446) / 30, 30.0)
-    assert len(frames) == 446
+def test_av1(samples: Path) -> None:
+    path = samples / "lerobot/v2.1-internvla_pick_place/videos/chunk-000/video.ego_view/episode_000003.mp4"
+    frames = VideoFrames(path, "x", np.arange(12) / 30, 30.0)
+    assert len(frames) == 12
     assert next(frames.read([0])).shape == (480, 640, 3)
 
 

@@ -90,9 +90,9 @@ def quarters(frame: np.ndarray) -> dict[str, np.ndarray]:
         ),
     ],
 )
-def test_agrees_with_expected_facts(shared: Path, folder: str, facts: str, action: tuple[str, ...]) -> None:
-    expected = json.loads((shared / "data/expected" / facts).read_text())
-    source = open_source(shared / "data/rlds" / folder)
+def test_agrees_with_expected_facts(samples: Path, folder: str, facts: str, action: tuple[str, ...]) -> None:
+    expected = json.loads((samples / "expected" / facts).read_text())
+    source = open_source(samples / "rlds" / folder)
     assert source.format == "rlds"
     assert source.name == folder.partition("/")[0]
     assert source.warnings == []
@@ -132,19 +132,19 @@ def test_agrees_with_expected_facts(shared: Path, folder: str, facts: str, actio
                 np.testing.assert_allclose(value, facts_of["frames"][name][part], atol=1e-4)
 
 
-def test_default_layout_of_bridge(shared: Path) -> None:
-    source = open_source(shared / "data/rlds/bridge_dataset/1.0.0")
+def test_default_layout_of_bridge(samples: Path) -> None:
+    source = open_source(samples / "rlds/bridge_dataset/1.0.0")
     assert source.layout.action == ("action",)
     assert source.layout.state == ("observation/state",)
     assert next(iter(source.layout.cameras.items())) == ("image_0", "observation/image_0")
-    assert list(source.layout.cameras) == ["image_0", "image_1", "image_2", "image_3"]
+    assert list(source.layout.cameras) == ["image_0", "image_1", "image_3"]
     episode = apply_layout(source.read(source.episodes()[0]), source.layout)
     assert episode.action is not None and episode.action.shape == (10, 7)
     assert episode.state is not None and episode.state.shape == (10, 7)
 
 
-def test_dict_action_has_no_default(shared: Path) -> None:
-    source = open_source(shared / "data/rlds/encodings")
+def test_dict_action_has_no_default(samples: Path) -> None:
+    source = open_source(samples / "rlds/encodings")
     assert source.layout.action == ()
     arrays = source.read(source.episodes()[0]).arrays
     assert {"action/world_vector", "observation/state", "observation/by_f64", "reward", "phase"} <= set(arrays)
@@ -152,16 +152,16 @@ def test_dict_action_has_no_default(shared: Path) -> None:
     assert list(source.layout.cameras.values()) == ["observation/image", "observation/wrist_png"]
 
 
-def test_every_encoding_field_by_field(shared: Path) -> None:
-    texts = json.loads((shared / "data/expected/rlds_encodings_values.json").read_text())["text"]
-    source = RldsSource(shared / "data/rlds/encodings")
+def test_every_encoding_field_by_field(samples: Path) -> None:
+    texts = json.loads((samples / "expected/rlds_encodings_values.json").read_text())["text"]
+    source = RldsSource(samples / "rlds/encodings")
     got: dict[str, Any] = {}
     for ref in source.episodes():
         position = int(ref.name.partition("[")[2].rstrip("]"))
         for path, value in source.read_full_episode(ref).items():
             got[f"{ref.split}/{position:02d}/{path}"] = value
     compared = set()
-    with np.load(shared / "data/expected/rlds_encodings_values.npz", allow_pickle=False) as arrays:
+    with np.load(samples / "expected/rlds_encodings_values.npz", allow_pickle=False) as arrays:
         for key in arrays.files:
             path, _, part = key.partition("#")
             compared.add(path)
@@ -262,11 +262,11 @@ def test_first_instruction_wins(tmp_path: Path) -> None:
 # --- damaged folders -----------------------------------------------------------------------------------------------
 
 
-def test_truncation_anywhere_is_told(shared: Path, tmp_path: Path) -> None:
+def test_truncation_anywhere_is_told(samples: Path, tmp_path: Path) -> None:
     """Cut the last shard at every 1,000th byte: boundaries between records too, where only the counts can tell."""
     folder = tmp_path / "1.0.0"
-    shutil.copytree(shared / "data/rlds/encodings/1.0.0", folder)
-    shard = folder / "encodings-train.tfrecord-00000-of-00003"
+    shutil.copytree(samples / "rlds/encodings/1.0.0", folder)
+    shard = folder / "encodings-train.tfrecord-00000-of-00002"
     shard.chmod(0o644)
     folder.chmod(0o755)
     data = shard.read_bytes()
