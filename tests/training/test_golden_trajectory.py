@@ -19,7 +19,7 @@ from vlaft.data.convert.run import ConvertRequest, SourceRequest, convert
 from vlaft.recipe.resolve import resolve, to_yaml
 from vlaft.recipe.settings import RecipeConfig
 from vlaft.release.merge import merge
-from vlaft.training.events import Silence
+from vlaft.training.events import Listener
 from vlaft.training.run import Run
 from vlaft.weights.trained import find_trained
 
@@ -62,7 +62,7 @@ def rounded_rotary(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def begin_from(recipe: RecipeConfig, out: Path, base: Path, adapter: Path) -> None:
     """Leave a run at step 0 whose adapter is the given one, for `--resume`."""
-    started = Run(recipe, out, base, Silence())
+    started = Run(recipe, out, base, Listener())
     started.load()
     load_adapter_weights(started.model, adapter)  # type: ignore[arg-type]
     started.folder.create(to_yaml(recipe), {}, {}, {})

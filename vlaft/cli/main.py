@@ -15,7 +15,6 @@ from typing import Annotated, TextIO
 
 import typer
 
-from vlaft import __version__
 from vlaft.cli import (
     convert,
     demo,
@@ -35,6 +34,7 @@ from vlaft.cli import (
 from vlaft.cli.console import fail
 from vlaft.documents import is_text
 from vlaft.errors import ConfigError, Unchecked, VlaftError
+from vlaft.version import __version__
 
 app = typer.Typer(
     name="vlaft",
@@ -122,7 +122,8 @@ def _tell_what_is_unchecked() -> None:
 
 def _run_words(words: list[str], debug: bool) -> int:
     try:
-        result = app(words or ["--help"], prog_name="vlaft", standalone_mode=False)
+        # `obj` is how a command that runs other commands (`demo`) gets at them without importing this module
+        result = app(words or ["--help"], prog_name="vlaft", standalone_mode=False, obj=main)
         sys.stdout.flush()  # a closed pipe must show here, not while the interpreter shuts down
     except VlaftError as error:
         if debug:

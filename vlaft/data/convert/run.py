@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vlaft import __version__
 from vlaft.action.statistics import read_statistics, write_statistics
 from vlaft.data.codec import CODECS, ImageCodec
 from vlaft.data.convert.plan import (
@@ -57,6 +56,7 @@ from vlaft.errors import ConfigError, DataError
 from vlaft.files import content_checksum, locked, sealed, write_json
 from vlaft.observation.images import ImagePipeline
 from vlaft.observation.prompts import BaseFiles, load_base_files
+from vlaft.version import __version__
 
 __all__ = ["Conversion", "ConvertRequest", "Skipped", "SourceRequest", "convert"]
 
