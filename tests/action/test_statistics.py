@@ -23,7 +23,7 @@ from vlaft.action.statistics import (
 )
 from vlaft.data.layout import apply_layout
 from vlaft.data.presets import load_preset
-from vlaft.data.readers.rlds.source import RldsSource
+from vlaft.data.readers.rlds.source import RldsReader
 from vlaft.data.standardize.steps import standardize
 from vlaft.errors import DataError
 
@@ -179,7 +179,7 @@ def test_upstreams_files_are_read(golden_folder: Path, tiny: Path) -> None:
 
 def bridge_actions(samples: Path) -> tuple[list[np.ndarray], list[str]]:
     """Standardized actions and instructions of both splits, read by the RLDS reader with the preset `bridge`."""
-    source = RldsSource(samples / "rlds/bridge_dataset/1.0.0")
+    source = RldsReader(samples / "rlds/bridge_dataset/1.0.0")
     layout = load_preset("bridge", source.layout)
     episodes = [standardize(apply_layout(source.read(ref), layout), layout.steps) for ref in source.episodes()]
     return [np.asarray(episode.action) for episode in episodes], [episode.instruction for episode in episodes]

@@ -66,7 +66,7 @@ def test_a_mix_of_ones_own_names_paths_presets_weights_and_settings(samples: Pat
     assert (bridge.path, bridge.preset, bridge.weight) == (samples / "rlds/bridge_dataset", "bridge", 0.5)
     assert (arms.path, arms.preset, arms.weight, arms.name) == (tmp_path / "demos/aloha", "aloha", 2.0, "arms")
     opened = open_request(arms)
-    assert (opened.layout.instruction, opened.layout.fps, opened.source.shift) == ("insert it", 7.0, -1)  # type: ignore[attr-defined]
+    assert (opened.layout.instruction, opened.layout.fps, opened.reader.options.shift) == ("insert it", 7.0, -1)  # type: ignore[attr-defined]
     assert hub.path == Path("user/dataset") and mapped.path == tmp_path / "gone.hdf5"
     assert mapped.preset == str(tmp_path / "mapping.yaml")
 

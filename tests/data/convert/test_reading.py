@@ -11,8 +11,9 @@ import pytest
 
 from vlaft.data.convert.plan import PlannedEpisode, plan_shards
 from vlaft.data.convert.run import ConvertRequest, SourceRequest, convert
-from vlaft.data.readers import EpisodeRef, open_source
 from vlaft.data.readers.hdf5 import episode as hdf5_episode
+from vlaft.data.readers.opening import open_reader
+from vlaft.data.readers.reader import EpisodeRef
 from vlaft.data.store import ConvertedDataset
 from vlaft.errors import DataError
 
@@ -49,8 +50,8 @@ def test_folders_train_and_val_are_splits_in_every_hdf5_dialect(samples: Path, d
     (demos / "val").mkdir()
     for number in range(10):
         (demos / f"episode_{number}.hdf5").rename(demos / ("val" if number < 3 else "train") / f"episode_{number}.hdf5")
-    assert [ref.split for ref in open_source(demos).episodes()] == ["train"] * 7 + ["valid"] * 3
-    mapped = open_source(
+    assert [ref.split for ref in open_reader(demos).episodes()] == ["train"] * 7 + ["valid"] * 3
+    mapped = open_reader(
         demos, {"episodes": "file", "action": "action", "cameras": {"a": "observations/images/cam_high"}}
     )
     assert [ref.split for ref in mapped.episodes()] == ["train"] * 7 + ["valid"] * 3
@@ -61,7 +62,7 @@ def test_folders_train_and_val_are_splits_in_every_hdf5_dialect(samples: Path, d
         target.chmod(0o644)
         with h5py.File(target, "r+") as file:
             del file["mask"]
-    refs = open_source(tmp_path / "robomimic").episodes()
+    refs = open_reader(tmp_path / "robomimic").episodes()
     assert [ref.split for ref in refs] == ["train"] * 8 + ["valid"] * 8
     assert len({ref.name for ref in refs}) == 16
 

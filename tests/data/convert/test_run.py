@@ -21,7 +21,7 @@ from vlaft.data.codec import decode_image
 from vlaft.data.convert import shards as convert_shards
 from vlaft.data.convert.plan import plan_shards, split_episodes
 from vlaft.data.convert.run import ConvertRequest, SourceRequest, convert
-from vlaft.data.readers import EpisodeRef
+from vlaft.data.readers.reader import EpisodeRef
 from vlaft.data.store import ConvertedDataset
 from vlaft.errors import ConfigError, DataError, VlaftError
 from vlaft.files import locked

@@ -10,7 +10,7 @@ import pytest
 
 from vlaft.data.episode import Episode
 from vlaft.data.layout import apply_layout
-from vlaft.data.readers.lerobot.source import LeRobotSource, download, looks_like_lerobot
+from vlaft.data.readers.lerobot.source import LeRobotReader, download, looks_like_lerobot
 from vlaft.errors import DataError
 from vlaft.observation.images import Image
 
@@ -18,8 +18,8 @@ SETS = ["v2.0_gr00t_pick_place", "v2.1_internvla_pick_place", "v2.1_pusht_image"
 OPENVLA_LIKE = ("action.delta_eef_position", "action.delta_eef_rotation", "action.gripper_close")
 
 
-def opened(samples: Path, name: str) -> tuple[LeRobotSource, list[Episode]]:
-    source = LeRobotSource(samples / "lerobot" / name.replace("_", "-", 1))
+def opened(samples: Path, name: str) -> tuple[LeRobotReader, list[Episode]]:
+    source = LeRobotReader(samples / "lerobot" / name.replace("_", "-", 1))
     layout = source.layout
     if name == "v2.1_internvla_pick_place":
         layout = replace(layout, action=OPENVLA_LIKE)
@@ -115,22 +115,22 @@ def test_both_versions_of_one_set_agree(samples: Path) -> None:
 
 
 def test_wrong_metadata_are_told(samples: Path) -> None:
-    gr00t = LeRobotSource(samples / "lerobot/v2.0-gr00t_pick_place").warnings
+    gr00t = LeRobotReader(samples / "lerobot/v2.0-gr00t_pick_place").warnings
     assert any("data/chunk-{episode_index" in text and "does not fit" in text for text in gr00t)
     assert any("observation.images.egoview" in text and "left out" in text for text in gr00t)
-    internvla = LeRobotSource(samples / "lerobot/v2.1-internvla_pick_place").warnings
+    internvla = LeRobotReader(samples / "lerobot/v2.1-internvla_pick_place").warnings
     assert any("'video.base_view' has a video for only 1 of 4 episodes" in text for text in internvla)
     assert any(
         "action='[action.delta_eef_position, action.delta_eef_rotation, action.gripper_close]'" in t for t in internvla
     )
-    assert LeRobotSource(samples / "lerobot/v2.1-pusht_image").warnings == []
-    assert LeRobotSource(samples / "lerobot/v3.0-internvla_pick_place").warnings == []
+    assert LeRobotReader(samples / "lerobot/v2.1-pusht_image").warnings == []
+    assert LeRobotReader(samples / "lerobot/v3.0-internvla_pick_place").warnings == []
 
 
 def test_pickles_and_binary_columns_are_not_loaded(samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pickle, "loads", lambda *_: pytest.fail("unpickled something"))
     monkeypatch.setattr(pickle, "load", lambda *_: pytest.fail("unpickled something"))
-    source = LeRobotSource(samples / "lerobot/v2.1-internvla_pick_place")
+    source = LeRobotReader(samples / "lerobot/v2.1-internvla_pick_place")
     episode = source.read(source.episodes()[0])
     assert "action.joints" in episode.arrays
     assert not [name for name in episode.arrays if name.startswith("annotation.")]
@@ -138,20 +138,20 @@ def test_pickles_and_binary_columns_are_not_loaded(samples: Path, monkeypatch: p
 
 
 def test_gr00t_slices_are_arrays(samples: Path) -> None:
-    source = LeRobotSource(samples / "lerobot/v2.0-gr00t_pick_place")
+    source = LeRobotReader(samples / "lerobot/v2.0-gr00t_pick_place")
     episode = source.read(source.episodes()[0])
     np.testing.assert_array_equal(episode.arrays["action.right_arm"], episode.arrays["action"][:, 22:29])
     np.testing.assert_array_equal(episode.arrays["state.waist"], episode.arrays["observation.state"][:, 41:44])
 
 
 def test_missing_action_names_what_there_is(samples: Path) -> None:
-    source = LeRobotSource(samples / "lerobot/v2.1-internvla_pick_place")
+    source = LeRobotReader(samples / "lerobot/v2.1-internvla_pick_place")
     with pytest.raises(DataError, match=r"has no array 'action'.*action\.delta_eef_position"):
         apply_layout(source.read(source.episodes()[0]), source.layout)
 
 
 def test_source_and_frames_survive_pickling(samples: Path) -> None:
-    source = LeRobotSource(samples / "lerobot/v3.0-internvla_pick_place")
+    source = LeRobotReader(samples / "lerobot/v3.0-internvla_pick_place")
     ref = source.episodes()[1]
     before = source.read(ref)
     after = pickle.loads(pickle.dumps(source)).read(pickle.loads(pickle.dumps(ref)))
@@ -165,7 +165,7 @@ def test_opening_reads_no_rows(samples: Path, monkeypatch: pytest.MonkeyPatch) -
     from vlaft.data.readers.lerobot.rows import RowReader
 
     monkeypatch.setattr(RowReader, "read", lambda *_, **__: pytest.fail("rows were read"))
-    assert len(LeRobotSource(samples / "lerobot/v3.0-internvla_pick_place").episodes()) == 4
+    assert len(LeRobotReader(samples / "lerobot/v3.0-internvla_pick_place").episodes()) == 4
 
 
 def test_looks_like_lerobot(samples: Path) -> None:
@@ -216,6 +216,6 @@ def test_name_in_the_hub_cache(samples: Path, tmp_path: Path) -> None:
             target = folder / file.relative_to(path.parent)
             target.parent.mkdir(exist_ok=True)
             target.symlink_to(file)  # as in the Hub's cache
-    source = LeRobotSource(folder)
+    source = LeRobotReader(folder)
     assert source.name == "pusht"
     assert source.read(source.episodes()[2]).length == 53

@@ -30,8 +30,8 @@ from lerobot_sets import (
 )
 
 from vlaft.data.layout import apply_layout
-from vlaft.data.readers.lerobot.sharing import Place
-from vlaft.data.readers.lerobot.source import LeRobotSource
+from vlaft.data.readers.lerobot.source import LeRobotReader
+from vlaft.data.readers.lerobot.video import Place
 from vlaft.errors import DataError
 
 WRIST = "observation.images.wrist"
@@ -169,7 +169,7 @@ def test_starts_that_may_be_early_are_refused(tmp_path: Path) -> None:
     stops = [start + (length - 1) / 20 for start, length in zip(starts, THREE, strict=True)]
     root = shared_video(tmp_path / "a", THREE, starts, stops, kept=[0, 2])
     refused(root, "episode_000002, .* ending one step early")
-    source = LeRobotSource(root)
+    source = LeRobotReader(root)
     first = apply_layout(source.read(source.episodes()[0]), source.layout)
     assert frame_numbers(first) == in_order(THREE)[0]  # the first one starts with the video, however it was counted
 
