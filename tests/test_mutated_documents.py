@@ -93,7 +93,7 @@ def write_layout_words(made: Path, place: Path) -> Try:
     def attempt(seed: int) -> None:
         settings = _layout_settings([word_mutations(keys, seed)])
         opened = open_request(SourceRequest(path=made / "data.hdf5", layout=settings))
-        opened.read(opened.source.episodes()[0])
+        opened.read(opened.reader.episodes()[0])
 
     return attempt
 
@@ -227,7 +227,7 @@ def write_info(made: Path, place: Path) -> Try:
     def attempt(seed: int) -> None:
         (place / "meta/info.json").write_bytes(json_mutations(document, seed))
         opened = open_request(SourceRequest(path=place))
-        opened.source.read(opened.source.episodes()[0])
+        opened.reader.read(opened.source.episodes()[0])
 
     return attempt
 

@@ -39,8 +39,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def mini(shared):
-    return shared / "golden" / "mini" / "fused"
+def mini(golden_folder):
+    return golden_folder / "mini" / "fused"
 
 
 def peaks(folder, recipe, batch_size=3, tokens=24):
@@ -130,7 +130,7 @@ def test_settings_move_the_terms_that_they_are_about(mini):
     ],
 )
 def test_a_base_weighs_what_the_reference_says(words, expected):
-    """openvla.md, section 9.2, in GB."""
+    """docs/upstream.md, Memory, in GB."""
     model = meta_model(base_config("openvla/openvla-7b"), torch.bfloat16)
     quantize_stand_in(model, resolve("lora8", (), words).adapt, torch.bfloat16)
     held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
@@ -140,7 +140,7 @@ def test_a_base_weighs_what_the_reference_says(words, expected):
 def test_static_terms_of_the_full_recipe_are_sixteen_bytes_per_parameter():
     found = predict_memory(resolve("full"), base_config("openvla/openvla-7b"), batch_size=1)
     static = sum(found.terms[term] for term in ("weights", "gradients", "optimizer state"))
-    assert static / 1e9 == pytest.approx(120.66, rel=0.01)  # openvla.md, section 9.2
+    assert static / 1e9 == pytest.approx(120.66, rel=0.01)  # docs/upstream.md, Memory
     assert found.live > static
 
 

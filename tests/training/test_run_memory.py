@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Small, run
+from small_run import Small, run
 
 from vlaft.cli.main import main
 from vlaft.training import interrupts as memory

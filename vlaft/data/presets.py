@@ -7,7 +7,6 @@ dataset is published by.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import cache
@@ -16,7 +15,7 @@ from typing import Any
 
 from vlaft.data.layout import ADDED_STEPS, Layout, separate_options
 from vlaft.data.standardize.steps import parse_steps
-from vlaft.documents import NotYaml, parse_yaml
+from vlaft.documents import NotYaml, fits, parse_yaml
 from vlaft.errors import ConfigError, did_you_mean
 from vlaft.recipe.resolve import recipes_folder
 
@@ -136,7 +135,7 @@ def layout_fields(content: Mapping[str, Any], path: Path | str) -> dict[str, Any
         if key == "datasets":
             problem = None if _is_texts(value) else "has to be a list of names"
         elif key not in _KEYS and key != ADDED_STEPS:
-            problems.append(f"{path}: unknown key '{key}'{did_you_mean(str(key), [*_KEYS, 'datasets'])}")
+            problems.append(f"{path}: unknown key '{key}'{did_you_mean(str(key)[:100], [*_KEYS, 'datasets'])}")
         elif key in _TEXTS:
             problem = None if _is_texts(value) else "has to be a list of texts"
             values[key] = tuple(value or ()) if problem is None else ()
@@ -158,7 +157,7 @@ def layout_fields(content: Mapping[str, Any], path: Path | str) -> dict[str, Any
             problem = None if value is None or isinstance(value, str) else "has to be a text"
             values[key] = value
         elif key == "fps":
-            is_rate = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+            is_rate = fits(value, float) and value > 0
             problem = None if value is None or is_rate else "has to be a positive number (Hz)"
             values[key] = None if value is None else float(value) if is_rate else None
         else:

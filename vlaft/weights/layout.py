@@ -311,8 +311,8 @@ def check_tensor_checksums(folder: Path, recorded: str, *, fresh: bool = False) 
 def changed_tensor(folder: Path, entry: TensorEntry) -> CheckpointError:
     """Return the error for a tensor of a base that does not match its checksum."""
     return CheckpointError(
-        f"{folder / entry.file}: the tensor '{entry.name}' is not as it was in training (its checksum is another):"
-        " download or copy the base again"
+        f"{folder / entry.file}: the tensor '{entry.name}' is not as it was in training (its checksum is another), so"
+        " the file is damaged or of another base: download or copy the base again, or give the right one with --base"
     )
 
 
