@@ -17,8 +17,8 @@ from vlaft.accounting.costs import Measurement, RecipeCost
 from vlaft.accounting.memory import LABELS
 from vlaft.accounting.meta import example_inputs, example_normalization, meta_model
 from vlaft.accounting.step import follow_steps, trace_step
-from vlaft.adapt.methods import SKIPPED
-from vlaft.errors import MissingExtra, VlaftError
+from vlaft.adapt.methods import SKIPPED, quantization_config
+from vlaft.errors import VlaftError
 from vlaft.model.configuration import OpenVLAConfig
 from vlaft.recipe.settings import RecipeConfig, resolve_precision
 from vlaft.training.model import PRECISIONS, make_trainable
@@ -35,62 +35,30 @@ def random_base(config: OpenVLAConfig, recipe: RecipeConfig, dtype: torch.dtype,
         MissingExtra: a quantised recipe without bitsandbytes.
     """
     model = meta_model(config, dtype)
-    if recipe.adapt.quantize != "none":
-        _quantize(model, recipe, device)
+    compute = PRECISIONS[resolve_precision(recipe.precision, device.type == "cuda").compute]
+    if (quantization := quantization_config(recipe.adapt, compute)) is not None:
+        from transformers.integrations import replace_with_bnb_linear
+
+        replace_with_bnb_linear(model, list(SKIPPED), quantization)
+        # how peft chooses its layer
+        setattr(model, "is_loaded_in_4bit" if recipe.adapt.quantize == "nf4" else "is_loaded_in_8bit", True)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
-                values = torch.empty_like(parameter, device=device).normal_(std=0.02)
-                setattr(module, name, nn.Parameter(values))
+                values = torch.empty(parameter.shape, dtype=dtype, device=device).normal_(std=0.02)
+                setattr(module, name, _filled(parameter, values))
         for name, buffer in list(module.named_buffers(recurse=False)):
             if buffer.is_meta:
                 setattr(module, name, torch.zeros_like(buffer, device=device))
     return model
 
 
-def _quantize(model: Any, recipe: RecipeConfig, device: torch.device) -> None:
-    """Put bitsandbytes' layers where `quantization_config` would."""
-    try:
-        from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
-    except ImportError:
-        raise MissingExtra(f"adapt.quantize={recipe.adapt.quantize}", "bitsandbytes", "qlora") from None
-    four = recipe.adapt.quantize == "nf4"
-    compute = PRECISIONS[resolve_precision(recipe.precision, device.type == "cuda").compute]
-    for name, module in list(model.named_modules()):
-        for child_name, child in list(module.named_children()):
-            if type(child) is not nn.Linear or any(skipped in f"{name}.{child_name}" for skipped in SKIPPED):
-                continue
-            weight = torch.empty(child.weight.shape, dtype=child.weight.dtype, device=device).normal_(std=0.02)
-            bias = child.bias is not None
-            layer: Any
-            with torch.device("meta"):
-                if four:
-                    layer = Linear4bit(
-                        child.in_features,
-                        child.out_features,
-                        bias=bias,
-                        compute_dtype=compute,
-                        compress_statistics=recipe.adapt.double_quant,
-                        quant_type="nf4",
-                    )
-                else:
-                    layer = Linear8bitLt(
-                        child.in_features, child.out_features, bias=bias, has_fp16_weights=False, threshold=6.0
-                    )
-            layer.bias = child.bias
-            if four:
-                packed = Params4bit(
-                    weight,
-                    requires_grad=False,
-                    compress_statistics=recipe.adapt.double_quant,
-                    quant_type="nf4",
-                    module=layer,
-                )
-            else:
-                packed = Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)  # moving quantises
-            layer.weight = packed.to(device)
-            setattr(module, child_name, layer)
-    setattr(model, "is_loaded_in_4bit" if four else "is_loaded_in_8bit", True)  # how peft chooses its layer
+def _filled(parameter: nn.Parameter, values: torch.Tensor) -> nn.Parameter:
+    """Return a parameter of the same kind with these values; bitsandbytes' kinds are packed when they are moved."""
+    if type(parameter) is nn.Parameter:
+        return nn.Parameter(values)
+    packed: Any = type(parameter)(values.cpu(), requires_grad=False, **vars(parameter))
+    return packed.to(values.device)  # type: ignore[no-any-return]
 
 
 def measure(recipe: RecipeConfig, config: OpenVLAConfig, cost: RecipeCost, device: torch.device) -> Measurement:

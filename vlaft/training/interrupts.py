@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to stop after the step under way."""
+"""What may end a run: Ctrl-C and SIGTERM, as a request to stop after the step under way, and memory that is full."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from vlaft.cli.main import main as vlaft
 from vlaft.data.store import ConvertedDataset
 from vlaft.environments.tabletop import recording
 from vlaft.environments.tabletop.environment import EPISODE_STEPS, TabletopEnv
-from vlaft.environments.tabletop.recording import demonstrate, expert_action, main, record
+from vlaft.environments.tabletop.recording import demonstrate, expert_action, main, record_demonstrations
 from vlaft.environments.tabletop.scene import SETUP_A, SETUP_B, Scene, SetUp, new_scene
 from vlaft.errors import ConfigError, VlaftError
 
@@ -123,7 +123,7 @@ def test_what_is_recorded_is_what_the_expert_wanted(setup: SetUp, monkeypatch: p
 
 def test_the_file(tmp_path: Path) -> None:
     path = tmp_path / "new/demos.hdf5"
-    frames = record(path, SETUP_A, [7, 3])
+    frames = record_demonstrations(path, SETUP_A, [7, 3])
     assert [each.name for each in path.parent.iterdir()] == ["demos.hdf5"]
     with h5py.File(path) as file:
         data = file["data"]
@@ -182,7 +182,7 @@ def test_a_partial_file_is_never_left(
 
     monkeypatch.setattr(recording, "demonstrate", failing)
     with pytest.raises(VlaftError if error is OSError else error):
-        record(tmp_path / "demos.hdf5", SETUP_B, range(4))
+        record_demonstrations(tmp_path / "demos.hdf5", SETUP_B, range(4))
     assert not list(tmp_path.iterdir())
     if error is KeyboardInterrupt:
         assert main(["--out", str(tmp_path / "demos.hdf5"), "--episodes", "4"]) == 130
@@ -201,7 +201,7 @@ def test_bad_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         captured = capsys.readouterr()
         assert captured.err.startswith("error: ") and told in captured.err and captured.err.count("\n") == 1
     with pytest.raises(ConfigError):
-        record(tmp_path / "a.hdf5", SETUP_B, [])
+        record_demonstrations(tmp_path / "a.hdf5", SETUP_B, [])
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
     with pytest.raises(SystemExit, match="2"):
         main(["--out", str(tmp_path / "a.hdf5"), "--setup", "tabletop_c"])

@@ -125,7 +125,7 @@ def _disturb(action: NDArray[np.float32], generator: np.random.Generator, limit:
     return changed
 
 
-def record(path: Path, setup: SetUp, seeds: Sequence[int]) -> int:
+def record_demonstrations(path: Path, setup: SetUp, seeds: Sequence[int]) -> int:
     """Write one demonstration per seed, of each object in turn; the file appears whole or not at all.
 
     Returns:
@@ -172,7 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first; the others follow")
     options = parser.parse_args(arguments)
     try:
-        frames = record(options.out, SETUPS[options.setup], range(options.seed, options.seed + options.episodes))
+        frames = record_demonstrations(
+            options.out, SETUPS[options.setup], range(options.seed, options.seed + options.episodes)
+        )
     except VlaftError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
