@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from small_base import write_small_base
 
 import vlaft
+from vlaft.action.statistics import STATISTICS_FILE
 from vlaft.action.tokens import unnormalize
 from vlaft.adapt.methods import attach_lora
 from vlaft.errors import CheckpointError, DataError, UsageError
@@ -27,7 +28,7 @@ from vlaft.recipe.settings import LoraConfig
 from vlaft.release.merge import merge
 from vlaft.release.quantized import export_quantized
 from vlaft.weights.layout import INDEX_FILE, SINGLE_FILE, fingerprint
-from vlaft.weights.trained import RUN_FILE, STATISTICS_FILE, TRAINED_FILE, find_trained
+from vlaft.weights.trained import RUN_FILE, TRAINED_FILE, find_trained
 
 TEXTS = ["push the red cube", "take the cube", "push cube to the red robot", "out"]  # of different lengths
 

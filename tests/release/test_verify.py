@@ -15,17 +15,16 @@ from golden_models import ADAPTER, MINI, base_tensors, golden, write_single_file
 from safetensors.torch import save_file
 from small_base import write_small_base
 
-from vlaft.adapt.adapter import WEIGHTS_FILE
 from vlaft.adapt.merging import ModuleAdapter
 from vlaft.cli.main import main
+from vlaft.files import read_json
 from vlaft.model.load import load_model
 from vlaft.observation.batch import Observation
 from vlaft.release import verify
 from vlaft.release.merge import MERGE_FILE
 from vlaft.release.record import data_paths, training_record
 from vlaft.release.verify import Comparison, Probe, choose_dtype, compare, example_probe
-from vlaft.weights.layout import read_json
-from vlaft.weights.trained import find_trained
+from vlaft.weights.trained import ADAPTER_WEIGHTS, find_trained
 
 BASE = MINI / "single"
 
@@ -368,4 +367,4 @@ def test_a_base_of_another_fingerprint_is_refused_before_writing(run: Path, tmp_
     other = write_single_file(BASE, tmp_path / "other", tensors)
     assert merge(run, tmp_path / "out", "--base", str(other)) == 1
     assert not (tmp_path / "out").exists()
-    assert (run / "checkpoints" / "step-000020" / WEIGHTS_FILE).is_file()
+    assert (run / "checkpoints" / "step-000020" / ADAPTER_WEIGHTS).is_file()
