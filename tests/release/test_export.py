@@ -375,6 +375,16 @@ def test_trained_tensors_are_no_adapter(tmp_path: Path, capsys: pytest.CaptureFi
     assert "no adapter" in capsys.readouterr().err
 
 
+def test_an_adapter_with_whole_tensors_beside_it_is_not_exported_alone(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = Path(shutil.copytree(run, tmp_path / "run"))
+    save_file({"x": torch.zeros(1)}, both / "checkpoints/step-000020/trained.safetensors")
+    assert export(both, tmp_path / "out", "--to", "adapter") == 1
+    assert "besides its adapter, which would be lost" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_card_tells_recipe_data_statistics_figures_and_licence(
     run: Path,
     tmp_path: Path,

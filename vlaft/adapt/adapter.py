@@ -23,8 +23,16 @@ from vlaft.weights.trained import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_metadata
 if TYPE_CHECKING:  # peft is loaded where it is used: merging needs none of it
     import torch
     from peft import LoraConfig, PeftModel
+    from torch import nn
 
 PREFIX = "base_model.model."
+_BASE_LAYER = ".base_layer."
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return a model's parameters under the base's names: peft keeps those of a layer that it adapts in `base_layer`."""
+    found = {name.removeprefix(PREFIX): parameter for name, parameter in model.named_parameters()}
+    return {name.replace(_BASE_LAYER, "."): parameter for name, parameter in found.items()}
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -45,7 +53,7 @@ def adapter_table(folder: Path) -> dict[str, TensorEntry]:
     Raises:
         CheckpointError: missing or damaged.
     """
-    return {name: entry for name, entry in read_header(folder / ADAPTER_WEIGHTS).items() if ".base_layer." not in name}
+    return {name: entry for name, entry in read_header(folder / ADAPTER_WEIGHTS).items() if _BASE_LAYER not in name}
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from vlaft.adapt.adapter import PREFIX, adapter_table, read_settings
+from vlaft.adapt.adapter import PREFIX, adapter_table, base_parameters, read_settings
 from vlaft.errors import CheckpointError
 from vlaft.weights.layout import read_header, tensor_table
 from vlaft.weights.stream import DTYPES, read_tensor
@@ -280,7 +280,7 @@ def fold(model: nn.Module, base: Path, changed: Mapping[str, Change]) -> None:
     Raises:
         CheckpointError: one of the weights is quantised in `model`.
     """
-    table, parameters = tensor_table(base), dict(model.named_parameters())
+    table, parameters = tensor_table(base), base_parameters(model)
     for name, change in changed.items():
         weight = parameters[name]
         if weight.shape != change.shape or not weight.is_floating_point():

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vlaft.action.tokens import IGNORED
+from vlaft.adapt.adapter import base_parameters
 from vlaft.adapt.rounding import Mode, generator_of, round_to
 from vlaft.errors import CheckFailed, CheckpointError, DataError
 from vlaft.files import read_json
@@ -309,7 +310,7 @@ def _attach(model: Any, trained: Trained) -> Any:
 
 def round_parameters(model: Any, kinds: Mapping[str, torch.dtype]) -> None:
     """Round each parameter that has a type in `kinds` to that type, in place; the model's own type stays."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in base_parameters(model).items():
         if name in kinds:
             parameter.copy_(parameter.to(kinds[name]))
 
@@ -324,14 +325,13 @@ def _round(model: Any, trained: Trained, kinds: Mapping[str, torch.dtype], mode:
     if trained.has_adapter:
         from peft.tuners.lora import LoraLayer
 
-        model = model.get_base_model()
-        for name, module in model.named_modules():
+        for name, module in model.get_base_model().named_modules():
             if isinstance(module, LoraLayer):
                 _merge_layer(module, partial(rounded, f"{name}.weight"))
     if trained.tensors is not None:
         from vlaft.weights.stream import read_tensor
 
-        parameters = dict(model.named_parameters())
+        parameters = base_parameters(model)
         for name, entry in read_header(trained.tensors).items():
             parameters[name].copy_(rounded(name, read_tensor(trained.weights, entry)))
     round_parameters(model, kinds)

@@ -289,7 +289,7 @@ class Run:
             raise CheckpointError(f"{checkpoint}: its state.json is of another version of vlaft (no '{missing[0]}')")
         model = unwrapped(self.model)
         if not isinstance(model, PeftModel) or (checkpoint / TRAINED_FILE).is_file():
-            load_trained(base_model(model), checkpoint)
+            load_trained(model, checkpoint)
         if isinstance(model, PeftModel) and self._uses_pissa:
             self.pissa_start = pissa.load_converted(model, checkpoint, self.base)
         elif isinstance(model, PeftModel):
