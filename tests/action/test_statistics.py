@@ -117,7 +117,7 @@ def damaged(key: str, value: object) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ([], "holds no dataset statistics"),
+        ([], "must hold a JSON object"),
         ({}, "holds no dataset statistics"),
         ({"bridge": 3}, r"bridge\.action is missing"),
         (damaged("action.q01", None), r"bridge\.action\.q01 has to be a list of finite numbers"),
@@ -142,12 +142,12 @@ def test_a_wrong_file_is_refused_by_its_key(tmp_path: Path, content: object, sen
 
 
 def test_a_file_that_is_no_json_or_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(DataError, match="is missing; it is written by vlaft convert"):
         read_statistics(tmp_path)
     file = tmp_path / "dataset_statistics.json"
     for content in (b"{", b"\xff\xfe\x00", b"[" * 100_000):
         file.write_bytes(content)
-        with pytest.raises(DataError, match="not valid JSON"):
+        with pytest.raises(DataError, match="cannot be read as JSON"):
             read_statistics(file)
 
 

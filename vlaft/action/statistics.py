@@ -7,9 +7,7 @@ action; `mask` is True where q01/q99 normalisation applies.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlaft.errors import DataError, did_you_mean
+from vlaft.files import read_json, write_json
 
 DatasetStatistics = dict[str, Any]  # one dataset: action, proprio, num_transitions, num_trajectories
 Statistics = dict[str, DatasetStatistics]
 
 FIELDS = ("mean", "std", "max", "min", "q01", "q99")
 BOUNDS = ("q01", "q99")  # of those, what actions are scaled by
-FILE_NAME = "dataset_statistics.json"
-_LARGEST_FILE = 64 * 2**20  # bytes; a released file of 25 datasets has 60 kB
+STATISTICS_FILE = "dataset_statistics.json"
 
 
 def compute_statistics(
@@ -96,18 +94,12 @@ def _moments(values: NDArray[np.float32]) -> dict[str, list[float]]:
 
 
 def write_statistics(path: Path, statistics: Mapping[str, DatasetStatistics]) -> None:
-    """Write `dataset_statistics.json` (`path` is the file), beside its place first and then renamed into it.
+    """Write `dataset_statistics.json`; `path` is the file.
 
     Raises:
         DataError: `statistics` is not in OpenVLA's layout.
     """
-    checked = check_statistics(statistics, str(path))
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        aside.write_text(json.dumps(checked, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_json(path, check_statistics(statistics, str(path)))
 
 
 def read_statistics(path: Path, needed: Sequence[str] = FIELDS) -> Statistics:
@@ -120,18 +112,10 @@ def read_statistics(path: Path, needed: Sequence[str] = FIELDS) -> Statistics:
     Raises:
         DataError: no such file, no JSON, or not in OpenVLA's layout; the sentence names the file and the key.
     """
-    file = path / FILE_NAME if path.is_dir() else path
-    try:
-        if file.stat().st_size > _LARGEST_FILE:
-            raise DataError(f"{file} is too large for dataset statistics")
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{file} does not exist; it is written by vlaft convert and by OpenVLA's fine-tuning") from None
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise DataError(f"{file} is not valid JSON") from None
-    return check_statistics(value, str(file), needed)
+    file = path / STATISTICS_FILE if path.is_dir() else path
+    if not file.exists():
+        raise DataError(f"{file} is missing; it is written by vlaft convert and by OpenVLA's fine-tuning")
+    return check_statistics(read_json(file), str(file), needed)
 
 
 def check_statistics(value: object, where: str, needed: Sequence[str] = FIELDS) -> Statistics:

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vlaft.action.statistics import read_statistics
+from vlaft.action.statistics import STATISTICS_FILE, read_statistics
 from vlaft.documents import WrongValue, read_as, shown
 from vlaft.errors import CheckpointError, DataError
 from vlaft.files import SEAL, UNSEALED, checksum, content_checksum, holds, read_json, restored, seal_holds, unsealed
@@ -30,7 +30,6 @@ from vlaft.observation.images import ImagePipeline
 
 FORMAT_VERSION = 1
 DATASET_FILE = "dataset.json"
-STATISTICS_FILE = "dataset_statistics.json"
 STATISTICS_CHECKSUM = "statistics_crc32c"  # key of the checksum of their content
 MAIN_CAMERA = "image"
 ROW_GROUP = 8  # rows read together at random access: 0.2 MB of JPEG

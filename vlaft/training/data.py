@@ -13,12 +13,13 @@ import torch
 from vlaft.action.tokens import IGNORED
 from vlaft.data.loader import Batch, ExampleLoader, batches_in_order
 from vlaft.data.store import ConvertedDataset
+from vlaft.errors import CheckpointError
+from vlaft.files import read_json
 from vlaft.observation.batch import Reader, check_fits
 from vlaft.observation.images import ImagePipeline
 from vlaft.observation.prompts import action_tokenizer_of, prompt_style_of
 from vlaft.recipe.settings import RecipeConfig
 from vlaft.training.step import Inputs
-from vlaft.weights.layout import read_json
 
 
 def to_inputs(batch: Batch, device: torch.device) -> Inputs:
@@ -74,7 +75,7 @@ class TrainingData:
             DataError: a dataset is missing or damaged, or was converted for another base.
         """
         datasets = [ConvertedDataset(Path(path)) for path in recipe.data.paths]
-        reader = _reader(base, read_json(base / "config.json"))
+        reader = _reader(base, read_json(base / "config.json", CheckpointError))
         for dataset in datasets:
             check_fits(dataset.path, dataset.info, dataset.pipeline, reader)
         batch_size = int(recipe.train.batch_size)
@@ -130,7 +131,8 @@ def _reader(base: Path, config: Mapping[str, Any]) -> Reader:
     """Describe what a base reads when it is trained, from its files alone."""
     tokenizer = base / "tokenizer.json"
     preprocessor = base / "preprocessor_config.json"
-    pipeline = ImagePipeline.for_training(config, read_json(preprocessor) if preprocessor.is_file() else None)
+    processor = read_json(preprocessor, CheckpointError) if preprocessor.is_file() else None
+    pipeline = ImagePipeline.for_training(config, processor)
     return Reader(
         name=str(base),
         actions=action_tokenizer_of(config),
