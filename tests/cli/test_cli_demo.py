@@ -60,6 +60,17 @@ def test_a_folder_that_is_no_demos_is_left_alone(tmp_path: Path, capsys: pytest.
     assert (tmp_path / "thesis.tex").is_file()
 
 
+def test_a_command_that_fails_ends_the_demo_with_its_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("merge", str(tmp_path / "absent"), "--out", str(tmp_path / "demo" / "model"))
+    monkeypatch.setattr(demo, "steps", lambda out, settings: [demo.DemoStep(words, out / "model")])
+    assert main(["demo", "--out", str(tmp_path / "demo")]) == 1
+    told = capsys.readouterr().err
+    assert told.count("error:") == 1 and "absent" in told
+    assert not (tmp_path / "demo" / "report.html").exists()
+
+
 def test_an_unknown_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--out", str(tmp_path / "out"), "--recipe", "lora23"]) == 2
     assert "lora" in capsys.readouterr().err

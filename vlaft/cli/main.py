@@ -122,7 +122,8 @@ def _tell_what_is_unchecked() -> None:
 
 def _run_words(words: list[str], debug: bool) -> int:
     try:
-        result = app(words or ["--help"], prog_name="vlaft", standalone_mode=False)
+        # `obj` is how a command that runs other commands (`demo`) gets at them without importing this module
+        result = app(words or ["--help"], prog_name="vlaft", standalone_mode=False, obj=main)
         sys.stdout.flush()  # a closed pipe must show here, not while the interpreter shuts down
     except VlaftError as error:
         if debug:

@@ -12,15 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks import demo_page_comparison
-from benchmarks.demo_page_comparison import overlapping
-from vlaft.demo.results import PAPER_SUCCESS, DemoResult, RecipeResult, SeedResult, Success, mean_interval
+from vlaft.demo.results import DemoResult, SeedResult, Success, mean_interval, overlapping
 from vlaft.errors import DataError
 from vlaft.pages.curves import PANELS, Curves, Panel, read_curves
 from vlaft.pages.html import ACCENT, between, counted, duration, embedded, new_figure, page, percent, plot, table
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -35,11 +32,10 @@ code {{ background: none; padding: 0; }} ul {{ margin: 6px 0; padding-left: 22px
 .facts th {{ font-weight: 400; padding-right: 20px; }} .numbers td {{ vertical-align: middle; }}
 .films {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 8px 24px; }}
 .curves {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 290px), 1fr)); gap: 8px 16px; }}
-.films img, .curves img, .rows img {{ width: 100%; }} .rows {{ max-width: 640px; }} .sheet img {{ max-width: none; }}
+.films img, .curves img {{ width: 100%; }} .sheet img {{ max-width: none; }}
 .ends {{ display: flex; height: 26px; margin: 2px 0 12px; max-width: 640px; }} .ends div {{ min-width: 1px; }}
 .key {{ display: inline-block; width: 11px; height: 11px; margin-right: 6px; }}
 summary {{ cursor: pointer; margin: 8px 0; }}
-.searches td:last-child, .searches th:last-child {{ text-align: left; white-space: normal; padding-left: 10px; }}
 .run {{ display: grid; grid-template-columns: 90px 1fr; gap: 12px; padding: 5px 0; border-top: 1px solid #e6eaee; }}
 .run span {{ color: #5d6b7a; font-size: 13px; text-align: right; user-select: none; -webkit-user-select: none; }}
 .run code {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
@@ -52,13 +48,8 @@ _UNKNOWN = "failed, and the log does not say how"
 _ENDS = {_DONE: ACCENT, _OTHER: "#8b95a1", _NOTHING: "#d3d9e0", _UNKNOWN: "#eef1f4"}
 
 
-def render(result: DemoResult, comparison: Sequence[RecipeResult] = ()) -> str:
-    """Return the page.
-
-    Args:
-        result: of the demo. Pictures and logs that its folders lack, or that cannot be read, are left out.
-        comparison: of recipes; empty where none was made.
-    """
+def render(result: DemoResult) -> str:
+    """Return the page; pictures and logs that the demo's folders lack, or that cannot be read, are left out."""
     sections = [
         _headline(result),
         _results(result),
@@ -68,7 +59,6 @@ def render(result: DemoResult, comparison: Sequence[RecipeResult] = ()) -> str:
         _cost(result),
         _curves(result.seeds),
         _held_out(result.seeds),
-        demo_page_comparison.section(comparison) if comparison else "",
         _commands(result),
         _next(result),
     ]
@@ -386,7 +376,7 @@ def _next(result: DemoResult) -> str:
     return "<h2>What to type next</h2>" + "".join(_command(left, shlex.join(line)) for left, line in lines)
 
 
-_INK, _GREY = "#1c2733", "#7b8794"
+_INK = "#1c2733"
 _DPI = 200  # sharp on screens of two or three pixels to the point
 CURVES = tuple(panel for panel in PANELS if panel.held_out)
 
@@ -409,50 +399,3 @@ def curve_figure(panel: Panel, curves: Sequence[Curves]) -> Figure:
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False)
     return figure
-
-
-def comparison_figure(comparison: Sequence[RecipeResult]) -> Figure:
-    """Draw a row per recipe: our mean with its 95 % interval, and below it the paper's mean with its standard error."""
-    count = len(comparison)
-    figure, [[axes]] = new_figure(1, 1, height=0.52 * count + 0.9, width=5.2, dpi=_DPI)
-    for row, result in enumerate(comparison):
-        low, high = result.interval
-        ours = row - 0.14 if result.recipe in PAPER_SUCCESS else row
-        seeds = [100 * rate for rate in result.rates] if len(result.rates) > 1 else []
-        axes.plot(seeds, [ours] * len(seeds), "|", color=ACCENT, markersize=8, alpha=0.6)
-        bar = ([100 * (result.mean - low)], [100 * (high - result.mean)])
-        axes.errorbar(100 * result.mean, ours, xerr=bar, fmt="o", color=ACCENT, markersize=6, capsize=3)
-        _value(axes, 100 * high, ours, percent(result.mean), ACCENT)
-        if result.recipe in PAPER_SUCCESS:
-            mean, error = PAPER_SUCCESS[result.recipe]
-            axes.errorbar(
-                mean, row + 0.2, xerr=error, fmt="D", color=_GREY, markerfacecolor="white", markersize=5, capsize=3
-            )
-            _value(axes, mean + error, row + 0.2, percent(mean / 100), _GREY)
-    axes.set_yticks(range(count), [result.recipe for result in comparison], fontsize=9.5, parse_math=False)
-    axes.set_ylim(count - 0.45, -0.55)
-    axes.set_xlim(-3, 114)  # room for the figures beside the bars
-    axes.set_xticks(range(0, 101, 20))
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
-    for row in range(1, count):
-        axes.axhline(row - 0.5, color="#e6eaee", linewidth=0.8)
-    axes.set_xlabel("success (%)", fontsize=9)
-    _legend(figure, seeds=any(len(result.rates) > 1 for result in comparison))
-    return figure
-
-
-def _value(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
-    axes.annotate(text, (x, y), (5, 0), textcoords="offset points", va="center", fontsize=8, color=colour)
-
-
-def _legend(figure: Figure, *, seeds: bool) -> None:
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D([], [], color=ACCENT, marker="o", markersize=6),
-        *([Line2D([], [], color=ACCENT, marker="|", markersize=8, linestyle="", alpha=0.6)] if seeds else []),
-        Line2D([], [], color=_GREY, marker="D", markerfacecolor="white", markersize=5),
-    ]
-    labels = ["here, 95 % interval", *(["each seed"] if seeds else []), "paper, ± one standard error"]
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False)

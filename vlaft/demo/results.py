@@ -1,27 +1,14 @@
-"""What a demo and a comparison of recipes found: plain data, read from and written to JSON."""
+"""What a demo found: plain data, read from and written to JSON."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from vlaft.environments.episodes import wilson_interval
-
-# the paper's own column: success of OpenVLA 7B adapted to Franka-Tabletop tasks, in percent, with standard errors
-# (OpenVLA, arXiv 2406.09246, table 1)
-PAPER_SUCCESS = {
-    "full": (69.7, 7.2),
-    "last-layer": (30.3, 6.1),
-    "frozen-vision": (47.0, 6.9),
-    "sandwich": (62.1, 7.9),
-    "lora32": (68.2, 7.5),
-}
-# Student's t at 97.5 %, by degrees of freedom
-_STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 @dataclass(frozen=True)
@@ -143,54 +130,27 @@ class DemoResult:
     commands: tuple[Command, ...]
 
 
-@dataclass(frozen=True)
-class RecipeResult:
-    """One recipe in a comparison.
-
-    Attributes:
-        recipe: its name; `zero-shot` for the base as it is.
-        learning_rate: that did best on the validation seeds; None where nothing was trained.
-        searched: learning rate to success on the validation seeds.
-        rates: success of each training seed, on seeds that nothing was chosen by.
-        episodes: of each of these.
-        trainable: number of parameters.
-        train_seconds: mean of one training.
-    """
-
-    recipe: str
-    learning_rate: float | None
-    searched: Mapping[str, float]
-    rates: Sequence[float]
-    episodes: int
-    trainable: int
-    train_seconds: float
-
-    @property
-    def mean(self) -> float:
-        """Mean success over training seeds."""
-        return sum(self.rates) / len(self.rates)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Interval of 95 % of the mean over training seeds (Student's t); Wilson's where there is one seed."""
-        return mean_interval(self.rates, self.episodes)
-
-
 def mean_interval(rates: Sequence[float], episodes: int) -> tuple[float, float]:
-    """Return the 95 % interval of a mean of success rates over training seeds, within 0..1.
+    """Return the 95 % interval of a mean of success rates over training seeds, within 0..1 (Student's t).
 
     Args:
         rates: one per training seed.
         episodes: behind each rate; used for a single seed, whose interval is Wilson's and says nothing of how seeds
             differ.
     """
+    from scipy.stats import sem, t
+
     count = len(rates)
     if count == 1:
         return wilson_interval(round(rates[0] * episodes), episodes)
     mean = sum(rates) / count
-    deviation = math.sqrt(sum((rate - mean) ** 2 for rate in rates) / (count - 1))
-    half = _STUDENT.get(count - 1, 1.96) * deviation / math.sqrt(count)
+    half = float(t.ppf(0.975, count - 1) * sem(rates))
     return max(mean - half, 0.0), min(mean + half, 1.0)
+
+
+def overlapping(first: tuple[float, float], second: tuple[float, float]) -> bool:
+    """Return whether two intervals share a point."""
+    return first[0] <= second[1] and second[0] <= first[1]
 
 
 def write_result(path: Path, value: Any) -> None:

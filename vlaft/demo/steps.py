@@ -13,30 +13,34 @@ OUT/
   seed-2/ ...               demonstrations, run and evaluation of further training seeds
   report.html
 
-Each step is a command with a result on disk; a step whose result is there is not run again.
+Each step is a command with a result on disk; a step whose result is there is not run again. The commands themselves are
+the command line's, which hands in how to run one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import shlex
 import shutil
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
 from vlaft.demo.results import Command, Cost, DemoResult, SeedResult, Success
+from vlaft.environments.tabletop import recording as recorder
 from vlaft.errors import VlaftError
-from vlaft.files import output_folder
+from vlaft.files import output_file, output_folder
 
 DATASET = "tabletop_b"
 EVALUATION_EPISODES = 100
-# Seeds of scenes. Those of validation are for choosing settings; those of the report are used for nothing else.
-_DEMONSTRATIONS, _EPISODES, _VALIDATION = 100_000, 200_000, 500_000
-_PER_SEED = 1_000  # so many scenes belong to one training seed
+# Seeds of scenes, so many to one training seed. They are used for nothing else: settings were chosen on other scenes.
+_DEMONSTRATIONS, _EPISODES, _PER_SEED = 100_000, 200_000, 1_000
 
 # How the demo trains: short, on a CPU, at a scale where large learning rates are right. Chosen on validation seeds
 # (docs/demo.md), as were the learning rates.
@@ -67,7 +71,7 @@ LEARNING_RATES = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class DemoSettings:
     """What was asked of a demo.
 
     Attributes:
@@ -82,7 +86,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Step:
+class DemoStep:
     """One command of the demo.
 
     Attributes:
@@ -117,7 +121,7 @@ def write_base(out: Path) -> Path:
     """
     base = out / "base"
     if not base.exists():
-        shipped = files("vlaft") / "sim" / "tabletop_base"
+        shipped = files("vlaft.environments.tabletop") / "base"
         if not (shipped / "model.safetensors").is_file():
             raise VlaftError(
                 "this installation lacks the demo's base (vlaft/environments/tabletop/base); install vlaft again"
@@ -132,48 +136,51 @@ def seed_folder(out: Path, seed: int) -> Path:
     return out if seed == 1 else out / f"seed-{seed}"
 
 
-def steps(out: Path, settings: Settings) -> Iterator[Step]:
+def steps(out: Path, settings: DemoSettings) -> Iterator[DemoStep]:
     """Yield the demo's commands in their order; the first is to be done before the next is asked for."""
     base, recipe = out / "base", settings.recipe
     for seed in range(1, settings.seeds + 1):
         folder = seed_folder(out, seed)
-        yield recording(folder, settings.demonstrations, _DEMONSTRATIONS + _PER_SEED * seed)
+        demonstrations_from, episodes_from = scene_seeds(seed)
+        yield recording(folder, settings.demonstrations, demonstrations_from)
         yield converting(folder, base)
         if seed == 1:
             words = ("report", "--base", str(base), "--recipe", recipe, "--measure", "--json", BATCH_WORD)
-            yield Step(words, out / "cost.json", out / "cost.json")
-        yield acting(base, folder, "before", _EPISODES + _PER_SEED * seed, films=True)
+            yield DemoStep(words, out / "cost.json", out / "cost.json")
+        yield acting(base, folder, "before", episodes_from, films=True)
         yield training(recipe, LEARNING_RATES[recipe], seed, base, folder / "data", folder / "run")
-        yield acting(trained(folder), folder, "after", _EPISODES + _PER_SEED * seed, films=True)
+        yield acting(trained(folder), folder, "after", episodes_from, films=True)
     compared = ("evaluate", str(base), str(trained(out)), "--data", str(out / "data"))
     pictures = ("--plots", str(out / "held-out"), "--overwrite", "--json")
-    yield Step((*compared, *pictures), out / "held-out.json", out / "held-out.json")
-    yield Step(("merge", str(out / "run"), "--checkpoint", "last", "--out", str(out / "model")), out / "model")
-    yield acting(out / "model", out, "merged", _EPISODES + _PER_SEED)
+    yield DemoStep((*compared, *pictures), out / "held-out.json", out / "held-out.json")
+    yield DemoStep(("merge", str(out / "run"), "--checkpoint", "last", "--out", str(out / "model")), out / "model")
+    yield acting(out / "model", out, "merged", scene_seeds(1)[1])
     if importlib.util.find_spec("bitsandbytes") is not None:
-        yield Step(("export", str(out / "model"), "--out", str(out / "model-nf4"), "--to", "nf4"), out / "model-nf4")
-        yield acting(out / "model-nf4", out, "exported", _EPISODES + _PER_SEED)
+        yield DemoStep(
+            ("export", str(out / "model"), "--out", str(out / "model-nf4"), "--to", "nf4"), out / "model-nf4"
+        )
+        yield acting(out / "model-nf4", out, "exported", scene_seeds(1)[1])
 
 
-def recording(folder: Path, demonstrations: int, seed: int) -> Step:
+def recording(folder: Path, demonstrations: int, seed: int) -> DemoStep:
     """Return the command that records demonstrations of the new robot."""
     file = folder / f"{DATASET}.hdf5"
     words = ("--out", str(file), "--episodes", str(demonstrations), "--seed", str(seed))
-    return Step(words, file, module="vlaft.environments.tabletop.recording")
+    return DemoStep(words, file, module="vlaft.environments.tabletop.recording")
 
 
-def converting(folder: Path, base: Path) -> Step:
+def converting(folder: Path, base: Path) -> DemoStep:
     """Return the command that converts them."""
     words = ("convert", str(folder / f"{DATASET}.hdf5"), "--preset", "tabletop", "--base", str(base))
-    return Step((*words, "--out", str(folder / "data")), folder / "data" / "dataset.json")
+    return DemoStep((*words, "--out", str(folder / "data")), folder / "data" / "dataset.json")
 
 
-def training(recipe: str, rate: float, seed: int, base: Path, data: Path, run: Path) -> Step:
+def training(recipe: str, rate: float, seed: int, base: Path, data: Path, run: Path) -> DemoStep:
     """Return the command that trains."""
     words = ("train", "--recipe", recipe, "--base", str(base), "--data", str(data), "--out", str(run))
     resume = ("--resume",) if run.exists() else ()
     settings = (*TRAINING, f"train.learning_rate={rate:g}", f"train.seed={seed}")
-    return Step((*words, *resume, *settings), run / "report.json")
+    return DemoStep((*words, *resume, *settings), run / "report.json")
 
 
 def trained(folder: Path) -> Path:
@@ -185,26 +192,81 @@ def trained(folder: Path) -> Path:
     return folder / "run" / "checkpoints" / f"step-{STEPS:06d}"
 
 
-def acting(model: Path, folder: Path, name: str, seed: int, *, films: bool = False) -> Step:
+def acting(model: Path, folder: Path, name: str, seed: int, *, films: bool = False) -> DemoStep:
     """Return the command that lets a model act in the new set-up."""
     words = ["evaluate", str(model), "--env", "tabletop", "--episodes", str(EVALUATION_EPISODES), "--seed", str(seed)]
     words += ["--batch-size", "50"]
     if films:
         words += ["--plots", str(folder / name), "--overwrite"]
-    return Step((*words, "--json"), folder / f"{name}.json", folder / f"{name}.json")
+    return DemoStep((*words, "--json"), folder / f"{name}.json", folder / f"{name}.json")
 
 
-def validation_seeds() -> tuple[int, int]:
-    """Return the first seed of demonstrations and of episodes for choosing settings."""
-    return _VALIDATION, _VALIDATION + 50_000
-
-
-def report_seeds(seed: int) -> tuple[int, int]:
+def scene_seeds(seed: int) -> tuple[int, int]:
     """Return the first seed of demonstrations and of episodes of a training seed."""
     return _DEMONSTRATIONS + _PER_SEED * seed, _EPISODES + _PER_SEED * seed
 
 
-def read_result(out: Path, settings: Settings, commands: Sequence[Command]) -> DemoResult:
+class StepFailed(Exception):
+    """A command failed, and has said why.
+
+    Attributes:
+        exit_code: that it ended with.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"the command ended with exit code {exit_code}")
+        self.exit_code = exit_code
+
+
+def run_steps(
+    steps: Iterable[DemoStep], out: Path, vlaft: Callable[[Sequence[str]], int], say: Callable[[str], None]
+) -> list[Command]:
+    """Run what has not been done yet, in this process, which has imported torch already.
+
+    Args:
+        steps: each is asked for when the one before it is done.
+        out: folder of all results; its `commands.json` keeps what was run, so that a resumed demo can tell all.
+        vlaft: runs the command line with these words and returns its exit code.
+        say: told each command before it runs.
+
+    Returns:
+        All commands as they were run, with the times that they took.
+
+    Raises:
+        StepFailed: one of them did.
+    """
+    file = out / "commands.json"
+    known: dict[str, dict] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    commands = []
+    for step in steps:
+        key = step.result.relative_to(out).as_posix()
+        if step.done:
+            say(f"\n$ {step.line}\n(done earlier)")
+        else:
+            say(f"\n$ {step.line}")
+            began = time.monotonic()
+            _run_step(step, vlaft)
+            known[key] = {"line": step.line, "seconds": time.monotonic() - began}
+            with output_file(file) as partial:
+                partial.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+        commands.append(Command(**known.get(key, {"line": step.line, "seconds": 0.0})))
+    return commands
+
+
+def _run_step(step: DemoStep, vlaft: Callable[[Sequence[str]], int]) -> None:
+    step.result.parent.mkdir(parents=True, exist_ok=True)
+    run = vlaft if step.module is None else recorder.main
+    captured = io.StringIO()
+    with contextlib.nullcontext() if step.output is None else contextlib.redirect_stdout(captured):
+        code = run(step.words)
+    if code:
+        raise StepFailed(code)
+    if step.output is not None:
+        with output_file(step.output) as partial:
+            partial.write_text(captured.getvalue(), encoding="utf-8")
+
+
+def read_result(out: Path, settings: DemoSettings, commands: Sequence[Command]) -> DemoResult:
     """Gather what the commands left on disk."""
     data = json.loads((out / "data" / "dataset.json").read_text(encoding="utf-8"))
     return DemoResult(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -72,17 +71,17 @@ class Rollout:
         return wilson_interval(self.successes, len(self.episodes))
 
 
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the score interval of a share (Wilson 1927), which holds near 0 and 1 too.
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Return the 95 % score interval of a share (Wilson 1927), which holds near 0 and 1 too.
 
     >>> low, high = wilson_interval(9, 10)
     >>> round(low, 3), round(high, 3)
     (0.596, 0.982)
     """
-    share, square = successes / trials, z * z / trials
-    middle = (share + square / 2) / (1 + square)
-    half = z * math.sqrt(share * (1 - share) / trials + square / (4 * trials)) / (1 + square)
-    return max(middle - half, 0.0), min(middle + half, 1.0)
+    from scipy.stats import binomtest  # loaded late, as it takes a second
+
+    interval = binomtest(successes, trials).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def roll_out(

@@ -14,7 +14,7 @@ from vlaft.environments.tabletop.environment import TabletopEnv
 from vlaft.environments.tabletop.scene import SETUP_A, SETUP_B
 from vlaft.policy import Policy, load
 
-BASE = Path(str(files("vlaft") / "sim" / "tabletop_base"))
+BASE = Path(str(files("vlaft.environments.tabletop") / "base"))
 SEEDS = range(810_000, 810_040)
 
 

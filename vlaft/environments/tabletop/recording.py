@@ -127,7 +127,7 @@ def record(path: Path, setup: SetUp, seeds: Sequence[int]) -> int:
     return frames
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Record from the command line; return the exit code: 0 done, 1 user error, 130 interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m vlaft.environments.tabletop.recording", description="Record demonstrations."
