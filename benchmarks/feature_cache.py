@@ -19,7 +19,7 @@ from pathlib import Path
 from vlaft.action.metrics import MetricSums
 from vlaft.recipe.resolve import resolve
 from vlaft.training.data import to_inputs
-from vlaft.training.events import Silence
+from vlaft.training.events import Listener
 from vlaft.training.run import Run
 
 
@@ -38,7 +38,7 @@ def main() -> None:
         runs = {}
         for way in ("always", "never"):
             recipe = resolve(options.recipe, [], [*words, f"data.reuse_features={way}"])
-            runs[way] = Run(recipe, Path(folder) / way, options.base, Silence())
+            runs[way] = Run(recipe, Path(folder) / way, options.base, Listener())
             runs[way].load()
         kept = runs["always"]
         sums = {way: MetricSums(run.device) for way, run in runs.items()}

@@ -55,11 +55,11 @@ def step_operations(
     from vlaft.accounting.memory import LABELS, usual_tokens
     from vlaft.accounting.meta import WithoutValues, example_inputs, example_normalization, meta_model
     from vlaft.recipe.settings import resolve_precision
-    from vlaft.training.model import DTYPES, make_trainable
+    from vlaft.training.model import PRECISIONS, make_trainable
     from vlaft.training.step import forward
 
     precision = resolve_precision(recipe.precision, on_gpu=True)
-    base = meta_model(config, DTYPES[precision.frozen])
+    base = meta_model(config, PRECISIONS[precision.frozen])
     with WithoutValues():
         model = make_trainable(base, recipe, precision).train()
     in_recomputed_blocks(model, on_gpu=True)
@@ -69,7 +69,7 @@ def step_operations(
     counter = FlopCounterMode(display=False)
     with counter:
         with DeviceEmulation(on_gpu=True):
-            output = forward(model, inputs, example_normalization(config), DTYPES[precision.compute])
+            output = forward(model, inputs, example_normalization(config), PRECISIONS[precision.compute])
         forward_operations = counter.get_total_flops()
         counts = {name.rpartition(".")[2]: sum(found.values()) for name, found in counter.get_flop_counts().items()}
         parts = {"vision": counts["vision_backbone"], "projector": counts["projector"]}

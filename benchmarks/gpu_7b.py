@@ -47,7 +47,7 @@ from vlaft.model.generation import generate_action_ids
 from vlaft.model.load import base_config
 from vlaft.recipe.resolve import resolve
 from vlaft.recipe.settings import RecipeConfig, resolve_precision
-from vlaft.training.model import DTYPES, make_trainable
+from vlaft.training.model import PRECISIONS, make_trainable
 from vlaft.training.optimizer import build_optimizer
 from vlaft.training.step import Inputs, forward
 
@@ -82,7 +82,7 @@ def bandwidth(device: torch.device) -> float:
 def trainable(recipe: RecipeConfig, config: OpenVLAConfig, device: torch.device) -> tuple[nn.Module, Any]:
     precision = resolve_precision(recipe.precision, on_gpu=device.type == "cuda")
     torch.manual_seed(0)
-    model = make_trainable(random_base(config, recipe, DTYPES[precision.frozen], device), recipe, precision)
+    model = make_trainable(random_base(config, recipe, PRECISIONS[precision.frozen], device), recipe, precision)
     return model.train(), build_optimizer(model, recipe.train, recipe.adapt.lora.plus_ratio)
 
 
@@ -100,14 +100,12 @@ def steps_of(kind: str, name: str, words: list[str], options: argparse.Namespace
     on_gpu = device.type == "cuda"
     recipe = resolve(name, [], ["data.augment=false", "train.accumulation=1", "train.batch_size=1", *words])
     precision = resolve_precision(recipe.precision, on_gpu)
-    compute, normalization = DTYPES[precision.compute], example_normalization(config)
+    compute, normalization = PRECISIONS[precision.compute], example_normalization(config)
     forward_pass = forward if kind == "vlaft" else plain_forward
     rate = matrix_rate(device, compute)
     operations = step_operations(recipe, config, batch_size=1)
     useful = step_operations(resolve("lora32", [], ["data.augment=false"]), config, batch_size=1).total
-    predicted = (
-        memory_model(recipe, config, forward_pass=None if kind == "vlaft" else plain_forward) if on_gpu else None
-    )
+    predicted = memory_model(recipe, config, forward_pass=forward_pass) if on_gpu else None
     model, optimizer = trainable(recipe, config, device)
     if kind == "plain":
         run_dead_blocks(model)
@@ -192,7 +190,7 @@ def on_a_small_card(options: argparse.Namespace) -> dict[str, Any]:
         losses = []
         for number in range(steps):
             generator = torch.Generator().manual_seed(number)
-            output = forward(model, inputs, normalization, DTYPES[precision.compute], generator)
+            output = forward(model, inputs, normalization, PRECISIONS[precision.compute], generator)
             assert output.loss is not None
             output.loss.backward()
             optimizer.step()

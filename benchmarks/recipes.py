@@ -18,7 +18,7 @@ from pathlib import Path
 
 from vlaft.data.loader import batches_in_order
 from vlaft.recipe.resolve import recipe_names, resolve
-from vlaft.training.events import Silence
+from vlaft.training.events import Listener
 from vlaft.training.run import Run
 from vlaft.training.trainer import train
 
@@ -48,12 +48,12 @@ def measure(name: str, options: argparse.Namespace, data: Path) -> dict:
     """Train one recipe and return what came of it."""
     recipe = resolve(name, [], settings(name, options, data))
     out = options.out / f"{data.name}-{name}"
-    before = Run(recipe, options.out / "before", Path(options.base), Silence())
+    before = Run(recipe, options.out / "before", Path(options.base), Listener())
     before.load()
     untrained = before.evaluate()
     assert untrained is not None, f"{data} has no held-out examples"
     began = time.monotonic()
-    summary = train(recipe, out, Silence())
+    summary = train(recipe, out, Listener())
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     after = next(line for line in reversed(lines) if "val_action_l1" in line)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)

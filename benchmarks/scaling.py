@@ -26,7 +26,7 @@ from vlaft.action.metrics import MetricSums
 from vlaft.model.configuration import OpenVLAConfig
 from vlaft.recipe.resolve import resolve
 from vlaft.recipe.settings import RecipeConfig, resolve_precision
-from vlaft.training.model import DTYPES
+from vlaft.training.model import PRECISIONS
 
 TOKENS = 34
 COLOURS = ("#4c6a92", "#c98b4a", "#5b9a72")
@@ -44,7 +44,7 @@ def measure(size: str, batch_sizes: list[int], rounds: int) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config, recipe = config_of(size), resolve("lora32", [], ["data.augment=false"])
     precision = resolve_precision(recipe.precision, on_gpu=device.type == "cuda")
-    compute, normalization = DTYPES[precision.compute], example_normalization(config)
+    compute, normalization = PRECISIONS[precision.compute], example_normalization(config)
     model, optimizer = ready(config, recipe, device)
     sums = MetricSums(device)
     seconds, peaks = [], []

@@ -18,7 +18,7 @@ import torch
 
 from vlaft.environments.tabletop.drawing import draw
 from vlaft.environments.tabletop.environment import TabletopEnv
-from vlaft.environments.tabletop.expert import expert_action
+from vlaft.environments.tabletop.recording import expert_action
 from vlaft.environments.tabletop.scene import SETUP_B
 from vlaft.policy import load
 

@@ -33,7 +33,7 @@ from vlaft.model import OpenVLAConfig, OpenVLAForActionPrediction
 from vlaft.model.load import base_config
 from vlaft.recipe.resolve import resolve
 from vlaft.recipe.settings import RecipeConfig, resolve_precision
-from vlaft.training.model import DTYPES, make_trainable
+from vlaft.training.model import PRECISIONS, make_trainable
 from vlaft.training.optimizer import build_optimizer
 from vlaft.training.step import Inputs, forward
 
@@ -70,7 +70,7 @@ def ready(config: OpenVLAConfig, recipe: RecipeConfig, device: torch.device) -> 
     precision = resolve_precision(recipe.precision, on_gpu=device.type == "cuda")
     torch.manual_seed(0)
     with device:
-        torch.set_default_dtype(DTYPES[precision.frozen])
+        torch.set_default_dtype(PRECISIONS[precision.frozen])
         model = OpenVLAForActionPrediction(config)
         torch.set_default_dtype(torch.float32)
     trainable = make_trainable(model, recipe, precision)
@@ -138,7 +138,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 def measure(config: OpenVLAConfig, recipe: RecipeConfig, batch_size: int, rounds: int, device: torch.device) -> dict:
     """Time both steps in turn and follow the memory of one of each."""
     precision = resolve_precision(recipe.precision, on_gpu=device.type == "cuda")
-    compute = DTYPES[precision.compute]
+    compute = PRECISIONS[precision.compute]
     normalization = example_normalization(config)
     with device:
         inputs = example_inputs(config, batch_size=batch_size, tokens=TOKENS, labels=LABELS, device=device)

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+from golden_models import unpack
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+HERE = Path(__file__).resolve().parent
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -17,8 +18,18 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
-    """Folder of golden outputs and real demonstrations; tests that need it are skipped where it is absent."""
-    if not SHARED.is_dir():
-        pytest.skip(f"needs the golden data, absent here: {SHARED}")
-    return SHARED
+def samples() -> Path:
+    """Folder of real demonstrations in every format, and of facts about them (see its README.md)."""
+    return HERE / "data"
+
+
+@pytest.fixture(scope="session")
+def golden_folder() -> Path:
+    """Folder of what upstream's own code computes (see its README.md)."""
+    return HERE / "golden"
+
+
+@pytest.fixture(scope="session")
+def tiny(golden_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`golden/openvla-tiny` with its weights unpacked: a small release in `checkpoint/`, and what upstream computes."""
+    return unpack(golden_folder / "openvla-tiny", tmp_path_factory.mktemp("tiny") / "openvla-tiny")

@@ -1,8 +1,9 @@
-"""The small golden models, and what upstream's code computes with them (see `golden/README.md` of the shared data)."""
+"""The small golden models, and what upstream's code computes with them (see `golden/README.md`)."""
 
 from __future__ import annotations
 
 import json
+import lzma
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,19 @@ def golden(name: str) -> Golden:
     folder = MINI / name
     expected = json.loads((folder / "expected.json").read_text())
     return Golden(folder, expected, load_file(folder / "tensors.safetensors"))
+
+
+def unpack(source: Path, target: Path) -> Path:
+    """Copy a folder, with the `.xz` files in it unpacked as `unxz` would."""
+    for path in source.rglob("*"):
+        if path.is_file():
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".xz":
+                copy.with_suffix("").write_bytes(lzma.decompress(path.read_bytes()))
+            else:
+                shutil.copyfile(path, copy)
+    return target
 
 
 def base_tensors(folder: Path) -> dict[str, Tensor]:

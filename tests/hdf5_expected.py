@@ -1,4 +1,4 @@
-"""Compare a source with the facts in `../shared/data/expected`."""
+"""Compare a source with the facts in `tests/data/expected`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from vlaft.data.layout import apply_layout
-from vlaft.data.readers import Source
+from vlaft.data.readers.reader import Reader
 from vlaft.observation.images import Image
 
 
-def load_expected(shared: Path, name: str) -> dict[str, Any]:
-    return json.loads((shared / "data" / "expected" / f"{name}.json").read_text())
+def load_expected(samples: Path, name: str) -> dict[str, Any]:
+    return json.loads((samples / "expected" / f"{name}.json").read_text())
 
 
 def quarters(image: Image) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def quarters(image: Image) -> dict[str, Any]:
     return {name: part.mean(axis=(0, 1)) for name, part in parts.items()}
 
 
-def assert_frames(source: Source, camera: str, expected: dict[str, Any], tolerance: float = 3.0) -> None:
+def assert_frames(source: Reader, camera: str, expected: dict[str, Any], tolerance: float = 3.0) -> None:
     """First and last frame of the first episode, as stored, quarter by quarter."""
     episode = source.read(source.episodes()[0])
     first, last = list(episode.cameras[camera].read([0, episode.length - 1]))
@@ -39,7 +39,7 @@ def assert_frames(source: Source, camera: str, expected: dict[str, Any], toleran
             np.testing.assert_allclose(colour, expected[key][part], atol=tolerance, err_msg=f"{key} {part}")
 
 
-def assert_as_expected(source: Source, expected: dict[str, Any]) -> None:
+def assert_as_expected(source: Reader, expected: dict[str, Any]) -> None:
     """Counts, names, instructions, rate, cameras, and the unchanged action with its statistics."""
     refs = source.episodes()
     episodes = [apply_layout(source.read(ref), source.layout) for ref in refs]

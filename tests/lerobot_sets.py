@@ -1,4 +1,4 @@
-"""LeRobot sets that tests write, whole or with something wrong."""
+"""Small LeRobot sets as tests write them, and what a conversion would read of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vlaft.data.layout import apply_layout
-from vlaft.data.readers.lerobot.source import LeRobotSource
+from vlaft.data.readers.lerobot.source import LeRobotReader
 from vlaft.errors import DataError
 
 CAMERA = "observation.images.top"
@@ -131,9 +131,9 @@ def edit_rows(root: Path, number: int, **changed: Any) -> None:
     pq.write_table(pa.table(table), root / f"data/chunk-000/episode_{number:06d}.parquet")
 
 
-def read_all(root: Path) -> tuple[LeRobotSource, list[Any]]:
+def read_all(root: Path) -> tuple[LeRobotReader, list[Any]]:
     """Read everything there is, as a conversion would."""
-    source = LeRobotSource(root)
+    source = LeRobotReader(root)
     episodes = [apply_layout(source.read(ref), source.layout) for ref in source.episodes()]
     for episode in episodes:
         for frames in episode.cameras.values():

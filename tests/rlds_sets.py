@@ -1,11 +1,13 @@
-"""The writer of RLDS sets that the examples have."""
+"""Small RLDS sets as tests write them, by the writer among the examples."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 from repository import ROOT
 
 
@@ -20,3 +22,14 @@ def _load_writer() -> ModuleType:
 
 
 writer = _load_writer()
+
+
+def make_episode(steps: int = 4, seed: int = 0, text: str = "pick up the cup") -> dict[str, Any]:
+    random = np.random.default_rng(seed)
+    return {
+        "action": random.normal(size=(steps, 7)).astype(np.float32),
+        "observation/state": random.normal(size=(steps, 8)).astype(np.float32),
+        "observation/image": random.integers(0, 256, (steps, 16, 20, 3), dtype=np.uint8),
+        "observation/wrist_image": random.integers(0, 256, (steps, 8, 8, 3), dtype=np.uint8),
+        "language_instruction": [text] * steps,
+    }

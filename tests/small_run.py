@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from vlaft.recipe.resolve import resolve
 from vlaft.recipe.settings import RecipeConfig
-from vlaft.training.events import Banner, EvaluationLine, RunSummary, StepLine
+from vlaft.training.events import Banner, EvaluationLine, Listener, RunSummary, StepLine
 from vlaft.training.trainer import train
 
 TIMES = ("samples_per_second", "data_seconds", "seconds_left")
@@ -35,7 +35,7 @@ class Small:
 
 
 @dataclass
-class Recorder:
+class Recorder(Listener):
     """A listener that remembers."""
 
     banner: Banner | None = None

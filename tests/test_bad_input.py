@@ -13,16 +13,16 @@ from vlaft.cli.main import main
 
 
 @pytest.fixture
-def bridge(shared: Path, tmp_path: Path) -> Path:
+def bridge(samples: Path, tmp_path: Path) -> Path:
     """A copy of the Bridge sample that a test may damage."""
     copy = tmp_path / "bridge_dataset"
-    shutil.copytree(shared / "data/rlds/bridge_dataset", copy, copy_function=shutil.copyfile)
+    shutil.copytree(samples / "rlds/bridge_dataset", copy, copy_function=shutil.copyfile)
     return copy
 
 
 @pytest.fixture
-def base(shared: Path) -> Path:
-    return shared / "golden/openvla-tiny/checkpoint"
+def base(tiny: Path) -> Path:
+    return tiny / "checkpoint"
 
 
 def sentence(capsys: pytest.CaptureFixture[str]) -> str:
@@ -140,10 +140,12 @@ def test_training_without_data(base: Path, tmp_path: Path, capsys: pytest.Captur
     assert not (tmp_path / "run").exists()
 
 
-def test_data_of_another_base(shared: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_of_another_base(
+    samples: Path, golden_folder: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = tmp_path / "data"
-    assert convert(shared / "data/rlds/bridge_dataset", base, data, "--limit", "1") == 0
-    other = shared / "golden/mini/fused"
+    assert convert(samples / "rlds/bridge_dataset", base, data, "--limit", "1") == 0
+    other = golden_folder / "mini/fused"
     assert main(["train", "--base", str(other), "--data", str(data), "--out", str(tmp_path / "run")]) == 1
     assert "convert the demonstrations again" in sentence(capsys)
     assert not (tmp_path / "run").exists()
@@ -158,8 +160,8 @@ def test_predict_with_wrong_files(base: Path, tmp_path: Path, capsys: pytest.Cap
     assert "text.png" in sentence(capsys)
 
 
-def test_unknown_statistics_key(shared: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    frame = shared / "golden/openvla-tiny/frames/0.png"
+def test_unknown_statistics_key(tiny: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frame = tiny / "frames/0.png"
     words = ["predict", str(base), "--image", str(frame), "--instruction", "push", "--unnorm-key", "bridge"]
     assert main(words) == 1
     assert "bridge_dataset" in sentence(capsys)
@@ -171,8 +173,10 @@ def test_adapter_that_is_none(base: Path, tmp_path: Path, capsys: pytest.Capture
     assert not (tmp_path / "out").exists()
 
 
-def test_adapter_of_another_base(shared: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    adapter = shared / "golden/mini/fused/adapter_trained"
+def test_adapter_of_another_base(
+    golden_folder: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = golden_folder / "mini/fused/adapter_trained"
     assert main(["merge", str(adapter), "--base", str(base), "--out", str(tmp_path / "out")]) == 1
     assert "another base" in sentence(capsys)
     assert not (tmp_path / "out").exists()

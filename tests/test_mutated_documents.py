@@ -39,7 +39,7 @@ from vlaft.model.load import load_config
 from vlaft.observation.prompts import load_base_files
 from vlaft.recipe.resolve import leaf_types, recipes_folder, resolve, to_yaml
 from vlaft.release.record import training_record
-from vlaft.training.checkpoints import Progress, read_checkpoint, write_checkpoint, write_trained
+from vlaft.training.checkpoints import RunProgress, read_checkpoint, write_checkpoint, write_trained
 from vlaft.training.folder import RunFolder
 from vlaft.weights.trained import find_trained
 
@@ -93,7 +93,7 @@ def write_layout_words(made: Path, place: Path) -> Try:
     def attempt(seed: int) -> None:
         settings = _layout_settings([word_mutations(keys, seed)])
         opened = open_request(SourceRequest(path=made / "data.hdf5", layout=settings))
-        opened.read(opened.source.episodes()[0])
+        opened.read(opened.reader.episodes()[0])
 
     return attempt
 
@@ -201,7 +201,7 @@ def write_state(made: Path, place: Path) -> Try:
         (folder / "state.json").write_bytes(json_mutations(document, seed))
         state, _, _ = read_checkpoint(folder)
         if state.get("progress") is not None:
-            assert read_as(Progress, state["progress"]).step == state["step"] >= 0
+            assert read_as(RunProgress, state["progress"]).step == state["step"] >= 0
 
     return attempt
 
@@ -227,7 +227,7 @@ def write_info(made: Path, place: Path) -> Try:
     def attempt(seed: int) -> None:
         (place / "meta/info.json").write_bytes(json_mutations(document, seed))
         opened = open_request(SourceRequest(path=place))
-        opened.source.read(opened.source.episodes()[0])
+        opened.reader.read(opened.source.episodes()[0])
 
     return attempt
 

@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from vlaft.action.statistics import compute_statistics
 from vlaft.action.tokens import normalize
 from vlaft.environments.tabletop.drawing import SIZE, draw
-from vlaft.environments.tabletop.expert import expert_action
+from vlaft.environments.tabletop.recording import expert_action
 from vlaft.environments.tabletop.scene import CEILING, REACH, SETUP_A, Colour, Scene, SetUp, new_scene, place_objects
 from vlaft.model import OpenVLAConfig, OpenVLAForActionPrediction
 from vlaft.observation.augmentation import augment, pixel_values

@@ -15,12 +15,12 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from vlaft.model.registration import register_with_transformers
+from vlaft.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from vlaft.policy import load
 
 __all__ = ["load"]
-__version__ = "0.1.0"
 
 # peft imports bitsandbytes, which on some CPUs warns that an optional kernel package is absent. Nothing here uses it.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(

@@ -9,7 +9,7 @@ from golden_models import MINI
 
 from benchmarks.flops import step_operations
 from vlaft.accounting.choose import RESERVE, choose, relative_time
-from vlaft.accounting.memory import memory_model, predict
+from vlaft.accounting.memory import memory_model, predict_memory
 from vlaft.cli.main import main
 from vlaft.errors import VlaftError
 from vlaft.model.load import base_config, load_config
@@ -38,7 +38,7 @@ def made(name: str, words: list[str]) -> RecipeConfig:
 )
 def test_openvla_7b_is_predicted_to_fit(words: str, batch_size: int, allocated: float, total: float) -> None:
     name, *settings = words.split()
-    prediction = predict(resolve(name, [], settings), base_config(SEVEN), batch_size=batch_size)
+    prediction = predict_memory(resolve(name, [], settings), base_config(SEVEN), batch_size=batch_size)
     assert prediction.allocated < allocated * GB
     assert prediction.peak < total * GB
     assert sum(prediction.terms.values()) == prediction.peak
@@ -63,7 +63,7 @@ def of_base(name: str, words: list[str]) -> RecipeConfig:
 
 
 def needs(name: str, batch_size: int, *words: str) -> int:
-    return predict(of_base(name, list(words)), load_config(MINI / "fused"), batch_size=batch_size).peak
+    return predict_memory(of_base(name, list(words)), load_config(MINI / "fused"), batch_size=batch_size).peak
 
 
 def test_a_large_card_recomputes_nothing_and_takes_all_examples_at_once() -> None:
@@ -71,7 +71,7 @@ def test_a_large_card_recomputes_nothing_and_takes_all_examples_at_once() -> Non
     train = choice.recipe.train
     assert choice.recipe.name == "lora32"
     assert (train.batch_size, train.accumulation, train.gradient_checkpointing) == (16, 1, "none")
-    assert choice.memory == predict(choice.recipe, load_config(MINI / "fused"))
+    assert choice.memory == predict_memory(choice.recipe, load_config(MINI / "fused"))
     assert len(choice.reasons) == 1
 
 

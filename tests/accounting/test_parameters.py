@@ -2,7 +2,7 @@
 
 import pytest
 
-from vlaft.accounting.parameters import PARTS, count_parameters, folded, part_of
+from vlaft.accounting.parameters import PARTS, count_parameters, folded_module, part_of
 from vlaft.model.load import base_config
 from vlaft.recipe.resolve import recipe_names, resolve
 
@@ -62,6 +62,9 @@ def test_parts_are_those_of_the_reference():
 
 
 def test_folding():
-    assert folded("vision_backbone.featurizer.blocks.3.ls1.scale_factor") == "vision_backbone.featurizer.blocks.N.ls1"
-    assert folded("base_model.model.projector.fc1.base_layer.bias") == "projector.fc1"
+    assert (
+        folded_module("vision_backbone.featurizer.blocks.3.ls1.scale_factor")
+        == "vision_backbone.featurizer.blocks.N.ls1"
+    )
+    assert folded_module("base_model.model.projector.fc1.base_layer.bias") == "projector.fc1"
     assert part_of("language_model.model.embed_tokens.weight") == "language model"

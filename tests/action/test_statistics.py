@@ -23,7 +23,7 @@ from vlaft.action.statistics import (
 )
 from vlaft.data.layout import apply_layout
 from vlaft.data.presets import load_preset
-from vlaft.data.readers.rlds.source import RldsSource
+from vlaft.data.readers.rlds.source import RldsReader
 from vlaft.data.standardize.steps import standardize
 from vlaft.errors import DataError
 
@@ -170,26 +170,26 @@ def test_choosing_the_key_follows_openvlas_rule() -> None:
         choose_key(two, "bridge_org")
 
 
-def test_upstreams_files_are_read(shared: Path) -> None:
-    for file in (shared / "golden/bridge/dataset_statistics.json", shared / "golden/openvla-tiny/checkpoint"):
+def test_upstreams_files_are_read(golden_folder: Path, tiny: Path) -> None:
+    for file in (golden_folder / "bridge/dataset_statistics.json", tiny / "checkpoint"):
         content = json.loads((file / "dataset_statistics.json" if file.is_dir() else file).read_text())
         content = content if "action" not in content else {"bridge_dataset": content}
         assert check_statistics(content, "golden") == content
 
 
-def bridge_actions(shared: Path) -> tuple[list[np.ndarray], list[str]]:
+def bridge_actions(samples: Path) -> tuple[list[np.ndarray], list[str]]:
     """Standardized actions and instructions of both splits, read by the RLDS reader with the preset `bridge`."""
-    source = RldsSource(shared / "data/rlds/bridge_dataset/1.0.0")
+    source = RldsReader(samples / "rlds/bridge_dataset/1.0.0")
     layout = load_preset("bridge", source.layout)
     episodes = [standardize(apply_layout(source.read(ref), layout), layout.steps) for ref in source.episodes()]
     return [np.asarray(episode.action) for episode in episodes], [episode.instruction for episode in episodes]
 
 
-def test_bridge_read_from_rlds_with_its_preset_has_upstreams_statistics(shared: Path) -> None:
+def test_bridge_read_from_rlds_with_its_preset_has_upstreams_statistics(samples: Path, golden_folder: Path) -> None:
     """Upstream computed them over `train` and `val`, from the same records."""
-    actions, _ = bridge_actions(shared)
+    actions, _ = bridge_actions(samples)
     found = compute_statistics(actions, mask=load_preset("bridge").action_mask)
-    golden = json.loads((shared / "golden/bridge/dataset_statistics.json").read_text())
+    golden = json.loads((golden_folder / "bridge/dataset_statistics.json").read_text())
     assert found["num_transitions"] == golden["num_transitions"] == 400
     assert found["num_trajectories"] == golden["num_trajectories"] == 50
     assert found["action"]["mask"] == golden["action"]["mask"]
@@ -200,13 +200,13 @@ def test_bridge_read_from_rlds_with_its_preset_has_upstreams_statistics(shared: 
         np.testing.assert_allclose(found["action"][name], golden["action"][name], rtol=0, atol=1e-6, err_msg=name)
 
 
-def test_bridge_read_from_rlds_with_its_preset_has_upstreams_actions(shared: Path) -> None:
+def test_bridge_read_from_rlds_with_its_preset_has_upstreams_actions(samples: Path, golden_folder: Path) -> None:
     """Every trajectory that upstream standardized is found among ours, step by step; upstream's are normalised."""
-    actions, instructions = bridge_actions(shared)
-    bounds = json.loads((shared / "golden/bridge/dataset_statistics.json").read_text())["action"]
+    actions, instructions = bridge_actions(samples)
+    bounds = json.loads((golden_folder / "bridge/dataset_statistics.json").read_text())["action"]
     low, high, mask = (np.asarray(bounds[name]) for name in ("q01", "q99", "mask"))
     normalized = [np.where(mask, np.clip(2 * (a - low) / (high - low + 1e-8) - 1, -1, 1), a) for a in actions]
-    rows = [json.loads(line) for line in (shared / "golden/bridge/examples.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (golden_folder / "bridge/examples.jsonl").read_text().splitlines()]
     trajectories: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
         trajectories.setdefault(row["trajectory"], []).append(row)

@@ -20,25 +20,24 @@ STATISTICS = {
 }
 
 
-def test_golden_ids_and_values(shared: Path) -> None:
-    golden = json.loads((shared / "golden/action_tokens.json").read_text())
+def test_golden_ids_and_values(golden_folder: Path) -> None:
+    golden = json.loads((golden_folder / "action_tokens.json").read_text())
     tokenizer = ActionTokenizer(golden["vocab_size"], golden["n_bins"])
     ids = tokenizer.encode(np.array(golden["actions"]))
     assert ids.tolist() == golden["action_token_ids"]
     assert tokenizer.decode(ids).tolist() == golden["decoded"]
 
 
-def test_golden_bridge_actions(shared: Path) -> None:
-    rows = [json.loads(line) for line in (shared / "golden/bridge/examples.jsonl").read_text().splitlines()]
+def test_golden_bridge_actions(golden_folder: Path) -> None:
+    rows = [json.loads(line) for line in (golden_folder / "bridge/examples.jsonl").read_text().splitlines()]
     tokenizer = ActionTokenizer()
     actions = np.array([row["normalized_action"] for row in rows], dtype=np.float32)
     assert tokenizer.encode(actions).tolist() == [row["action_token_ids"] for row in rows]
 
 
-def test_golden_predicted_actions(shared: Path) -> None:
-    folder = shared / "golden/openvla-tiny"
-    statistics = json.loads((folder / "checkpoint/dataset_statistics.json").read_text())["bridge_dataset"]["action"]
-    cases = json.loads((folder / "cases.json").read_text())["predict"]
+def test_golden_predicted_actions(tiny: Path) -> None:
+    statistics = json.loads((tiny / "checkpoint/dataset_statistics.json").read_text())["bridge_dataset"]["action"]
+    cases = json.loads((tiny / "cases.json").read_text())["predict"]
     assert cases
     for case in cases:
         action = unnormalize(ActionTokenizer().decode(case["generated_token_ids"]), statistics)

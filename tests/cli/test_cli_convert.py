@@ -53,9 +53,9 @@ def test_options_per_source(tmp_path: Path) -> None:
         _sources(["fps=5"], [], [], [])
 
 
-def test_bridge(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint = shared / "golden/openvla-tiny/checkpoint"
-    words = [str(shared / "data/rlds/bridge_dataset"), "--preset", "bridge", "--base", str(checkpoint)]
+def test_bridge(samples: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = tiny / "checkpoint"
+    words = [str(samples / "rlds/bridge_dataset"), "--preset", "bridge", "--base", str(checkpoint)]
     words += ["--out", str(tmp_path / "out"), "--limit", "2", "--json", "instruction=lift the pot"]
     run([*words, "--dry-run"])
     captured = capsys.readouterr()
@@ -68,18 +68,18 @@ def test_bridge(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert ConvertedDataset(tmp_path / "out").row("val", 3)["instruction"] == "lift the pot"
 
 
-def test_an_hdf5_file_of_its_own_layout_is_mapped_by_words(shared: Path, tmp_path: Path) -> None:
-    words = [str(shared / "data/hdf5/generic_mixed.hdf5"), "episodes=episodes/traj_*", "fps={attribute: control_hz}"]
+def test_an_hdf5_file_of_its_own_layout_is_mapped_by_words(samples: Path, tiny: Path, tmp_path: Path) -> None:
+    words = [str(samples / "hdf5/generic_mixed.hdf5"), "episodes=episodes/traj_*", "fps={attribute: control_hz}"]
     words += ["action=[cmd/ee_delta,cmd/gripper]", "cameras.front=camera/front_jpeg"]
     words += ["cameras.wrist.path=camera/wrist_chw", "instruction={attribute: instruction}"]
-    words += ["--base", str(shared / "golden/openvla-tiny/checkpoint"), "--out", str(tmp_path / "out")]
+    words += ["--base", str(tiny / "checkpoint"), "--out", str(tmp_path / "out")]
     run([*words, "--workers", "1"])
     dataset = ConvertedDataset(tmp_path / "out")
     assert dataset.rows("train") + dataset.rows("val") == 24 + 25 + 26
     assert dataset.info["sources"][0]["fps"] == 5 and dataset.cameras == ("image", "image_wrist")
 
 
-def test_a_wrong_setting_is_told_with_the_nearest_known_one(shared: Path, tmp_path: Path) -> None:
-    words = [str(shared / "data/rlds/bridge_dataset"), "--base", str(shared / "golden/openvla-tiny/checkpoint")]
+def test_a_wrong_setting_is_told_with_the_nearest_known_one(samples: Path, tiny: Path, tmp_path: Path) -> None:
+    words = [str(samples / "rlds/bridge_dataset"), "--base", str(tiny / "checkpoint")]
     with pytest.raises(ConfigError, match="did you mean 'instruction'"):
         run([*words, "--out", str(tmp_path / "out"), "instuction=x"])

@@ -21,9 +21,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(base), str(convert_small(base, folder / "data"))
 
 
-def test_bridge(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base, data = str(shared / "golden/openvla-tiny/checkpoint"), str(tmp_path / "data")
-    source = str(shared / "data/rlds/bridge_dataset")
+def test_bridge(samples: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, data = str(tiny / "checkpoint"), str(tmp_path / "data")
+    source = str(samples / "rlds/bridge_dataset")
     assert main(["convert", source, "--preset", "bridge", "--base", base, "--out", data, "--workers", "1"]) == 0
     capsys.readouterr()
     words = ["evaluate", base, "--data", data, "--limit", "16", "--batch-size", "8"]

@@ -45,8 +45,8 @@ def inspected(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str,
     return value
 
 
-def facts(shared: Path, name: str) -> dict[str, Any]:
-    value = json.loads((shared / "data/expected" / f"{name}.json").read_text())
+def facts(samples: Path, name: str) -> dict[str, Any]:
+    value = json.loads((samples / "expected" / f"{name}.json").read_text())
     assert isinstance(value, dict)
     return value
 
@@ -59,10 +59,10 @@ def check_numbers(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", SETS)
 def test_json_agrees_with_what_other_libraries_read(
-    name: str, shared: Path, capsys: pytest.CaptureFixture[str]
+    name: str, samples: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    expected = facts(shared, name)
-    found = inspected([str(shared / "data" / expected["path"]), *SETS[name], "--no-frames"], capsys)
+    expected = facts(samples, name)
+    found = inspected([str(samples / expected["path"]), *SETS[name], "--no-frames"], capsys)
     for key in ("episodes", "steps", "steps_per_episode", "cameras", "instructions", "instruction_per_episode"):
         assert found[key] == expected[key], key
     assert next(iter(found["cameras"])) == expected["main_camera"]
@@ -82,10 +82,10 @@ def test_json_agrees_with_what_other_libraries_read(
     ],
 )
 def test_json_of_rlds_tells_the_splits_apart(
-    name: str, words: list[str], shared: Path, capsys: pytest.CaptureFixture[str]
+    name: str, words: list[str], samples: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    expected = facts(shared, name)
-    found = inspected([str(shared / "data" / expected["path"]), *words], capsys)
+    expected = facts(samples, name)
+    found = inspected([str(samples / expected["path"]), *words], capsys)
     assert list(found["splits"]) == list(expected["splits"])
     for split, told in expected["splits"].items():
         for key in ("episodes", "steps", "steps_per_episode", "instructions"):
@@ -99,8 +99,8 @@ def test_json_of_rlds_tells_the_splits_apart(
     assert found["fps"] is None
 
 
-def test_bridge_is_warned_about_with_the_words_to_type(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = str(shared / "data/rlds/bridge_dataset/1.0.0")
+def test_bridge_is_warned_about_with_the_words_to_type(samples: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = str(samples / "rlds/bridge_dataset/1.0.0")
     warnings = inspected([source], capsys)["warnings"]
     for word in ("--preset bridge", "fps=", "steps='[drop_first]'", "25 of 50 episodes repeat", "action_mask="):
         assert any(word in warning for warning in warnings), word
@@ -113,8 +113,8 @@ def test_bridge_is_warned_about_with_the_words_to_type(shared: Path, capsys: pyt
     assert len(again) == 1 and "25 of 50 episodes repeat" in again[0]
 
 
-def test_all_proposed_steps_together_settle_what_was_wrong(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = str(shared / "data/lerobot/v2.1-internvla_pick_place")
+def test_all_proposed_steps_together_settle_what_was_wrong(samples: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = str(samples / "lerobot/v2.1-internvla_pick_place")
     first = inspected([source, PARTS, "--no-frames"], capsys)
     [gripper] = first["grippers"]
     assert (gripper["kind"], gripper["open_at"]) == ("binary", -1.0)
@@ -129,8 +129,8 @@ def test_all_proposed_steps_together_settle_what_was_wrong(shared: Path, capsys:
     check_numbers(mended["action"], first["action"])  # the raw action stays what it was
 
 
-def test_people_get_tables_and_numbered_warnings(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(shared / "data/hdf5/robomimic_image.hdf5"), "--limit", "2"]) == 0
+def test_people_get_tables_and_numbered_warnings(samples: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(samples / "hdf5/robomimic_image.hdf5"), "--limit", "2"]) == 0
     out = capsys.readouterr().out
     assert "robomimic" in out and "10 Hz" in out and "agentview_image 84x84x3 as agentview" in out
     assert "open at -1" in out and "axis_x" in out and "q99" in out and "█" in out
@@ -138,13 +138,13 @@ def test_people_get_tables_and_numbered_warnings(shared: Path, capsys: pytest.Ca
 
 
 def test_without_a_known_action_it_says_which_arrays_there_are(
-    shared: Path, capsys: pytest.CaptureFixture[str]
+    samples: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for path, example in (
         ("lerobot/v2.1-internvla_pick_place", PARTS.replace("=[", "='[").replace(",", ", ") + "'"),
         ("rlds/encodings/1.0.0", "action/world_vector, action/rotation_delta, action/gripper_closedness_action"),
     ):
-        assert main(["inspect", str(shared / "data" / path), "--json"]) == 1
+        assert main(["inspect", str(samples / path), "--json"]) == 1
         captured = capsys.readouterr()
         assert captured.out == "" and captured.err.count("\n") == 1
         assert example in captured.err and "there are, with their widths" in captured.err
@@ -161,9 +161,9 @@ def test_without_a_known_action_it_says_which_arrays_there_are(
     ],
 )
 def test_what_is_broken_is_refused_in_one_sentence(
-    path: str, word: str, shared: Path, capsys: pytest.CaptureFixture[str]
+    path: str, word: str, samples: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["inspect", str(shared / "data" / path), "--json"]) == 1
+    assert main(["inspect", str(samples / path), "--json"]) == 1
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1 and word in captured.err and "Traceback" not in captured.err
@@ -171,14 +171,14 @@ def test_what_is_broken_is_refused_in_one_sentence(
 
 @pytest.mark.parametrize(("source", "extra"), [("hdf5/libero_raw", []), ("rlds/bridge_dataset", ["--limit", "2"])])
 def test_the_page_is_self_contained_and_its_pictures_open(
-    source: str, extra: list[str], shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: str, extra: list[str], samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from html.parser import HTMLParser
 
     from PIL import Image
 
     page = tmp_path / "page.html"
-    summary = inspected([str(shared / "data" / source), *extra, "--html", str(page)], capsys)
+    summary = inspected([str(samples / source), *extra, "--html", str(page)], capsys)
     text = page.read_text(encoding="utf-8")
     assert not re.search(r"https?:|//cdn|<script|@import|url\(", text)
 
@@ -205,9 +205,9 @@ def test_the_page_is_self_contained_and_its_pictures_open(
 
 
 def test_an_existing_page_stays_unless_told_otherwise(
-    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source, page = str(shared / "data/hdf5/aloha_raw"), tmp_path / "page.html"
+    source, page = str(samples / "hdf5/aloha_raw"), tmp_path / "page.html"
     page.write_text("mine")
     assert main(["inspect", source, "--html", str(page)]) == 1
     assert "--overwrite" in capsys.readouterr().err and page.read_text() == "mine"
@@ -217,26 +217,26 @@ def test_an_existing_page_stays_unless_told_otherwise(
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
-def test_markup_in_an_instruction_stays_text(shared: Path, tmp_path: Path) -> None:
-    source, page = str(shared / "data/hdf5/aloha_raw"), tmp_path / "page.html"
+def test_markup_in_an_instruction_stays_text(samples: Path, tmp_path: Path) -> None:
+    source, page = str(samples / "hdf5/aloha_raw"), tmp_path / "page.html"
     words = [source, "instruction=<script>alert(1)</script>", "--html", str(page), "--limit", "1"]
     assert main(["inspect", *words]) == 0
     text = page.read_text(encoding="utf-8")
     assert "<script" not in text and "&lt;script&gt;" in text
 
 
-def test_usage(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = str(shared / "data/hdf5/aloha_raw")
+def test_usage(samples: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = str(samples / "hdf5/aloha_raw")
     assert main(["inspect", source, source]) == 2
     assert main(["inspect", source, "instuction=x"]) == 1
     assert "did you mean 'instruction'" in capsys.readouterr().err
     assert main(["inspect", source, "--preset", "nonsense"]) == 1
 
 
-def test_a_converted_dataset(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_converted_dataset(samples: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "data"
-    words = [str(shared / "data/rlds/bridge_dataset"), "--preset", "bridge", "--limit", "3", "--workers", "1"]
-    words += ["--base", str(shared / "golden/openvla-tiny/checkpoint"), "--out", str(out)]
+    words = [str(samples / "rlds/bridge_dataset"), "--preset", "bridge", "--limit", "3", "--workers", "1"]
+    words += ["--base", str(tiny / "checkpoint"), "--out", str(out)]
     assert main(["convert", *words]) == 0
     source = inspected([*words[:5]], capsys)
     found = inspected([str(out)], capsys)
@@ -266,20 +266,16 @@ def documented() -> list[str]:
     """The documented commands on sets that are among the samples."""
     blocks = re.findall(r"```bash\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.partition(" #")[0] for line in lines if line.startswith("vlaft inspect") and "demos" not in line]
+    return [line.partition(" #")[0] for line in lines if line.startswith("vlaft inspect tests/data/")]
 
 
-def test_the_documented_commands_run(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_documented_commands_run(monkeypatch: pytest.MonkeyPatch) -> None:
     import shlex
 
-    ran = 0
+    monkeypatch.chdir(DOCS.parents[1])
+    assert len(documented()) >= 9
     for line in documented():
-        _, _, source, *words = shlex.split(line)
-        found = next((path for path in (shared / "data").glob(f"*/{source}")), None)
-        if found is not None:
-            assert main(["inspect", str(found), *words, "--limit", "1", "--no-frames"]) == 0, line
-            ran += 1
-    assert ran >= 9
+        assert main([*shlex.split(line)[1:], "--limit", "1", "--no-frames"]) == 0, line
 
 
 def test_the_documented_tables_are_those_of_the_code() -> None:

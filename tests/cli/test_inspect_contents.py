@@ -156,7 +156,7 @@ def test_missing_videos_are_said_to_be_why_there_is_no_camera(
     for layout in ({}, {"cameras": {"front": "observation.images.front"}}):
         opened = open_request(SourceRequest(path=root, layout=layout))
         with pytest.raises(DataError, match=r"examples need images: camera 'observation.images.front' has no video"):
-            opened.read(opened.source.episodes()[0])
+            opened.read(opened.reader.episodes()[0])
 
 
 def test_a_camera_that_the_reader_left_out_is_said_why(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_a_camera_that_the_reader_left_out_is_said_why(tmp_path: Path) -> None:
     layout = {"cameras": {"wrist": "observation.images.wrist"}}
     opened = open_request(SourceRequest(path=root, layout=layout))
     with pytest.raises(DataError, match=r"lacks a camera that is asked for: .*wrist' has no video"):
-        opened.read(opened.source.episodes()[0])
+        opened.read(opened.reader.episodes()[0])
 
 
 def test_warnings_that_say_the_same_are_one_with_a_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

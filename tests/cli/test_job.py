@@ -13,14 +13,14 @@ from vlaft.weights.layout import tensor_table
 
 
 @pytest.fixture(scope="module")
-def base(shared: Path) -> Path:
-    return shared / "golden/openvla-tiny/checkpoint"
+def base(tiny: Path) -> Path:
+    return tiny / "checkpoint"
 
 
 @pytest.fixture(scope="module")
-def data(shared: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(samples: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("job") / "data"
-    words = ["convert", str(shared / "data/rlds/bridge_dataset"), "--preset", "bridge", "--base", str(base)]
+    words = ["convert", str(samples / "rlds/bridge_dataset"), "--preset", "bridge", "--base", str(base)]
     assert main([*words, "--out", str(out)]) == 0
     return out
 
@@ -72,9 +72,9 @@ def test_the_run_folder_is_complete(run: Path, base: Path) -> None:
 
 
 def test_adapter_merged_and_exported_predict_the_same(
-    run: Path, merged: Path, exported: Path, shared: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, merged: Path, exported: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    frames = [str(shared / f"golden/openvla-tiny/frames/{index}.png") for index in range(4)]
+    frames = [str(tiny / f"frames/{index}.png") for index in range(4)]
     images = [word for frame in frames for word in ("--image", frame)]
     answers = []
     for model in (run, merged, exported):
@@ -103,10 +103,9 @@ def test_the_export_has_the_layout_of_its_base(exported: Path, base: Path) -> No
     assert names <= {path.name for path in exported.iterdir()}
 
 
-def test_predict_gives_upstreams_actions(shared: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    golden = shared / "golden/openvla-tiny"
-    for case in json.loads((golden / "cases.json").read_text())["predict"]:
-        words = ["predict", str(base), "--image", str(golden / case["frame"]), "--json", "--device", "cpu"]
+def test_predict_gives_upstreams_actions(tiny: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for case in json.loads((tiny / "cases.json").read_text())["predict"]:
+        words = ["predict", str(base), "--image", str(tiny / case["frame"]), "--json", "--device", "cpu"]
         assert main([*words, "--instruction", case["instruction"]]) == 0
         answer = json.loads(capsys.readouterr().out)
         assert answer["action_token_ids"] == case["generated_token_ids"]

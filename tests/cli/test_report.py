@@ -12,8 +12,8 @@ FUSED = {"trainable_parameters": 110_828_288, "total_parameters": 7_652_065_472,
 
 
 @pytest.fixture
-def mini(shared):
-    return str(shared / "golden" / "mini" / "fused")
+def mini(golden_folder):
+    return str(golden_folder / "mini" / "fused")
 
 
 def run(capsys, *words):

@@ -126,14 +126,14 @@ def test_any_bytes_give_an_image_or_a_data_error(data: bytes, head: bytes) -> No
     assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
 
 
-def test_jpegs_are_decoded_exactly_as_tensorflow_does(shared: Path) -> None:
+def test_jpegs_are_decoded_exactly_as_tensorflow_does(samples: Path) -> None:
     """TensorFlow's pixels are in `expected/`; the JPEGs are cut out of the records by their markers."""
-    values = np.load(shared / "data/expected/rlds_encodings_values.npz", allow_pickle=False)
+    values = np.load(samples / "expected/rlds_encodings_values.npz", allow_pickle=False)
     frames = {values[key][0].tobytes() for key in values.files if key.endswith("/steps/observation/image")}
     found = set()
-    for shard in (shared / "data/rlds/encodings/1.0.0").glob("*.tfrecord-*"):
+    for shard in (samples / "rlds/encodings/1.0.0").glob("*.tfrecord-*"):
         data = shard.read_bytes()
         starts = [match.start() for match in re.finditer(rb"\xff\xd8\xff", data)]
         found |= {decode_image(data[start : data.index(b"\xff\xd9", start) + 2], "x").tobytes() for start in starts}
-    assert len(frames) == 9
+    assert len(frames) == 4
     assert frames <= found

@@ -52,8 +52,8 @@ def test_a_mix_with_unknown_datasets_and_wrong_weights_is_refused(tmp_path: Path
     ]
 
 
-def test_a_mix_of_ones_own_names_paths_presets_weights_and_settings(shared: Path, tmp_path: Path) -> None:
-    shutil.copytree(shared / "data/hdf5/aloha_raw", tmp_path / "demos/aloha")
+def test_a_mix_of_ones_own_names_paths_presets_weights_and_settings(samples: Path, tmp_path: Path) -> None:
+    shutil.copytree(samples / "hdf5/aloha_raw", tmp_path / "demos/aloha")
     file = tmp_path / "mine.yaml"
     file.write_text(
         "datasets:\n"
@@ -62,11 +62,11 @@ def test_a_mix_of_ones_own_names_paths_presets_weights_and_settings(shared: Path
         "  hub: {path: user/dataset}\n"
         "  mapped: {path: gone.hdf5, preset: mapping.yaml}\n"
     )
-    bridge, arms, hub, mapped = mix_requests(file, shared / "data/rlds", {"fps": 7})
-    assert (bridge.path, bridge.preset, bridge.weight) == (shared / "data/rlds/bridge_dataset", "bridge", 0.5)
+    bridge, arms, hub, mapped = mix_requests(file, samples / "rlds", {"fps": 7})
+    assert (bridge.path, bridge.preset, bridge.weight) == (samples / "rlds/bridge_dataset", "bridge", 0.5)
     assert (arms.path, arms.preset, arms.weight, arms.name) == (tmp_path / "demos/aloha", "aloha", 2.0, "arms")
     opened = open_request(arms)
-    assert (opened.layout.instruction, opened.layout.fps, opened.source.shift) == ("insert it", 7.0, -1)  # type: ignore[attr-defined]
+    assert (opened.layout.instruction, opened.layout.fps, opened.reader.options.shift) == ("insert it", 7.0, -1)  # type: ignore[attr-defined]
     assert hub.path == Path("user/dataset") and mapped.path == tmp_path / "gone.hdf5"
     assert mapped.preset == str(tmp_path / "mapping.yaml")
 

@@ -11,7 +11,7 @@ from vlaft.data.episode import ArrayFrames, Episode
 from vlaft.data.layout import Layout, apply_layout
 from vlaft.data.mixes import load_mix
 from vlaft.data.presets import load_preset, preset_names, preset_of_dataset
-from vlaft.data.readers import open_source
+from vlaft.data.readers.opening import open_reader
 from vlaft.data.standardize.steps import standardize
 from vlaft.errors import ConfigError
 from vlaft.recipe.resolve import recipes_folder
@@ -197,8 +197,8 @@ def test_published_names_lead_to_their_preset() -> None:
         ("hdf5/aloha_raw", "aloha", 2),
     ],
 )
-def test_presets_fit_real_files(shared: Path, folder: str, preset: str, episodes: int) -> None:
-    source = open_source(shared / "data" / folder)
+def test_presets_fit_real_files(samples: Path, folder: str, preset: str, episodes: int) -> None:
+    source = open_reader(samples / folder)
     layout = load_preset(preset, source.layout)
     assert len(source.episodes()) == episodes
     for ref in source.episodes():

@@ -13,7 +13,7 @@ from two_steps import MADE, Failing, TwoSteps
 
 from vlaft.environments.episodes import Rollout, roll_out, wilson_interval
 from vlaft.environments.tabletop.environment import TabletopEnv
-from vlaft.environments.tabletop.expert import expert_action
+from vlaft.environments.tabletop.recording import expert_action
 from vlaft.environments.tabletop.scene import SETUP_A, SETUP_B, SetUp
 from vlaft.errors import ConfigError, DataError, VlaftError
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from two_steps import MADE, TwoSteps
 
-from vlaft.environments.interface import begin, opened, step
+from vlaft.environments.interface import begin, opened_environments, step
 from vlaft.environments.tabletop.environment import TabletopEnv
 from vlaft.errors import DataError, VlaftError
 
@@ -150,9 +150,9 @@ def test_what_factories_make() -> None:
         (lambda: gymnasium.vector.SyncVectorEnv([TabletopEnv]), "makes a vector of environments"),
     ]
     for make, told in cases:
-        with pytest.raises(VlaftError, match=told), opened(make, 2):
+        with pytest.raises(VlaftError, match=told), opened_environments(make, 2):
             pass
-    with opened(lambda: one, 1) as environments:
+    with opened_environments(lambda: one, 1) as environments:
         assert environments == [one]
 
 
@@ -165,7 +165,7 @@ def test_all_are_closed_when_something_fails(error: type[BaseException], caplog:
         raise RuntimeError("stuck")
 
     kinds = iter([TwoSteps, type("Stuck", (TwoSteps,), {"close": close}), TwoSteps])
-    with pytest.raises(error), opened(lambda: next(kinds)(), 3):
+    with pytest.raises(error), opened_environments(lambda: next(kinds)(), 3):
         raise error
     assert [env.closed for env in MADE] == [1, 1, 1]
     assert "an environment could not be closed (RuntimeError: stuck)" in caplog.text
@@ -174,6 +174,6 @@ def test_all_are_closed_when_something_fails(error: type[BaseException], caplog:
 def test_those_made_before_a_factory_fails_are_closed() -> None:
     MADE.clear()
     left = iter([TwoSteps(), TwoSteps()])
-    with pytest.raises(VlaftError, match="factory failed: StopIteration"), opened(lambda: next(left), 3):
+    with pytest.raises(VlaftError, match="factory failed: StopIteration"), opened_environments(lambda: next(left), 3):
         pass
     assert [env.closed for env in MADE] == [1, 1]

@@ -371,9 +371,9 @@ def test_pictures_of_odd_names(base: Path, data: Path, tmp_path: Path) -> None:
     assert all(file.stat().st_size > 10_000 for file in files)
 
 
-def test_two_dimensions_and_no_gripper(shared: Path, base: Path, tmp_path: Path) -> None:
+def test_two_dimensions_and_no_gripper(samples: Path, base: Path, tmp_path: Path) -> None:
     """PushT: absolute positions in pixels."""
-    source = SourceRequest(path=shared / "data/lerobot/v2.1-pusht_image", layout={})
+    source = SourceRequest(path=samples / "lerobot/v2.1-pusht_image", layout={})
     convert(ConvertRequest(sources=[source], base=str(base), out=tmp_path / "pusht", workers=1, val_fraction=0.3))
     held_out = HeldOut.open([tmp_path / "pusht"], limit=12)
     assert not held_out.gripper and held_out.action.shape[1] == 2

@@ -224,5 +224,5 @@ def test_pictures(base: Path, tmp_path: Path) -> None:
     with Image.open(files[0]) as film:
         assert film.size == (2 * 252 + 4, 180 + 30)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(VlaftError, match="films cannot be written, since .*file is a file"):
+    with pytest.raises(VlaftError, match=r"films cannot be written, since .*file is a file"):
         write_pictures(tmp_path / "file/films", evaluations)

@@ -12,9 +12,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from golden_models import base_tensors
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,11 +26,15 @@ from vlaft.adapt.methods import attach_lora
 from vlaft.model.generation import generate_action_ids
 from vlaft.model.load import load_model
 from vlaft.model.openvla import OpenVLAForActionPrediction
+from vlaft.observation.augmentation import pixel_values
+from vlaft.observation.images import ImagePipeline
 from vlaft.recipe.settings import LoraConfig
 from vlaft.release.merge import merge
 from vlaft.weights.trained import find_trained
 
+EMBEDDINGS = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"
+FIRST_LOGIT = 31744  # golden logits begin with the first action token
 BLANK = 29871
 
 
@@ -43,58 +49,57 @@ def round_rotary(model: OpenVLAForActionPrediction) -> OpenVLAForActionPredictio
 
 
 @pytest.fixture(scope="module")
-def folder(shared: Path) -> Path:
-    return shared / "golden" / "openvla-tiny"
+def cases(tiny: Path) -> dict[str, Any]:
+    return json.loads((tiny / "cases.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def cases(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "cases.json").read_text())
+def lora(tiny: Path) -> dict[str, Any]:
+    return json.loads((tiny / "lora.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def lora(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "lora.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def tensors(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "tensors.safetensors")
+def tensors(tiny: Path) -> dict[str, Tensor]:
+    return load_file(tiny / "tensors.safetensors")
 
 
 @pytest.fixture
-def model(folder: Path) -> OpenVLAForActionPrediction:
-    return load_model(folder / "checkpoint", dtype=torch.float32)
+def model(tiny: Path) -> OpenVLAForActionPrediction:
+    return load_model(tiny / "checkpoint", dtype=torch.float32)
+
+
+def pixels(tiny: Path, case: dict[str, Any]) -> Tensor:
+    """Return the pixel values of a case's frame, which tests/data/test_images.py holds against upstream's."""
+    read = (json.loads((tiny / f"checkpoint/{name}.json").read_text()) for name in ("config", "preprocessor_config"))
+    pipeline = ImagePipeline.from_checkpoint(*read)
+    frame = pipeline.prepare(np.asarray(Image.open(tiny / case["frame"]).convert("RGB")))
+    return pixel_values(torch.from_numpy(frame)[None], pipeline.means, pipeline.stds)
 
 
 @pytest.fixture(scope="module")
-def batch(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    names = ("input_ids", "attention_mask", "pixel_values", "labels")
-    return {name: tensors[f"train.{name}"] for name in names}
+def batch(tiny: Path, cases: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = {name: tensors[f"train.{name}"] for name in ("input_ids", "attention_mask", "labels")}
+    return found | {"pixel_values": torch.cat([pixels(tiny, example) for example in cases["train"]["examples"]])}
 
 
 @torch.no_grad()
 def test_projector_features(
-    model: OpenVLAForActionPrediction, cases: dict[str, Any], tensors: dict[str, Tensor]
+    model: OpenVLAForActionPrediction, tiny: Path, cases: dict[str, Any], tensors: dict[str, Tensor]
 ) -> None:
-    for index in range(len(cases["predict"])):
-        features = model.projector(model.vision_backbone(tensors[f"predict.{index}.pixel_values"]))[0]
+    for index, case in enumerate(cases["predict"]):
+        features = model.projector(model.vision_backbone(pixels(tiny, case)))[0]
         torch.testing.assert_close(features, tensors[f"predict.{index}.projector_features"], rtol=0, atol=1e-4)
 
 
-def test_predicted_ids_and_actions(
-    model: OpenVLAForActionPrediction, cases: dict[str, Any], tensors: dict[str, Tensor]
-) -> None:
+def test_predicted_ids_and_actions(model: OpenVLAForActionPrediction, tiny: Path, cases: dict[str, Any]) -> None:
     tokenizer = ActionTokenizer(vocab_size=model.config.action_vocab_size)
     statistics = model.config.norm_stats["bridge_dataset"]["action"]
     assert len(cases["predict"]) == 4
-    for index, case in enumerate(cases["predict"]):
+    for case in cases["predict"]:
         prompt = case["prompt_token_ids"]
         if prompt[-1] != BLANK:  # upstream appends the blank and lets the model attend to it
             prompt = [*prompt, BLANK]
-        ids = generate_action_ids(
-            model, torch.tensor([prompt]), tensors[f"predict.{index}.pixel_values"], num_tokens=7
-        )[0]
+        ids = generate_action_ids(model, torch.tensor([prompt]), pixels(tiny, case), num_tokens=7)[0]
         assert ids.tolist() == case["generated_token_ids"]
         action = unnormalize(tokenizer.decode(ids.numpy()), statistics)
         assert action == pytest.approx(case["action"], rel=1e-12, abs=1e-12)
@@ -107,7 +112,9 @@ def test_loss_gradients_and_label_logits(
     output.loss.backward()
     expected = cases["train"]
     assert output.loss.item() == pytest.approx(expected["loss"], rel=1e-5)
-    torch.testing.assert_close(output.logits.detach(), tensors["train.label_logits"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        output.logits.detach()[:, FIRST_LOGIT:], tensors["train.label_logits"], rtol=0, atol=1e-4
+    )
     norms = {name: None if p.grad is None else p.grad.norm().item() for name, p in model.named_parameters()}
     assert set(norms) == set(expected["grad_norms"])
     for name, norm in expected["grad_norms"].items():
@@ -128,10 +135,10 @@ def test_why_the_rotary_frequencies_are_rounded_here(
 
 
 def test_lora_trajectory(
-    model: OpenVLAForActionPrediction, folder: Path, lora: dict[str, Any], batch: dict[str, Tensor]
+    model: OpenVLAForActionPrediction, tiny: Path, lora: dict[str, Any], batch: dict[str, Tensor]
 ) -> None:
     adapted = attach_lora(round_rotary(model), LoraConfig(rank=lora["r"], alpha=lora["lora_alpha"]))
-    load_adapter_weights(adapted, folder / "adapter_init")
+    load_adapter_weights(adapted, tiny / "adapter_init")
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     assert sum(parameter.numel() for parameter in trained) == lora["trainable_parameters"]
     optimizer = torch.optim.AdamW(trained, lr=lora["lr"])
@@ -143,7 +150,7 @@ def test_lora_trajectory(
         optimizer.step()
         optimizer.zero_grad()
     assert adapted(**batch).loss.item() == pytest.approx(lora["merged_loss"], rel=1e-4)
-    config, found = read_adapter_config(folder / "adapter_step20"), read_adapter_tensors(folder / "adapter_step20")
+    config, found = read_adapter_config(tiny / "adapter_step20"), read_adapter_tensors(tiny / "adapter_step20")
     assert config.r == 8
     state = adapted.state_dict()
     for name, tensor in found.items():
@@ -153,12 +160,13 @@ def test_lora_trajectory(
 
 
 def test_merged_checkpoint(
-    folder: Path, tmp_path: Path, lora: dict[str, Any], tensors: dict[str, Tensor], batch: dict[str, Tensor]
+    tiny: Path, tmp_path: Path, lora: dict[str, Any], tensors: dict[str, Tensor], batch: dict[str, Tensor]
 ) -> None:
-    base = folder / "checkpoint"
-    merge(find_trained(folder / "adapter_step20"), base, tmp_path / "merged", dtype="float32")
+    base = tiny / "checkpoint"
+    merge(find_trained(tiny / "adapter_step20"), base, tmp_path / "merged", dtype="float32")
     merged, before = base_tensors(tmp_path / "merged"), base_tensors(base)
-    assert set(merged) == set(lora["merged_norms"])
+    assert set(merged) == {*lora["merged_norms"], EMBEDDINGS}
+    torch.testing.assert_close(merged[EMBEDDINGS], before[EMBEDDINGS].float(), rtol=0, atol=0)
     for name, norm in lora["merged_norms"].items():
         if name != HEAD:
             assert merged[name].norm().item() == pytest.approx(norm, rel=1e-5), name
@@ -170,9 +178,9 @@ def test_merged_checkpoint(
     model = round_rotary(load_model(tmp_path / "merged"))
     with torch.no_grad():
         output = model(**batch)
-        torch.testing.assert_close(output.logits, tensors["merged.label_logits"], rtol=0, atol=1e-4)
+        torch.testing.assert_close(output.logits[:, FIRST_LOGIT:], tensors["merged.label_logits"], rtol=0, atol=1e-4)
         assert output.loss.item() == pytest.approx(lora["merged_loss"], rel=1e-5)
         model.language_model.lm_head.weight.copy_(before[HEAD])
         output = model(**batch)
-        assert (output.logits - tensors["merged.label_logits"]).abs().max() > 0.01
+        assert (output.logits[:, FIRST_LOGIT:] - tensors["merged.label_logits"]).abs().max() > 0.01
         assert output.loss.item() != pytest.approx(lora["merged_loss"], rel=1e-3)

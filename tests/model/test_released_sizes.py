@@ -139,7 +139,7 @@ def test_lora_counts_of_other_ranks(rank: int, expected: int) -> None:
 
 
 def test_linear_weights_that_quantisation_holds_in_few_bits() -> None:
-    # openvla.md 9.2: 7,275,659,264 quantised, the remainder (embeddings and head among it) is 265,577,920
+    # docs/upstream.md, Memory: 7,275,659,264 quantised, the remainder (embeddings and head among it) is 265,577,920
     linear = [(name, module) for name, module in build(FUSED).named_modules() if isinstance(module, nn.Linear)]
     kept = [name for name, _ in linear if any(name.endswith(skipped) for skipped in SKIPPED)]
     assert kept == ["language_model.lm_head"]

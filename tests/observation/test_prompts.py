@@ -13,8 +13,8 @@ from vlaft.observation.prompts import action_tokenizer_of, load_base_files, prom
 
 
 @pytest.fixture(scope="module")
-def llama(shared: Path) -> Any:
-    return load_base_files(str(shared / "golden/openvla-tiny/checkpoint"))
+def llama(tiny: Path) -> Any:
+    return load_base_files(str(tiny / "checkpoint"))
 
 
 def write_base(folder: Path, vocabulary: dict[str, int], **changes: Any) -> Path:
@@ -33,8 +33,8 @@ def write_base(folder: Path, vocabulary: dict[str, int], **changes: Any) -> Path
 VOCABULARY = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, "In": 4, "Out": 5, ":": 6}
 
 
-def test_golden_prompts(llama: Any, shared: Path) -> None:
-    prompts = json.loads((shared / "golden/action_tokens.json").read_text())["prompts"]
+def test_golden_prompts(llama: Any, golden_folder: Path) -> None:
+    prompts = json.loads((golden_folder / "action_tokens.json").read_text())["prompts"]
     assert len(prompts) == 11
     for row in prompts:
         assert prompt_text(row["instruction"], "openvla") == row["prompt"]
@@ -42,15 +42,15 @@ def test_golden_prompts(llama: Any, shared: Path) -> None:
         assert llama.prompt_token_ids(row["instruction"]) == [*row["token_ids"], 29871]
 
 
-def test_golden_bridge_prompts(llama: Any, shared: Path) -> None:
-    for line in (shared / "golden/bridge/examples.jsonl").read_text().splitlines():
+def test_golden_bridge_prompts(llama: Any, golden_folder: Path) -> None:
+    for line in (golden_folder / "bridge/examples.jsonl").read_text().splitlines():
         row = json.loads(line)
         whole = [*llama.prompt_token_ids(row["instruction"]), *row["action_token_ids"], llama.tokenizer.eos_id]
         assert whole == row["input_ids"]
 
 
-def test_what_the_base_says(llama: Any, shared: Path) -> None:
-    data = (shared / "golden/openvla-tiny/checkpoint/tokenizer.json").read_bytes()
+def test_what_the_base_says(llama: Any, tiny: Path) -> None:
+    data = (tiny / "checkpoint/tokenizer.json").read_bytes()
     tokenizer = llama.tokenizer
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.blank_id) == (1, 2, 32000, 29871)
     assert tokenizer.size == 32001

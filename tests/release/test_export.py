@@ -40,13 +40,13 @@ from vlaft.release.record import base_licence
 from vlaft.weights.layout import plain_shapes, read_json, tensor_table
 
 KINDS = ("nf4", "int8")
-CONFIG_FIELDS = {  # openvla.md, section 1.1
+CONFIG_FIELDS = {  # docs/upstream.md, Configuration
     *("model_type", "architectures", "auto_map", "vision_backbone_id", "llm_backbone_id", "arch_specifier"),
     *("use_fused_vision_backbone", "image_resize_strategy", "text_config", "llm_max_length", "pad_token_id"),
     *("pad_to_multiple_of", "output_projector_states", "image_sizes", "timm_model_ids", "timm_override_act_layers"),
     *("hf_llm_id", "n_action_bins", "norm_stats", "torch_dtype", "transformers_version"),
 }
-PREPROCESSOR_FIELDS = {  # section 1.11
+PREPROCESSOR_FIELDS = {  # docs/upstream.md, Files
     *("use_fused_vision_backbone", "image_resize_strategy", "input_sizes", "interpolations", "means", "stds"),
     *("tvf_resize_params", "tvf_crop_params", "tvf_normalize_params", "tvf_do_letterbox", "tvf_letterbox_fill"),
     *("image_processor_type", "processor_class", "auto_map"),
@@ -114,8 +114,8 @@ def test_a_release_has_every_field_and_file(merged: Path, tmp_path: Path) -> Non
     }
 
 
-def test_a_release_keeps_its_own_fields(shared: Path, tmp_path: Path) -> None:
-    source = shared / "golden/openvla-tiny/checkpoint"
+def test_a_release_keeps_its_own_fields(tiny: Path, tmp_path: Path) -> None:
+    source = tiny / "checkpoint"
     assert export(source, tmp_path / "out") == 0
     before, after = read_json(source / "config.json"), read_json(tmp_path / "out" / "config.json")
     assert {key: after[key] for key in before if key != "auto_map"} == {
@@ -173,17 +173,17 @@ def test_an_augmented_run_says_that_it_is_used_on_the_centre(run: Path, tmp_path
     assert ("--center_crop True" in (tmp_path / "adapter/README.md").read_text()) is crop
 
 
-def test_an_export_holds_no_path_of_this_machine(shared: Path, tmp_path: Path) -> None:
-    source = shared / "golden/openvla-tiny/checkpoint"
+def test_an_export_holds_no_path_of_this_machine(tiny: Path, tmp_path: Path) -> None:
+    source = tiny / "checkpoint"
     assert export(source, tmp_path / "out") == 0
     for path in (tmp_path / "out").iterdir():
         if path.suffix in (".json", ".yaml", ".md"):
             assert str(tmp_path) not in path.read_text(), path.name
 
 
-def test_a_pushed_export_is_served_from_the_hub(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pushed_export_is_served_from_the_hub(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.HfApi", FakeApi)
-    assert export(shared / "golden/openvla-tiny/checkpoint", tmp_path / "out", "--push", "user/name") == 0
+    assert export(tiny / "checkpoint", tmp_path / "out", "--push", "user/name") == 0
     server = yaml.safe_load((tmp_path / "out" / "vla_eval_server.yaml").read_text())
     assert server["args"]["model_path"] == "user/name"
 

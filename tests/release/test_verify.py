@@ -232,12 +232,11 @@ def test_golden_adapters_through_the_command(tmp_path: Path) -> None:
             torch.testing.assert_close(model(**inputs).logits, case.tensors["merged_logits"], rtol=0, atol=1e-4)
 
 
-def test_the_tiny_release_through_the_command(shared: Path, tmp_path: Path) -> None:
-    folder = shared / "golden/openvla-tiny"
-    base = folder / "checkpoint"
-    words = ["merge", str(folder / "adapter_step20"), "--base", str(base), "--dtype", "float32", "--verify"]
+def test_the_tiny_release_through_the_command(tiny: Path, tmp_path: Path) -> None:
+    base = tiny / "checkpoint"
+    words = ["merge", str(tiny / "adapter_step20"), "--base", str(base), "--dtype", "float32", "--verify"]
     assert main([*words, "--out", str(tmp_path / "out")]) == 0
-    golden_run = json.loads((folder / "lora.json").read_text())
+    golden_run = json.loads((tiny / "lora.json").read_text())
     merged = base_tensors(tmp_path / "out")
     assert set(merged) == set(golden_run["merged_norms"])
     for name, norm in golden_run["merged_norms"].items():

@@ -537,7 +537,7 @@ def test_a_wrong_command_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> 
 # The harness's config
 
 
-def test_the_harness_gets_the_config_that_it_reads(shared: Path, tmp_path: Path) -> None:
+def test_the_harness_gets_the_config_that_it_reads() -> None:
     text = server_config("models/it: mine", "my key", center_crop=True)
     assert yaml.safe_load(text) == {
         "script": "src/vla_eval/model_servers/openvla.py",
@@ -554,8 +554,8 @@ def test_the_harness_gets_the_config_that_it_reads(shared: Path, tmp_path: Path)
         server_config("${oc.env:HOME}", "b", center_crop=False)
 
 
-def test_the_harness_config_is_written_only_where_its_server_fits(shared: Path, tmp_path: Path) -> None:
-    source = shared / "golden" / "openvla-tiny" / "checkpoint"
+def test_the_harness_config_is_written_only_where_its_server_fits(tiny: Path, tmp_path: Path) -> None:
+    source = tiny / "checkpoint"
     names = ("config.json", "preprocessor_config.json", "dataset_statistics.json")
     for name in names:
         (tmp_path / name).write_bytes((source / name).read_bytes())

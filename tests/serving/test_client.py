@@ -134,21 +134,20 @@ class Robot:
 
 
 @pytest.fixture(scope="module")
-def policy(shared: Path) -> Any:
+def policy(tiny: Path) -> Any:
     from vlaft.policy import load
 
-    return load(shared / "golden" / "openvla-tiny" / "checkpoint", device="cpu")
+    return load(tiny / "checkpoint", device="cpu")
 
 
 @pytest.fixture(scope="module")
-def cases(shared: Path) -> list[tuple[np.ndarray, str, list[float]]]:
+def cases(tiny: Path) -> list[tuple[np.ndarray, str, list[float]]]:
     from vlaft.data.codec import decode_image
 
-    folder = shared / "golden" / "openvla-tiny"
-    predict = json.loads((folder / "cases.json").read_text())["predict"]
+    predict = json.loads((tiny / "cases.json").read_text())["predict"]
     return [
         (
-            decode_image((folder / case["frame"]).read_bytes(), case["frame"]),
+            decode_image((tiny / case["frame"]).read_bytes(), case["frame"]),
             case["instruction"],
             case["action"],
         )
@@ -189,8 +188,8 @@ def test_concurrent_clients_each_get_their_own_action(policy: Any, cases: Any) -
 
 
 @pytest.mark.slow
-def test_a_thousand_requests_of_sixteen_clients(policy: Any, cases: Any, shared: Path) -> None:
-    command = [sys.executable, "-m", "vlaft", "serve", str(shared / "golden" / "openvla-tiny" / "checkpoint")]
+def test_a_thousand_requests_of_sixteen_clients(policy: Any, cases: Any, tiny: Path) -> None:
+    command = [sys.executable, "-m", "vlaft", "serve", str(tiny / "checkpoint")]
     server = subprocess.Popen([*command, "--port", "0", "--action-ids-only"], stderr=subprocess.PIPE, text=True)
     try:
         assert server.stderr is not None

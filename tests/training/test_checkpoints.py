@@ -24,7 +24,7 @@ from vlaft.training.checkpoints import (
     read_checkpoint,
     restore_optimizer,
     restore_random_state,
-    rotate,
+    rotate_checkpoints,
     trained_tensors,
     write_checkpoint,
 )
@@ -213,7 +213,7 @@ def test_nothing_good_is_left(tmp_path: Path) -> None:
 def test_rotation_keeps_the_best_and_the_last(tmp_path: Path, keep: int, best: str | None, left: list[int]) -> None:
     for step in range(1, 6):
         (tmp_path / checkpoint_name(step)).mkdir()
-    rotate(tmp_path, keep, best)
+    rotate_checkpoints(tmp_path, keep, best)
     assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoint_name(step) for step in left]
 
 
@@ -230,7 +230,7 @@ def test_a_killed_deletion_leaves_no_checkpoint_behind(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        rotate(tmp_path, 1, None)
+        rotate_checkpoints(tmp_path, 1, None)
     assert calls
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000002"]
 

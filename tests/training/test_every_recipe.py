@@ -18,7 +18,7 @@ from vlaft.model.load import load_config
 from vlaft.recipe.resolve import recipe_names
 from vlaft.recipe.settings import RecipeConfig
 from vlaft.release.merge import merge
-from vlaft.training.events import Silence
+from vlaft.training.events import Listener
 from vlaft.training.run import Run
 from vlaft.weights.trained import find_trained
 
@@ -120,7 +120,7 @@ def test_pissa_merged_is_the_model_that_was_trained(small: Small, tmp_path: Path
     started.folder.write_status(base=str(small.base))
     merge(find_trained(tmp_path / "run"), small.base, tmp_path / "merged")
     held_out = started.evaluate()
-    merged = Run(replace(recipe, base=str(tmp_path / "merged")), tmp_path / "other", tmp_path / "merged", Silence())
+    merged = Run(replace(recipe, base=str(tmp_path / "merged")), tmp_path / "other", tmp_path / "merged", Listener())
     merged.load()
     again = merged.evaluate()
     assert held_out is not None and again is not None
@@ -207,6 +207,6 @@ def test_precision_and_gradients_reach_every_part(
 
 def started_run(recipe: RecipeConfig, out: Path, small: Small) -> Run:
     """Load a run without its loop."""
-    started = Run(recipe, out, small.base, Silence())
+    started = Run(recipe, out, small.base, Listener())
     started.load()
     return started

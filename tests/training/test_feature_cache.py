@@ -13,7 +13,7 @@ from vlaft.action.metrics import MetricSums
 from vlaft.errors import ConfigError
 from vlaft.recipe.resolve import resolve
 from vlaft.recipe.settings import RecipeConfig
-from vlaft.training.events import Silence
+from vlaft.training.events import Listener
 from vlaft.training.feature_cache import FeatureCache, pays
 from vlaft.training.run import Run
 
@@ -39,7 +39,7 @@ def recipe(base: Path, data: Path, name: str, *words: str) -> RecipeConfig:
 
 
 def train(settings: RecipeConfig, base: Path, out: Path, steps: int = 12) -> Run:
-    run = Run(settings, out, base, Silence())
+    run = Run(settings, out, base, Listener())
     run.load()
     sums = MetricSums(run.device)
     for _ in range(steps):
@@ -70,11 +70,11 @@ def test_a_second_run_finds_the_features_of_the_first(base: Path, data: Path, tm
 
 @pytest.mark.parametrize(("name", "words"), [("lora8", []), ("sandwich", []), ("last-layer", ["data.augment=true"])])
 def test_no_cache_where_features_change(base: Path, data: Path, tmp_path: Path, name: str, words: list[str]) -> None:
-    run = Run(recipe(base, data, name, *words), tmp_path / "run", base, Silence())
+    run = Run(recipe(base, data, name, *words), tmp_path / "run", base, Listener())
     run.load()
     assert run.features is None
     with pytest.raises(ConfigError, match="not trained"):
-        again = Run(recipe(base, data, name, "data.reuse_features=always", *words), tmp_path / "run", base, Silence())
+        again = Run(recipe(base, data, name, "data.reuse_features=always", *words), tmp_path / "run", base, Listener())
         again.load()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from golden_models import base_tensors
+from PIL import Image
 from safetensors.torch import load_file
 from small_base import write_examples
 from small_run import run
@@ -18,32 +19,30 @@ from vlaft.data.convert.run import ConvertRequest, SourceRequest, convert
 from vlaft.recipe.resolve import resolve, to_yaml
 from vlaft.recipe.settings import RecipeConfig
 from vlaft.release.merge import merge
-from vlaft.training.events import Silence
+from vlaft.training.events import Listener
 from vlaft.training.run import Run
 from vlaft.weights.trained import find_trained
 
 IGNORED = -100
 
 
-def golden_dataset(shared: Path, folder: Path) -> Path:
-    """Store upstream's training batch as a converted dataset: its frames are the SigLIP half of its pixels."""
-    golden = shared / "golden" / "openvla-tiny"
-    checkpoint = golden / "checkpoint"
+def golden_dataset(samples: Path, tiny: Path, folder: Path) -> Path:
+    """Store upstream's training batch as a converted dataset."""
+    checkpoint = tiny / "checkpoint"
     source = SourceRequest(
-        path=shared / "data" / "rlds" / "bridge_dataset", preset="bridge", layout={"instruction": "lift the pot"}
+        path=samples / "rlds" / "bridge_dataset", preset="bridge", layout={"instruction": "lift the pot"}
     )
     like = folder / "like"
     convert(ConvertRequest(sources=[source], base=str(checkpoint), out=like, workers=1, limit=2))
-    tensors = load_file(golden / "tensors.safetensors")
-    levels = (tensors["train.pixel_values"][:, 3:] * 0.5 + 0.5) * 255
-    assert float((levels - levels.round()).abs().max()) < 1e-4
-    images = levels.round().permute(0, 2, 3, 1).numpy().astype(np.uint8)
+    tensors = load_file(tiny / "tensors.safetensors")
+    examples = json.loads((tiny / "cases.json").read_text())["train"]["examples"]
+    images = [np.asarray(Image.open(tiny / example["frame"]).convert("RGB")) for example in examples]
     prompts, tokens = [], []
     for ids, labels in zip(tensors["train.input_ids"], tensors["train.labels"], strict=True):
         first = int((labels != IGNORED).nonzero()[0])
         prompts.append(ids[:first].tolist())
         tokens.append(labels[labels != IGNORED][:-1].tolist())  # the loader adds the end of sequence
-    return write_examples(folder / "data", like, list(images), prompts, tokens).path
+    return write_examples(folder / "data", like, images, prompts, tokens).path
 
 
 @pytest.fixture
@@ -63,24 +62,23 @@ def rounded_rotary(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def begin_from(recipe: RecipeConfig, out: Path, base: Path, adapter: Path) -> None:
     """Leave a run at step 0 whose adapter is the given one, for `--resume`."""
-    started = Run(recipe, out, base, Silence())
+    started = Run(recipe, out, base, Listener())
     started.load()
     load_adapter_weights(started.model, adapter)  # type: ignore[arg-type]
     started.folder.create(to_yaml(recipe), {}, {}, {})
     started.save()
 
 
-def test_upstreams_trajectory(shared: Path, tmp_path: Path, rounded_rotary: None) -> None:
-    golden = shared / "golden" / "openvla-tiny"
-    expected = json.loads((golden / "lora.json").read_text())
-    base = golden / "checkpoint"
-    data = golden_dataset(shared, tmp_path)
+def test_upstreams_trajectory(samples: Path, tiny: Path, tmp_path: Path, rounded_rotary: None) -> None:
+    expected = json.loads((tiny / "lora.json").read_text())
+    base = tiny / "checkpoint"
+    data = golden_dataset(samples, tiny, tmp_path)
     words = [f"base='{base.resolve()}'", f"data.path=['{data.resolve()}']", "data.augment=false", "data.workers=0"]
     words += [f"adapt.lora.alpha={expected['lora_alpha']}", f"train.learning_rate={expected['lr']}"]
     words += [f"train.steps={expected['steps']}", "train.batch_size=4", "train.overfit=4", "train.log_every=1"]
     words += ["train.evaluate_every=0"]
     recipe = resolve("lora8", [], words)
-    begin_from(recipe, tmp_path / "run", base, golden / "adapter_init")
+    begin_from(recipe, tmp_path / "run", base, tiny / "adapter_init")
     told = run(recipe, tmp_path / "run", resume=True)
     assert told.banner is not None and told.banner.trainable == expected["trainable_parameters"]
     assert told.losses == pytest.approx(expected["losses"], rel=1e-5)

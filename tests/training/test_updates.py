@@ -13,7 +13,7 @@ from small_run import Small, log_lines, run
 
 from vlaft.action.metrics import MetricSums
 from vlaft.recipe.settings import RecipeConfig
-from vlaft.training.events import Silence
+from vlaft.training.events import Listener
 from vlaft.training.run import Run
 
 AT_ONCE = ("train.batch_size=6", "train.accumulation=1")
@@ -33,7 +33,7 @@ def ragged(small: Small, tmp_path: Path) -> Small:
 
 def updated(recipe: RecipeConfig, small: Small, out: Path, steps: int = 3) -> tuple[dict[str, torch.Tensor], list[Any]]:
     """Return the trained tensors after some steps, and each step's loss and gradient norm."""
-    started = Run(recipe, out, small.base, Silence())
+    started = Run(recipe, out, small.base, Listener())
     started.load()
     sums = MetricSums(torch.device("cpu"))
     told = []
@@ -66,7 +66,7 @@ def test_a_mean_of_means_would_differ(ragged: Small, tmp_path: Path, monkeypatch
 
 def test_clipping_bounds_the_gradient_and_tells_the_norm_before(small: Small, tmp_path: Path) -> None:
     seen: list[float] = []
-    started = Run(small.recipe("lora8", "train.max_grad_norm=0.25"), tmp_path / "run", small.base, Silence())
+    started = Run(small.recipe("lora8", "train.max_grad_norm=0.25"), tmp_path / "run", small.base, Listener())
     started.load()
     original = started.optimizer.step
 

@@ -10,26 +10,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-from vlaft.accounting.memory import MemoryPrediction, memory_model, predict, usual_tokens
+from vlaft.accounting.memory import MemoryPrediction, memory_model, predict_memory, usual_tokens
 from vlaft.errors import VlaftError
+from vlaft.model.configuration import OpenVLAConfig
+from vlaft.model.vision import vit_config
 from vlaft.recipe.settings import RecipeConfig
-
-if TYPE_CHECKING:
-    from vlaft.model.configuration import OpenVLAConfig
-    from vlaft.recipe.settings import RecipeConfig
-
 
 PREFERRED = ("lora32", "qlora32")  # unquantised where it fits: exact base weights, and no time lost to unpacking them
 LEVELS = ("all", "2", "4", "vision", "none")  # of recomputation, by growing memory
 # bfloat16 operations in the time of one byte (datasheets, dense): A100 80 GB 153, RTX 4090 164, H200 206, H100 SXM 295
 OPERATIONS_PER_BYTE = 200
+EFFECTIVE_BATCH = 16  # examples per device and step, upstream's batch size; times train.accumulation
 RESERVE = 0.03  # of the card stays free: predictions have not been held against a GPU yet
 # Bytes moved per weight and pass: read in bfloat16; or 4 bits and scales read, bfloat16 written and read again
 WEIGHT_BYTES = {"none": 2.0, "int8": 5.0, "nf4": 4.53}
 
-Make = Callable[[str, list[str]], "RecipeConfig"]
+Make = Callable[[str, list[str]], RecipeConfig]
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ def choose(make: Make, config: OpenVLAConfig, memory: int) -> Choice:
             continue
         recipe, prediction = min(fitting, key=lambda pair: relative_time(pair[0], config))
         if recipe.train.accumulation == 1:
-            prediction = predict(recipe, config)
+            prediction = predict_memory(recipe, config)
         return Choice(recipe, prediction, _reasons(recipe, prediction, memory, turned_down))
     raise VlaftError(
         f"no recipe fits {_gb(memory)}: with every block recomputed and one example at a time, {', '.join(turned_down)}"
@@ -117,8 +114,6 @@ def relative_time(recipe: RecipeConfig, config: OpenVLAConfig) -> float:
     A frozen weight is used once forwards, once backwards (for the input's gradient alone), and once more where its
     block is recomputed. Each time, its bytes are moved once for the whole micro-batch.
     """
-    from vlaft.model.vision import vit_config
-
     names, sizes = config.timm_model_ids or [], config.image_sizes or []
     overrides = config.vision_overrides or [None] * len(names)
     vits = [vit_config(name, override) for name, override in zip(names, overrides, strict=True)]
@@ -158,9 +153,6 @@ def _reasons(recipe: RecipeConfig, memory: MemoryPrediction, card: int, turned_d
 
 def _gb(size: int) -> str:
     return f"{size / 1e9:.1f} GB"
-
-
-EFFECTIVE_BATCH = 16  # examples per device and step, upstream's batch size; times train.accumulation
 
 
 def divisors(number: int) -> list[int]:

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlaft.accounting.memory import MemoryPrediction, memory_model, smallest_card
 from vlaft.accounting.parameters import ParameterCount
 from vlaft.model.configuration import OpenVLAConfig
 from vlaft.recipe.settings import RecipeConfig
-
-if TYPE_CHECKING:
-    from vlaft.model.configuration import OpenVLAConfig
-    from vlaft.recipe.settings import RecipeConfig
-
 
 PAPER_BASE = "openvla/openvla-v01-7b"
 PAPER_BATCH = 16
@@ -26,6 +21,30 @@ PAPER_GB: dict[str, tuple[float, int]] = {
     "lora32": (59.7, 1),
     "lora64": (60.5, 1),
 }
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A measured peak beside the predicted one.
+
+    Attributes:
+        peak_bytes: measured.
+        predicted_bytes: of the same quantity.
+        reserved_bytes: what the allocator took from the GPU; 0 on a CPU.
+        how: what was measured.
+        device: on which device.
+    """
+
+    peak_bytes: int
+    predicted_bytes: int
+    reserved_bytes: int
+    how: str
+    device: str
+
+    @property
+    def error(self) -> float:
+        """Predicted over measured, less one."""
+        return self.predicted_bytes / self.peak_bytes - 1.0
 
 
 @dataclass(frozen=True)
@@ -96,27 +115,3 @@ def recipe_cost(
         batch_size = max(1, largest) if recipe.train.batch_size == "auto" else recipe.train.batch_size
     memory = model.predict(batch_size, gpus)
     return RecipeCost(recipe.name, model.counted, memory, largest, smallest_card(memory.peak))
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """A measured peak beside the predicted one.
-
-    Attributes:
-        peak_bytes: measured.
-        predicted_bytes: of the same quantity.
-        reserved_bytes: what the allocator took from the GPU; 0 on a CPU.
-        how: what was measured.
-        device: on which device.
-    """
-
-    peak_bytes: int
-    predicted_bytes: int
-    reserved_bytes: int
-    how: str
-    device: str
-
-    @property
-    def error(self) -> float:
-        """Predicted over measured, less one."""
-        return self.predicted_bytes / self.peak_bytes - 1.0

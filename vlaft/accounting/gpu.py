@@ -129,7 +129,7 @@ _NESTED_BLOCK = 256  # scales per scale of scales
 _CODEBOOKS = (256, 16)  # float32 entries that every layer keeps on the GPU besides
 
 
-class PackedLinear(nn.Module):
+class QuantizedStandIn(nn.Module):
     """Stands for bitsandbytes' `Linear4bit` or `Linear8bitLt`: same storage, same buffers, no numbers."""
 
     def __init__(self, linear: nn.Linear, bits: Literal[4, 8], double_quant: bool, compute: torch.dtype) -> None:
@@ -194,7 +194,7 @@ class _Product8(torch.autograd.Function):
         return torch.matmul(gradient.to(ctx.dtype), weight), None, None
 
 
-def pack_linears(model: nn.Module, adapt: AdaptConfig, compute: torch.dtype) -> None:
+def quantize_stand_in(model: nn.Module, adapt: AdaptConfig, compute: torch.dtype) -> None:
     """Replace the linear layers that a recipe quantises, adapted ones included, in place."""
     if adapt.quantize == "none":
         return
@@ -205,7 +205,7 @@ def pack_linears(model: nn.Module, adapt: AdaptConfig, compute: torch.dtype) -> 
         for child_name, child in list(module.named_children()):
             if type(child) is not nn.Linear or any(skipped in f"{name}.{child_name}" for skipped in SKIPPED):
                 continue
-            setattr(module, child_name, PackedLinear(child, bits, adapt.double_quant, compute))
+            setattr(module, child_name, QuantizedStandIn(child, bits, adapt.double_quant, compute))
             if child_name == "base_layer" and bits == 4:
                 module.cast_input_dtype_enabled = False  # under autocast peft's 4-bit layer does not cast  # type: ignore
 

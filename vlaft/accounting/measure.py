@@ -21,11 +21,11 @@ from vlaft.adapt.methods import SKIPPED
 from vlaft.errors import MissingExtra, VlaftError
 from vlaft.model.configuration import OpenVLAConfig
 from vlaft.recipe.settings import RecipeConfig, resolve_precision
-from vlaft.training.model import DTYPES, make_trainable
+from vlaft.training.model import PRECISIONS, make_trainable
 from vlaft.training.optimizer import build_optimizer
 from vlaft.training.step import forward
 
-STEPS = 3
+_STEPS = 3
 
 
 def random_base(config: OpenVLAConfig, recipe: RecipeConfig, dtype: torch.dtype, device: torch.device) -> Any:
@@ -55,7 +55,7 @@ def _quantize(model: Any, recipe: RecipeConfig, device: torch.device) -> None:
     except ImportError:
         raise MissingExtra(f"adapt.quantize={recipe.adapt.quantize}", "bitsandbytes", "qlora") from None
     four = recipe.adapt.quantize == "nf4"
-    compute = DTYPES[resolve_precision(recipe.precision, device.type == "cuda").compute]
+    compute = PRECISIONS[resolve_precision(recipe.precision, device.type == "cuda").compute]
     for name, module in list(model.named_modules()):
         for child_name, child in list(module.named_children()):
             if type(child) is not nn.Linear or any(skipped in f"{name}.{child_name}" for skipped in SKIPPED):
@@ -110,7 +110,7 @@ def measure(recipe: RecipeConfig, config: OpenVLAConfig, cost: RecipeCost, devic
     batch_size, tokens = cost.memory.batch_size, cost.memory.tokens
     torch.manual_seed(recipe.train.seed)
     try:
-        base = random_base(config, recipe, DTYPES[precision.frozen], device)
+        base = random_base(config, recipe, PRECISIONS[precision.frozen], device)
         model = make_trainable(base, recipe, precision)
         optimizer = build_optimizer(model, recipe.train, recipe.adapt.lora.plus_ratio)
         inputs = example_inputs(config, batch_size=batch_size, tokens=tokens, labels=LABELS, device=device)
@@ -125,9 +125,9 @@ def measure(recipe: RecipeConfig, config: OpenVLAConfig, cost: RecipeCost, devic
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         generator = torch.Generator().manual_seed(0) if recipe.data.augment else None
         model.train()
-        for _ in range(STEPS):
+        for _ in range(_STEPS):
             for _ in range(min(recipe.train.accumulation, 2)):
-                output = forward(model, inputs, normalization, DTYPES[precision.compute], generator)
+                output = forward(model, inputs, normalization, PRECISIONS[precision.compute], generator)
                 assert output.loss is not None
                 (output.loss / recipe.train.accumulation).backward()
             if recipe.train.max_grad_norm is not None:

@@ -1,26 +1,33 @@
-"""How much memory a recipe needs on a GPU, predicted from a trace of its training step on the meta device.
+"""How much memory a recipe needs, predicted from a trace of its training step on the meta device.
 
-The bytes of a step at any batch size follow from traces at two: the same storages live and die in the same order, and
-each one's size is a constant plus a constant per example. The peak is the maximum over all moments, so it may move
-from one moment to another as the batch grows, which a line through two peaks would miss.
+On a GPU, the bytes of a step at any batch size follow from traces at two: the same storages live and die in the same
+order, and each one's size is a constant plus a constant per example. The peak is the maximum over all moments, so it
+may move from one moment to another as the batch grows, which a line through two peaks would miss.
+
+On a CPU, numbers are float32 unless the recipe says otherwise, the optimizer is PyTorch's own, and weights that are
+stored as they are needed are never copied: the base's files are mapped, so the kernel can take their pages back at any
+time. Left out there: Python and its libraries (measured when a run begins), what loading and the kernels of products
+use in between, batches that are read ahead, and what malloc keeps of memory that was freed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
 
 import numpy as np
+from torch import nn
 
 from vlaft.accounting.allocator import BLOCK, peak_reserved
-
-if TYPE_CHECKING:
-    from vlaft.accounting.parameters import ParameterCount
-    from vlaft.accounting.tracker import Trace
-    from vlaft.model.configuration import OpenVLAConfig
-    from vlaft.recipe.settings import RecipeConfig
+from vlaft.accounting.parameters import ParameterCount, base_name
+from vlaft.accounting.step import ForwardPass, largest_unit, trace_step, trainable_without_data
+from vlaft.accounting.tracker import KINDS, Trace
+from vlaft.model.configuration import OpenVLAConfig
+from vlaft.recipe.settings import RecipeConfig, resolve_precision
+from vlaft.training.step import forward
+from vlaft.weights.layout import tensor_table
+from vlaft.weights.stream import DTYPES
 
 # Text tokens of an example with an instruction of six words, actions and end of sequence included, by prompt style
 TOKENS = {"openvla": 32, "vicuna": 64}
@@ -60,15 +67,12 @@ class MemoryPrediction:
     @property
     def live(self) -> int:
         """Bytes of live tensors."""
-        return sum(size for term, size in self.terms.items() if term in LIVE_TERMS)
+        return sum(size for term, size in self.terms.items() if term in KINDS)
 
     @property
     def allocated(self) -> int:
         """Bytes that `torch.cuda.max_memory_allocated` reports."""
         return self.live + self.terms["block rounding"] + self.terms["workspace"]
-
-
-LIVE_TERMS = (*SHARDED, "activations", "logits")
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,7 @@ class MemoryModel:
         blocks = _in_blocks(sizes)
         event = int(np.cumsum(blocks).argmax())
         totals = {
-            kind: int(sizes[: event + 1][trace.kinds[: event + 1] == number].sum())
-            for number, kind in enumerate(LIVE_TERMS)
+            kind: int(sizes[: event + 1][trace.kinds[: event + 1] == number].sum()) for number, kind in enumerate(KINDS)
         }
         in_blocks = int(blocks[: event + 1].sum())
         rounding = in_blocks - sum(totals.values())
@@ -180,7 +183,7 @@ def memory_model(
     batch_sizes: Sequence[int] = (2, 4),
     tokens: int | None = None,
     labels: int = LABELS,
-    forward_pass: Callable[..., Any] | None = None,
+    forward_pass: ForwardPass = forward,
 ) -> MemoryModel:
     """Trace a recipe's training step on a base as it runs on a GPU.
 
@@ -190,22 +193,21 @@ def memory_model(
         batch_sizes: one batch size, or two from which all others follow.
         tokens: text tokens per example, actions and end of sequence included; None: as usual for the base.
         labels: of those, the ones with a label: actions and end of sequence.
-        forward_pass: in place of the trainer's, to compare it with.
+        forward_pass: the trainer's, or another to compare it with.
 
     Raises:
         ConfigError: LoRA targets that the base does not have.
     """
-    from vlaft.accounting.step import largest_unit, trace_step
-
     tokens = tokens or usual_tokens(config)
-    step = trace_step if forward_pass is None else partial(trace_step, forward_pass=forward_pass)
-    traces, counted = step(recipe, config, batch_sizes=batch_sizes, tokens=tokens, labels=labels)
+    traces, counted = trace_step(
+        recipe, config, batch_sizes=batch_sizes, tokens=tokens, labels=labels, forward_pass=forward_pass
+    )
     if len({tuple(trace.keys) for trace in traces}) > 1:
         raise AssertionError("two batch sizes took different steps")
     return MemoryModel(tuple(traces), tuple(batch_sizes), tokens, largest_unit(recipe, config), counted)
 
 
-def predict(
+def predict_memory(
     recipe: RecipeConfig,
     config: OpenVLAConfig,
     *,
@@ -226,3 +228,58 @@ def predict(
     """
     size = int(recipe.train.batch_size) if batch_size is None else batch_size
     return memory_model(recipe, config, batch_sizes=[size], tokens=tokens, labels=labels).predict(size, gpus)
+
+
+@dataclass(frozen=True)
+class MainMemory:
+    """What the tensors of a training step take of a CPU's main memory at their peak.
+
+    Attributes:
+        own: bytes that the process has to hold.
+        mapped: bytes of frozen weights that are used where they lie in the base's files.
+        moment: phase and module of the peak: `backward language_model.model.layers.31`.
+    """
+
+    own: int
+    mapped: int
+    moment: str
+
+
+def predict_main_memory(recipe: RecipeConfig, config: OpenVLAConfig) -> MainMemory:
+    """Predict the main memory of a recipe's training step on a CPU, at its batch size, in one process.
+
+    Args:
+        recipe: resolved settings, `train.batch_size` a number.
+        config: of the base.
+
+    Raises:
+        CheckpointError: the files of a local base are missing or damaged.
+    """
+    (trace,), _ = trace_step(
+        recipe,
+        config,
+        batch_sizes=[int(recipe.train.batch_size)],
+        tokens=usual_tokens(config),
+        labels=LABELS,
+        on_gpu=False,
+    )
+    live, event = trace.at_peak()
+    model, _ = trainable_without_data(recipe, config, resolve_precision(recipe.precision, on_gpu=False))
+    mapped = _mapped_bytes(model, recipe.base, config)
+    return MainMemory(live - mapped, mapped, trace.names[trace.places[event]])
+
+
+def _mapped_bytes(model: nn.Module, base: str, config: OpenVLAConfig) -> int:
+    """Return the bytes of frozen parameters whose type is the stored one; packed ones are no parameters here.
+
+    The types of a base that does not lie here are as its configuration says.
+    """
+    table = tensor_table(Path(base)) if Path(base).is_dir() else None
+    size = 0
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or ".lora_" in name:  # adapters that no loss reaches are frozen, and made here
+            continue
+        plain = base_name(name)
+        stored = config.dtype if table is None else DTYPES.get(table[plain].dtype) if plain in table else None
+        size += parameter.nbytes if parameter.dtype == stored else 0
+    return size

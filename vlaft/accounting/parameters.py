@@ -7,20 +7,20 @@ quantisation: a packed weight holds as many parameters as it stands for.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from vlaft.model.openvla import PARTS as PLACES
+import torch
+from torch import nn
 
-if TYPE_CHECKING:
-    from torch import nn
+from vlaft.accounting.meta import WithoutValues, example_inputs, example_normalization, meta_model
+from vlaft.adapt import adapt
+from vlaft.adapt.methods import trained_modules
+from vlaft.model.configuration import OpenVLAConfig
+from vlaft.model.openvla import PARTS, OpenVLAForActionPrediction
+from vlaft.recipe.settings import AdaptConfig, RecipeConfig
+from vlaft.training.step import forward
 
-    from vlaft.model.configuration import OpenVLAConfig
-    from vlaft.model.openvla import OpenVLAForActionPrediction
-    from vlaft.recipe.settings import AdaptConfig, RecipeConfig
-
-PARTS = tuple(PLACES)
 _PREFIX = "base_model.model."  # peft's
 _NUMBERED = re.compile(r"\.(\d+)(?=\.|$)")
 _ADAPTER = re.compile(r"\.(base_layer|lora_\w+)(\..*)?$")
@@ -65,7 +65,7 @@ def part_of(name: str) -> str:
     ('head', 'projector')
     """
     name = name.removeprefix(_PREFIX)
-    return next(part for part, place in PLACES.items() if name.startswith(place))
+    return next(part for part, place in PARTS.items() if name.startswith(place))
 
 
 def base_name(name: str) -> str:
@@ -77,10 +77,10 @@ def base_name(name: str) -> str:
     return name.removeprefix(_PREFIX).replace(".base_layer.", ".")
 
 
-def folded(name: str) -> str:
+def folded_module(name: str) -> str:
     """Return the base's module that a parameter belongs to, block numbers replaced by N.
 
-    >>> folded("base_model.model.language_model.model.layers.31.mlp.up_proj.lora_A.default.weight")
+    >>> folded_module("base_model.model.language_model.model.layers.31.mlp.up_proj.lora_A.default.weight")
     'language_model.model.layers.N.mlp.up_proj'
     """
     module = _ADAPTER.sub("", name.removeprefix(_PREFIX))
@@ -89,19 +89,17 @@ def folded(name: str) -> str:
     return _NUMBERED.sub(".N", module)
 
 
-def trained_by(adapt: AdaptConfig, model: nn.Module, base: OpenVLAForActionPrediction) -> set[str]:
+def trained_by(settings: AdaptConfig, model: nn.Module, base: OpenVLAForActionPrediction) -> set[str]:
     """Return the names of the parameters of `model` that a recipe trains, those that no loss reaches included.
 
     Args:
-        adapt: the recipe's section.
+        settings: the recipe's section.
         model: adapted, possibly with what no loss reaches frozen again.
         base: what is inside `model`.
     """
-    from vlaft.adapt.methods import trained_modules
-
-    if adapt.method == "lora":
+    if settings.method == "lora":
         return {name for name, _ in model.named_parameters() if ".lora_" in name}
-    chosen = {id(parameter) for module in trained_modules(base, adapt.method) for parameter in module.parameters()}
+    chosen = {id(parameter) for module in trained_modules(base, settings.method) for parameter in module.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in chosen}
 
 
@@ -117,12 +115,12 @@ def count(model: nn.Module, trained: set[str]) -> ParameterCount:
         total=sum(parameter.numel() for _, parameter in named),
         reached_by_gradient=sum(parameter.numel() for _, parameter in named if parameter.requires_grad),
         parts=_group(model, trained, part_of, PARTS),
-        modules=_group(model, trained, folded),
+        modules=_group(model, trained, folded_module),
     )
 
 
 def _group(
-    model: nn.Module, trained: set[str], key: Callable[[str], str], keys: tuple[str, ...] = ()
+    model: nn.Module, trained: set[str], key: Callable[[str], str], keys: Iterable[str] = ()
 ) -> dict[str, PartCount]:
     groups = dict.fromkeys(keys, PartCount())
     for name, parameter in model.named_parameters():
@@ -142,12 +140,6 @@ def count_parameters(recipe: RecipeConfig, config: OpenVLAConfig) -> ParameterCo
     Raises:
         ConfigError: LoRA targets that the base does not have.
     """
-    import torch
-
-    from vlaft.accounting.meta import WithoutValues, example_inputs, example_normalization, meta_model
-    from vlaft.adapt import adapt
-    from vlaft.training.step import forward
-
     base = meta_model(config)
     with WithoutValues():
         model = adapt(base, recipe.adapt)

@@ -10,8 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from vlaft.accounting.choose import EFFECTIVE_BATCH, divisors, with_batch
-from vlaft.accounting.main_memory import MainMemory, predict_main_memory
-from vlaft.accounting.memory import MemoryPrediction, memory_model, predict
+from vlaft.accounting.memory import (
+    MainMemory,
+    MemoryPrediction,
+    memory_model,
+    predict_main_memory,
+    predict_memory,
+)
 from vlaft.accounting.parameters import ParameterCount, count_parameters
 from vlaft.data.store import ConvertedDataset
 from vlaft.model.load import base_config
@@ -64,7 +69,7 @@ def plan_run(recipe: RecipeConfig, gpu_memory: int | None = None, *, on_cpu: boo
     data = [describe(ConvertedDataset(Path(path))) for path in recipe.data.paths]
     config = base_config(recipe.base)
     recipe = settle_batch(recipe, gpu_memory)
-    counted, prediction = count_parameters(recipe, config), predict(recipe, config)
+    counted, prediction = count_parameters(recipe, config), predict_memory(recipe, config)
     return Plan(recipe, counted, prediction, gpu_memory, predict_main_memory(recipe, config) if on_cpu else None, data)
 
 

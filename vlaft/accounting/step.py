@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlaft.accounting.gpu import DeviceEmulation, GpuOptimizer, in_recomputed_blocks, pack_linears
+from vlaft.accounting.gpu import DeviceEmulation, GpuOptimizer, in_recomputed_blocks, quantize_stand_in
 from vlaft.accounting.meta import META, WithoutValues, example_inputs, example_normalization, meta_model
 from vlaft.accounting.parameters import ParameterCount, count, trained_by
 from vlaft.accounting.tracker import ADAPTERS, GRADIENTS, OPTIMIZER, WEIGHTS, StorageTracker, Trace
 from vlaft.model.configuration import OpenVLAConfig
 from vlaft.model.heads.tokens import TokenOutput
 from vlaft.recipe.settings import PrecisionConfig, RecipeConfig, resolve_precision
-from vlaft.training.model import DTYPES, make_trainable
+from vlaft.training.model import PRECISIONS, make_trainable
 from vlaft.training.optimizer import build_optimizer
 from vlaft.training.step import Inputs, Normalization, forward
 
@@ -69,11 +69,11 @@ def trainable_without_data(
     recipe: RecipeConfig, config: OpenVLAConfig, precision: PrecisionConfig
 ) -> tuple[nn.Module, ParameterCount]:
     """Return the model that a recipe trains, on the meta device and quantised as it says, and its parameters."""
-    base = meta_model(config, DTYPES[precision.frozen])
+    base = meta_model(config, PRECISIONS[precision.frozen])
     with WithoutValues():
         model = make_trainable(base, recipe, precision)
     counted = count(model, trained_by(recipe.adapt, model, base))
-    pack_linears(model, recipe.adapt, DTYPES[precision.compute])
+    quantize_stand_in(model, recipe.adapt, PRECISIONS[precision.compute])
     return model, counted
 
 
@@ -125,7 +125,7 @@ def follow_steps(
             for _ in range(1 if steady else passes):
                 tracker.begin("forward")
                 with emulated:
-                    output = forward_pass(model, inputs, normalization, DTYPES[precision.compute], generator)
+                    output = forward_pass(model, inputs, normalization, PRECISIONS[precision.compute], generator)
                 assert output.loss is not None
                 tracker.begin("backward")
                 (output.loss / train.accumulation).backward()
@@ -161,5 +161,5 @@ def largest_unit(recipe: RecipeConfig, config: OpenVLAConfig) -> int:
     text = config.text_config
     attention = 2 * text.hidden_size**2 + 2 * text.hidden_size * text.num_key_value_heads * text.head_dim
     block = attention + 3 * text.hidden_size * text.intermediate_size + 2 * text.hidden_size
-    width = DTYPES[resolve_precision(recipe.precision, on_gpu=True).compute].itemsize
+    width = PRECISIONS[resolve_precision(recipe.precision, on_gpu=True).compute].itemsize
     return max(block, text.vocab_size * text.hidden_size) * width

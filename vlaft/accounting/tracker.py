@@ -54,12 +54,6 @@ class Trace:
         """`[E]` int64, bytes alive after each event."""
         return np.cumsum(self.sizes)
 
-    def breakdown(self, event: int) -> dict[str, int]:
-        """Return the bytes alive after `event`, by kind."""
-        totals = np.zeros(len(KINDS), dtype=np.int64)
-        np.add.at(totals, self.kinds[: event + 1], self.sizes[: event + 1])
-        return {kind: int(size) for kind, size in zip(KINDS, totals, strict=True)}
-
     def at_peak(self) -> tuple[int, int]:
         """Return the most bytes alive at once, and the event at which they were."""
         live = self.live

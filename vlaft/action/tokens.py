@@ -21,7 +21,7 @@ ActionStatistics = Mapping[str, Sequence[float] | Sequence[bool]]  # q01, q99, m
 
 @dataclass(frozen=True)
 class ActionTokenizer:
-    """Uniform bins over [-1, 1], mapped onto the last `n_bins` ids below `vocab_size` (OpenVLA, section 3.2).
+    """Uniform bins over [-1, 1], mapped onto the last `n_bins` ids below `vocab_size` (docs/upstream.md, Tokens).
 
     There are `n_bins` edges and hence `n_bins - 1` intervals with a centre each, so two ids decode to the highest
     value: `vocab_size - n_bins` stands for exactly 1.0. That is upstream's behaviour and kept.

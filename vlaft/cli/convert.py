@@ -12,8 +12,8 @@ import typer
 from vlaft.cli.arguments import AsJson, Out, Overwrite
 
 if TYPE_CHECKING:
-    from vlaft.data.convert.plan import Progress
-    from vlaft.data.convert.run import Conversion, SourceRequest
+    from vlaft.data.convert.run import Conversion
+    from vlaft.data.source import Progress, SourceRequest
 
 _SHOWN = 10  # skipped episodes told one by one
 
@@ -111,8 +111,8 @@ def _sources(
     weights: Sequence[float],
     mix: str | None = None,
 ) -> list[SourceRequest]:
-    from vlaft.data.convert.run import SourceRequest
     from vlaft.data.mixes import mix_requests
+    from vlaft.data.source import SourceRequest
     from vlaft.errors import UsageError
 
     paths = [word for word in words if "=" not in word or _exists(word)]

@@ -11,7 +11,7 @@ import typer
 from vlaft.cli.arguments import AsJson
 
 if TYPE_CHECKING:
-    from vlaft.data.contents import Contents, Entry
+    from vlaft.inspection.contents import Contents, Entry
     from vlaft.inspection.facts import Inspection
 
 

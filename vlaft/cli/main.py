@@ -15,7 +15,6 @@ from typing import Annotated, TextIO
 
 import typer
 
-from vlaft import __version__
 from vlaft.cli import (
     convert,
     demo,
@@ -35,6 +34,7 @@ from vlaft.cli import (
 from vlaft.cli.console import fail
 from vlaft.documents import is_text
 from vlaft.errors import ConfigError, Unchecked, VlaftError
+from vlaft.version import __version__
 
 app = typer.Typer(
     name="vlaft",

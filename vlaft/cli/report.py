@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from vlaft.accounting.costs import PAPER_BATCH, PAPER_GB, RecipeCost
-from vlaft.accounting.memory import CARDS
-from vlaft.accounting.parameters import PARTS
 from vlaft.cli.arguments import AsJson, Base, ConfigFiles, GpuMemory, Settings
 from vlaft.errors import VlaftError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from vlaft.accounting.costs import RecipeCost
 
 _NO_GPU = 24 * 10**9  # what the largest batch is worked out for where no GPU is here and none is named
 
@@ -53,6 +54,7 @@ def report(
     Example: vlaft report --recipe lora32 --recipe qlora32 --gpu-memory 24GB train.gradient_checkpointing=all
     """
     from vlaft.accounting.costs import PAPER_BASE, recipe_cost
+    from vlaft.accounting.plan import present_gpu
     from vlaft.cli.arguments import parse_size
     from vlaft.cli.console import print_json, progress, show
     from vlaft.errors import UsageError
@@ -65,7 +67,7 @@ def report(
     names = [name for word in asked for name in (recipe_names() if word == "all" else [word])]
     options = {"base": base} if base else {}
     recipes = [resolve(name, config_files or (), settings or (), options) for name in dict.fromkeys(names)]
-    memory = parse_size(gpu_memory) if gpu_memory else _present_gpu() or _NO_GPU
+    memory = parse_size(gpu_memory) if gpu_memory else present_gpu() or _NO_GPU
     config = base_config(recipes[0].base)
     costs = []
     with progress("tracing a training step on the meta device", len(recipes), "recipes") as advance:
@@ -98,14 +100,6 @@ def report(
         show("\nThe paper's figures are its own: another training stack, and nothing recomputed in the backward pass.")
 
 
-def _present_gpu() -> int | None:
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    return int(torch.cuda.get_device_properties(0).total_memory)
-
-
 _COLOURS = {
     "weights": "#4c6a92",
     "adapters": "#7fa3c7",
@@ -125,6 +119,8 @@ def plot_costs(costs: Sequence[RecipeCost], title: str, path: Path) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    from vlaft.accounting.memory import CARDS
 
     figure = Figure(figsize=(9, 1.6 + 0.42 * len(costs)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -162,6 +158,8 @@ def _gigabytes(cost: RecipeCost, term: str) -> float:
 
 
 def _table(first: str, *headings: str) -> Table:
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False)
     table.add_column(first, no_wrap=True)
     for heading in headings:
@@ -186,6 +184,8 @@ def cost_table(costs: Sequence[RecipeCost], gpu_memory: int, *, paper: bool) -> 
         gpu_memory: bytes of the GPU that the largest batches are for.
         paper: add the paper's memory, which describes the SigLIP-only base.
     """
+    from vlaft.accounting.costs import PAPER_BATCH, PAPER_GB
+
     measured = any(cost.measurement for cost in costs)
     table = _table(
         "recipe",
@@ -223,6 +223,8 @@ def cost_table(costs: Sequence[RecipeCost], gpu_memory: int, *, paper: bool) -> 
 
 def parts_table(costs: Sequence[RecipeCost]) -> Table:
     """Return trained parameters per part of the model."""
+    from vlaft.model.openvla import PARTS
+
     table = _table("trained in", *PARTS)
     for cost in costs:
         table.add_row(cost.name, *(f"{cost.counted.parts[part].trainable:,}" for part in PARTS))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlaft.cli.arguments import Base, ConfigFiles, Data, GpuMemory, Out, Overwrite, Recipe, Resume, Settings
+from vlaft.training.events import Listener
 
 if TYPE_CHECKING:
     from vlaft.accounting.plan import Plan
@@ -192,7 +193,7 @@ def _peak(summary: RunSummary) -> str:
     )
 
 
-class _Printer:
+class _Printer(Listener):
     """Tells a person on stderr how the run goes, a line per logged step."""
 
     def started(self, banner: Banner) -> None:

@@ -110,7 +110,7 @@ def _check_root(mix: str | Path, root: Path | None, names: Sequence[str]) -> Non
 
 def _mixed(name: str, entry: object, file: Path, problems: list[str]) -> MixedDataset:
     """Return one dataset; what is wrong with it is added to `problems`."""
-    content = dict(entry) if isinstance(entry, Mapping) else {"weight": entry}
+    content: dict[Any, Any] = dict(entry) if isinstance(entry, Mapping) else {"weight": entry}
     weight, preset, path = content.get("weight", 1.0), content.get("preset"), content.get("path")
     known = known_datasets()
     if not isinstance(entry, Mapping) and name not in known:

@@ -1,16 +1,17 @@
-"""How to write a setting so that a shell and YAML read back what was meant: proposals are typed as they stand."""
+"""How to say it: settings as a shell and YAML read them back, for they are typed as they stand; like things once."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 # Read back as the same text wherever it stands in YAML; whatever else a name may hold goes into quotes.
 _PLAIN = re.compile(r"[A-Za-z_][\w.+/-]*(\*[\w.+/-]*)*( [\w.+/-]+)*", re.ASCII)
 _NO_TEXT = {"true", "false", "yes", "no", "on", "off", "null", "y", "n", "none"}
+_FEW = 2  # sentences alike that are told one by one
 
 
 def word(key: str, value: Any) -> str:
@@ -41,7 +42,16 @@ def flow(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-_FEW = 2  # told one by one
+def alike(texts: Iterable[str], numbers: str = r"\d+") -> Iterator[list[str]]:
+    """Gather texts that differ only in their numbers, as an expression tells these, in the order of the first of each.
+
+    >>> list(alike(["traj_0", "meta", "traj_1"]))
+    [['traj_0', 'traj_1'], ['meta']]
+    """
+    gathered: dict[str, list[str]] = {}
+    for text in texts:
+        gathered.setdefault(re.sub(numbers, "#", text), []).append(text)
+    yield from gathered.values()
 
 
 def folded(sentences: Iterable[str]) -> list[str]:
@@ -50,11 +60,8 @@ def folded(sentences: Iterable[str]) -> list[str]:
     >>> folded(["episode 1 is short", "no rate", "episode 2 is short", "episode 3 is short"])
     ['episode 1 is short (and 2 more such warnings, in which only the numbers differ)', 'no rate']
     """
-    alike: dict[str, list[str]] = {}
-    for sentence in dict.fromkeys(sentences):
-        alike.setdefault(re.sub(r"\d+(\.\d+)?", "#", sentence), []).append(sentence)
     told: list[str] = []
-    for same in alike.values():
+    for same in alike(dict.fromkeys(sentences), r"\d+(\.\d+)?"):
         if len(same) > _FEW:
             same = [f"{same[0]} (and {len(same) - 1:,} more such warnings, in which only the numbers differ)"]
         told += same

@@ -1,9 +1,10 @@
-"""One source as a conversion reads it: its reader, the layout that applies, and what an episode must have."""
+"""One source as conversions and inspections read it: its reader, the layout that applies, what an episode must have."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,16 @@ import numpy as np
 from vlaft.data.episode import Episode
 from vlaft.data.layout import Layout, apply_layout, merge_options, separate_options
 from vlaft.data.presets import known_datasets, layout_fields, load_preset, preset_of_dataset, read_yaml, with_fields
-from vlaft.data.readers import EpisodeRef, Source, open_source
+from vlaft.data.readers.opening import open_reader
+from vlaft.data.readers.reader import EpisodeRef, Reader
 from vlaft.data.standardize.steps import parse_steps, standardize
 from vlaft.errors import ConfigError, DataError
+
+Progress = Callable[[str, int, int], None]  # phase, done, total
+
+
+def silent(phase: str, done: int, total: int) -> None:
+    """Report nothing: the `Progress` of whoever wants none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +31,7 @@ class SourceRequest:
     """One source to convert.
 
     Attributes:
-        path: file, folder or Hub id, as `open_source` takes it.
+        path: file, folder or Hub id, as `open_reader` takes it.
         preset: name or file of a dataset preset, or None for the reader's own layout.
         layout: single fields of the layout that win over preset and reader, as a preset's YAML would set them
             (`{"instruction": "open the drawer"}`); `"steps+"` adds steps behind those of the preset.
@@ -47,20 +55,20 @@ class OpenedSource:
     """A source with the layout that applies to it."""
 
     request: SourceRequest
-    source: Source
+    reader: Reader
     layout: Layout
 
     @property
     def name(self) -> str:
         """The dataset's name and its key in the statistics."""
-        return self.request.name or self.source.name
+        return self.request.name or self.reader.name
 
     @property
     def warnings(self) -> list[str]:
         """What the reader did not believe, and whether a preset was overlooked; each a sentence."""
-        known = None if self.request.preset else preset_of_dataset(self.source.name)
+        known = None if self.request.preset else preset_of_dataset(self.reader.name)
         hint = [f"a preset is made for this dataset: give --preset {known} unless its actions are as you want them"]
-        return [*self.source.warnings, *(hint if known else [])]
+        return [*self.reader.warnings, *(hint if known else [])]
 
     @property
     def steps_given(self) -> bool:
@@ -75,9 +83,9 @@ class OpenedSource:
         preset = self.request.preset
         if preset is None:
             return False
-        made_for = preset_of_dataset(self.source.name)
-        if made_for is None and self.source.format == "rlds":  # some presets are called as their dataset is published
-            made_for = self.source.name
+        made_for = preset_of_dataset(self.reader.name)
+        if made_for is None and self.reader.format == "rlds":  # some presets are called as their dataset is published
+            made_for = self.reader.name
         return made_for == (preset_of_dataset(preset) or preset)
 
     def read(self, ref: EpisodeRef) -> Episode:
@@ -86,7 +94,7 @@ class OpenedSource:
         Raises:
             DataError: it is damaged, or lacks what the layout or training needs.
         """
-        stored = self.source.read(ref)
+        stored = self.reader.read(ref)
         self._check_cameras(stored)
         episode = standardize(apply_layout(stored, self.layout), self.layout.steps)
         if episode.action is None or not len(episode.action):
@@ -108,7 +116,7 @@ class OpenedSource:
     def _check_cameras(self, episode: Episode) -> None:
         """Refuse an episode without the cameras that are asked for, and pass on why the reader left them out."""
         lost = [camera for camera in self.layout.cameras.values() if camera not in episode.cameras]
-        whys = [text for text in self.source.warnings if re.match("(only .* of )?camera ", text)]
+        whys = [text for text in self.reader.warnings if re.match("(only .* of )?camera ", text)]
         if not episode.cameras:
             why = "; ".join(whys) or "the source holds no images, record with cameras"
             raise DataError(
@@ -132,8 +140,19 @@ def open_request(request: SourceRequest) -> OpenedSource:
     settings = layout_fields(separate_options(request.layout, mapped="episodes" in preset), "settings")
     if not request.weight > 0 or not np.isfinite(request.weight):
         raise ConfigError(f"the weight of {request.path} is {request.weight}; it has to be a positive number")
-    source = open_source(request.path, merge_options(preset, settings.get("options", {})))
-    layout = source.layout if request.preset is None else load_preset(request.preset, source.layout)
+    reader = open_reader(request.path, merge_options(preset, settings.get("options", {})))
+    layout = reader.layout if request.preset is None else load_preset(request.preset, reader.layout)
     layout = with_fields(layout, settings)
     parse_steps(layout.steps)
-    return OpenedSource(request, source, layout)
+    return OpenedSource(request, reader, layout)
+
+
+def first_of_splits(refs: Sequence[EpisodeRef], limit: int | None) -> list[EpisodeRef]:
+    """Return the first `limit` episodes of every split of a source; all without a limit."""
+    counts: Counter[str | None] = Counter()
+    kept = []
+    for ref in refs:
+        counts[ref.split] += 1
+        if limit is None or counts[ref.split] <= limit:
+            kept.append(ref)
+    return kept

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlaft.environments.interface import Environment, begin, opened, step
+from vlaft.environments.interface import Environment, begin, opened_environments, step
 from vlaft.errors import ConfigError
 from vlaft.observation.images import Image
 
@@ -115,7 +115,7 @@ def roll_out(
         VlaftError: an environment fails.
     """
     check_counts(seeds, parallel)
-    with opened(make, min(parallel, len(seeds))) as environments:
+    with opened_environments(make, min(parallel, len(seeds))) as environments:
         return run_episodes(act, environments, seeds=seeds, max_steps=max_steps, keep=keep, advance=advance)
 
 

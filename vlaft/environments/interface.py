@@ -55,7 +55,7 @@ class Outcome:
 
 
 @contextmanager
-def opened(make: Callable[[], Environment], count: int) -> Iterator[list[Environment]]:
+def opened_environments(make: Callable[[], Environment], count: int) -> Iterator[list[Environment]]:
     """Give environments, and close them in the end, however the block ends.
 
     Args:

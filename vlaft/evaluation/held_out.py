@@ -18,7 +18,7 @@ _COLUMNS = ("dataset", "source", "instruction", "episode_index", "frame_index", 
 
 
 @dataclass(frozen=True)
-class Episode:
+class HeldOutEpisode:
     """One demonstration of the split.
 
     Attributes:
@@ -59,7 +59,7 @@ class HeldOut:
     dataset: NDArray[np.str_]
     prompts: list[list[int]]
     frame: NDArray[np.int64]
-    episodes: tuple[Episode, ...]
+    episodes: tuple[HeldOutEpisode, ...]
     chosen: NDArray[np.int64]
 
     def __len__(self) -> int:
@@ -180,7 +180,7 @@ def _has_gripper(names: Sequence[str], action: NDArray[np.float32]) -> bool:
     return bool(((action[:, -1] >= 0) & (action[:, -1] <= 1)).all())
 
 
-def _episodes(owner: Sequence[int], rows: dict[str, list]) -> tuple[Episode, ...]:
+def _episodes(owner: Sequence[int], rows: dict[str, list]) -> tuple[HeldOutEpisode, ...]:
     found: dict[tuple[int, int], list[int]] = {}
     for row, key in enumerate(zip(owner, rows["episode_index"], strict=True)):
         found.setdefault(key, []).append(row)
@@ -189,5 +189,5 @@ def _episodes(owner: Sequence[int], rows: dict[str, list]) -> tuple[Episode, ...
         first = members[0]
         ordered = sorted(members, key=lambda row: rows["frame_index"][row])
         dataset, source, instruction = (str(rows[name][first] or "") for name in ("dataset", "source", "instruction"))
-        episodes.append(Episode(dataset, source, instruction, np.asarray(ordered, dtype=np.int64)))
+        episodes.append(HeldOutEpisode(dataset, source, instruction, np.asarray(ordered, dtype=np.int64)))
     return tuple(episodes)

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from vlaft.evaluation.held_out import Episode, HeldOut
+from vlaft.evaluation.held_out import HeldOut, HeldOutEpisode
 from vlaft.evaluation.offline import Evaluation
 from vlaft.files import disk_errors, locked
 from vlaft.pages.curves import COLORS, legend_text, save_figure
@@ -55,7 +55,7 @@ def draw_evaluations(
     return [*files, folder / ERRORS_FILE]
 
 
-def draw_episode(episode: Episode, evaluations: Sequence[Evaluation], held_out: HeldOut) -> Figure:
+def draw_episode(episode: HeldOutEpisode, evaluations: Sequence[Evaluation], held_out: HeldOut) -> Figure:
     """Draw the demonstrated actions of an episode as a line, and free-running predictions over it, in robot units."""
     title = f"{held_out.split} split of {episode.dataset}, {episode.source}\n{_shortened(episode.instruction)}"
     figure, axes = _grid(held_out, title, "step")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from vlaft.action.statistics import choose_key
 from vlaft.environments.episodes import Rollout, check_counts, run_episodes
-from vlaft.environments.interface import opened
+from vlaft.environments.interface import opened_environments
 from vlaft.environments.registry import _SHIPPED, environment_maker
 from vlaft.errors import DataError, VlaftError
 from vlaft.files import disk_errors, locked
@@ -107,7 +107,8 @@ def evaluate_in(
     make, seeds = environment_maker(env), range(seed, seed + episodes)
     check_counts(seeds, parallel)
     try:
-        with opened(make, min(parallel, episodes)) as environments:  # first, for a model may take minutes to load
+        # first, for a model may take minutes to load
+        with opened_environments(make, min(parallel, episodes)) as environments:
             policy = load(model, dtype=dtype, device=device, base=base)
             actor = _Actor(policy, _statistics_key(policy, model, env, unnorm_key))
             rollout = run_episodes(actor, environments, seeds=seeds, keep=keep, advance=advance)

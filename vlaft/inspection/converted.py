@@ -12,10 +12,11 @@ import numpy as np
 
 from vlaft.data.codec import decode_image
 from vlaft.data.layout import Layout
+from vlaft.data.source import Progress, silent
 from vlaft.data.store import DATASET_FILE, SPLITS, ConvertedDataset
 from vlaft.errors import DataError
 from vlaft.files import restored
-from vlaft.inspection.facts import EPISODES_LOOKED_AT, CameraFacts, EpisodeFacts, Inspection, Progress, evenly, look_at
+from vlaft.inspection.facts import EPISODES_LOOKED_AT, CameraFacts, EpisodeFacts, Inspection, evenly, look_at
 from vlaft.observation.images import Image
 
 _COLUMNS = ("episode_index", "dataset", "source", "instruction", "state", "action")
@@ -55,7 +56,7 @@ def inspect_converted(
     limit: int | None = None,
     frames: bool = True,
     thumbnails: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Inspection:
     """Read a converted dataset and measure it; its raw action is the standardized one that it stores.
 
@@ -84,7 +85,7 @@ def inspect_converted(
                 raise DataError(f"{path}: the actions of episode '{table['source'][first]}' differ in their width")
             action = np.asarray([table["action"][row] for row in rows], dtype=np.float32)
             states = [table["state"][row] for row in rows]
-            whole = all(states) and len({len(state) for state in states}) == 1
+            has_states = all(states) and len({len(state) for state in states}) == 1
             fps = rates.get(table["dataset"][first])
             episodes.append(
                 EpisodeFacts(
@@ -96,7 +97,7 @@ def inspect_converted(
                     fps=float(fps) if isinstance(fps, int | float) else None,
                     action=action.astype(np.float64),
                     standardized=action,
-                    state=np.asarray(states, dtype=np.float32) if whole else None,
+                    state=np.asarray(states, dtype=np.float32) if has_states else None,
                     names=layout.action_names,
                 )
             )
@@ -110,8 +111,7 @@ def inspect_converted(
     shapes: dict[str, tuple[int, int, int]] = {}
     pictures: dict[str, tuple[Image, Image]] = {}
     for number, (split, numbers) in enumerate(places):
-        if progress is not None:
-            progress("reading episodes", number, len(places))
+        progress("reading episodes", number, len(places))
         shown: dict[str, CameraFacts] = {}
         for column in dataset.cameras:
             stored = StoredFrames(dataset, split, numbers, column, f"{path}: {episodes[number].name}")
@@ -127,8 +127,7 @@ def inspect_converted(
                 shown[column] = look_at(stored, thumbnails=thumbnails)
         if shown:
             episodes[number] = replace(episodes[number], cameras=shown)
-    if progress is not None:
-        progress("reading episodes", len(places), len(places))
+    progress("reading episodes", len(places), len(places))
     skipped = dataset.info.get("skipped") or []
     told = [str(sentence) for sentence in dataset.info.get("warnings") or []]
     if not dataset.has_checksum:

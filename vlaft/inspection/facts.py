@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,20 +16,16 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vlaft.data.contents import Contents
-from vlaft.data.convert.plan import OpenedSource, SourceRequest, open_request
 from vlaft.data.episode import Episode, Frames
-from vlaft.data.layout import Layout, apply_layout, read_columns
-from vlaft.data.likely_action import likely_action
-from vlaft.data.readers import EpisodeRef
+from vlaft.data.layout import Layout, apply_layout, likely_action, read_columns
 from vlaft.data.sentences import word
+from vlaft.data.source import OpenedSource, Progress, SourceRequest, first_of_splits, open_request, silent
 from vlaft.data.standardize.evidence import Opening, check_gripper, finger_opening
 from vlaft.data.standardize.steps import parse_steps, standardize
 from vlaft.errors import ConfigError, DataError
-from vlaft.inspection.contents import NotInspected, contents_of_path, contents_of_source
+from vlaft.inspection.contents import Contents, NotInspected, contents_of_path, contents_of_source
 from vlaft.observation.images import Image
 
-Progress = Callable[[str, int, int], None]  # phase, done, total
 Shape = tuple[int, int, int]  # height, width, channels
 
 FRAME_STEPS = ("rotate", "flip_rows", "swap_red_blue")  # standardizing steps that change frames alone
@@ -166,17 +162,13 @@ def instructions_of(episodes: Sequence[EpisodeFacts]) -> list[str]:
     return found if any(text.strip() for text in found) else []
 
 
-def _silent(phase: str, done: int, total: int) -> None:
-    """Report nothing."""
-
-
 def inspect_source(
     request: SourceRequest,
     *,
     limit: int | None = None,
     frames: bool = True,
     thumbnails: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Inspection:
     """Read a source of demonstrations and measure it.
 
@@ -194,7 +186,7 @@ def inspect_source(
     """
     try:
         opened = open_request(request)
-        refs = _limited(opened.source.episodes(), limit)
+        refs = first_of_splits(opened.reader.episodes(), limit)
     except DataError as error:
         raise NotInspected(str(error), contents_of_path(request.path)) from error
     if not refs:
@@ -208,7 +200,7 @@ def inspect_source(
     for done, ref in enumerate(refs):
         progress("reading episodes", done, len(refs))
         try:
-            episode = opened.source.read(ref)
+            episode = opened.reader.read(ref)
             facts = _measure(episode, opened)
             if episodes and facts.action.shape[1] != episodes[0].action.shape[1]:
                 raise DataError(
@@ -234,15 +226,15 @@ def inspect_source(
         episodes.append(replace(facts, cameras=shown))
     progress("reading episodes", len(refs), len(refs))
     if cameras is None:
-        raise NotInspected(unreadable[0][1], contents_of_source(opened.source, refs[0]))
+        raise NotInspected(unreadable[0][1], contents_of_source(opened.reader, refs[0]))
     inspection = Inspection(
         path=request.path,
         name=opened.name,
         kind="source",
-        format=opened.source.format,
+        format=opened.reader.format,
         preset=request.preset,
         layout=opened.layout,
-        source_steps=tuple(opened.source.layout.steps),
+        source_steps=tuple(opened.reader.layout.steps),
         episodes=tuple(episodes),
         unreadable=tuple(unreadable),
         shapes=cameras.shapes,
@@ -252,7 +244,7 @@ def inspect_source(
         pictures=cameras.pictures,
         # the action is known by now, so a reader's remark that it found no column for it is settled
         told=tuple(text for text in opened.warnings if not re.match("there is no (single )?action column", text)),
-        contents=contents_of_source(opened.source, next(ref for ref in refs if ref.name == episodes[0].name)),
+        contents=contents_of_source(opened.reader, next(ref for ref in refs if ref.name == episodes[0].name)),
     )
     usable = inspection.standardized
     actions = [entry.standardized for entry in usable if entry.standardized is not None]
@@ -272,16 +264,6 @@ class _Cameras:
     def completed(self, other: _Cameras) -> _Cameras:
         """Return this with what only another episode shows: of a camera whose first frame here is damaged."""
         return replace(self, shapes={**other.shapes, **self.shapes}, pictures={**other.pictures, **self.pictures})
-
-
-def _limited(refs: Sequence[EpisodeRef], limit: int | None) -> list[EpisodeRef]:
-    counts: Counter[str | None] = Counter()
-    kept = []
-    for ref in refs:
-        counts[ref.split] += 1
-        if limit is None or counts[ref.split] <= limit:
-            kept.append(ref)
-    return kept
 
 
 def _measure(episode: Episode, opened: OpenedSource) -> EpisodeFacts:

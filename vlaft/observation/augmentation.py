@@ -1,9 +1,9 @@
 """Image operations on whole batches, on the device where the batch is: crops, augmentation, normalisation.
 
-The operations and their parameters are those with which OpenVLA was fine-tuned (openvla.md, section 4.3). Where
-the random numbers differ: upstream draws all of a frame's parameters from one seed, so that crop offset, brightness,
-contrast, saturation and hue rise and fall together; here they are independent of each other, except that the crop's
-two offsets are equal, as upstream's are.
+The operations and their parameters are those with which OpenVLA was fine-tuned (docs/upstream.md, Augmentation).
+Where the random numbers differ: upstream draws all of a frame's parameters from one seed, so that crop offset,
+brightness, contrast, saturation and hue rise and fall together; here they are independent of each other, except that
+the crop's two offsets are equal, as upstream's are.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def pixel_values(images: Tensor, means: Sequence[Sequence[float]], stds: Sequenc
 def center_crop(images: Tensor) -> Tensor:
     """Return the central 90 % of each image's area at the old size: uint8 `[B, H, W, 3]`, as given.
 
-    For a model trained with random crops of that area (openvla.md, section 4.4).
+    For a model trained with random crops of that area (docs/upstream.md, At evaluation).
     """
     import torch
 

@@ -106,7 +106,7 @@ class ImagePipeline:
         """Return the pipeline with which a checkpoint is to be used.
 
         The key `image_pipeline`, which vlaft writes, wins: it is what the model was trained on. A release without
-        it is used as its processor says (bicubic, no crop; openvla.md, section 4.2).
+        it is used as its processor says (bicubic, no crop; docs/upstream.md, In the release's processor).
 
         Args:
             config: `config.json`.
@@ -151,7 +151,7 @@ class ImagePipeline:
         """Return the pipeline for converting demonstrations to train this checkpoint with.
 
         A checkpoint of vlaft keeps its own; upstream trains every release on Lanczos-resized frames of ignored
-        aspect ratio, whatever its processor does when it is served (openvla.md, section 4.1).
+        aspect ratio, whatever its processor does when it is served (docs/upstream.md, In training).
         """
         pipeline = cls.from_checkpoint(config, preprocessor)
         if isinstance(config.get("image_pipeline"), Mapping):

@@ -145,7 +145,7 @@ class BaseFiles:
         """Return the prompt's ids: BOS, the text, and the blank that stands before the first action token.
 
         Training on text gives that blank by itself, since a space precedes the action; without it actions
-        degrade (openvla.md, section 3).
+        degrade (docs/upstream.md, Prompts).
 
         Raises:
             DataError: the instruction is no text in UTF-8.

@@ -138,7 +138,7 @@ def write_release_files(
 
 
 def release_config(source: Source, dtype: str | None) -> dict[str, Any]:
-    """Return `config.json` with every field of the release (openvla.md, section 1.1)."""
+    """Return `config.json` with every field of the release (docs/upstream.md, Configuration)."""
     full = load_config(source.folder)
     fields: dict[str, Any] = {key: getattr(full, key) for key in _CONFIG_FIELDS}
     fields["hf_llm_id"] = fields["hf_llm_id"] or _LLM_IDS.get(fields["llm_backbone_id"])

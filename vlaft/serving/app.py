@@ -15,12 +15,12 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from vlaft import __version__
 from vlaft.errors import VlaftError
 from vlaft.serving import json_numpy
 from vlaft.serving.batching import Batcher
 from vlaft.serving.observation import Observation, read_observation
 from vlaft.serving.settings import Refused, ServeSettings, busy
+from vlaft.version import __version__
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,8 @@
 """Arrays inside JSON, as the `json_numpy` package writes them.
 
-An array is `{"__numpy__": base64 of its bytes in C order, "dtype": "<f8", "shape": [7]}` (openvla.md, section 8.1).
-Only plain numbers are taken: no objects, records or strings, so nothing is ever unpickled. What an array claims is
-held against what it brings before anything is allocated.
+An array is `{"__numpy__": base64 of its bytes in C order, "dtype": "<f8", "shape": [7]}` (docs/upstream.md,
+Arrays in JSON). Only plain numbers are taken: no objects, records or strings, so nothing is ever unpickled. What an
+array claims is held against what it brings before anything is allocated.
 """
 
 from __future__ import annotations

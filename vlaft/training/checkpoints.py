@@ -35,7 +35,7 @@ _CONSTANTS = ("qmap1", "qmap2")  # code books of 8-bit optimizers, the same for 
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """What changes from step to step and is kept in a checkpoint."""
 
     step: int = 0
@@ -73,7 +73,7 @@ class _State:
     step: int
     optimizer_scalars: dict[str, int | float | bool]
     files: dict[str, int | str]
-    progress: Progress | None = None
+    progress: RunProgress | None = None
     loader: _Position | None = None
     effective_batch: int | None = None
 
@@ -315,7 +315,7 @@ def set_aside(folder: Path, chosen: Path | None) -> None:
             ) from error
 
 
-def rotate(folder: Path, keep: int, best: str | None) -> list[str]:
+def rotate_checkpoints(folder: Path, keep: int, best: str | None) -> list[str]:
     """Delete all but the newest `keep` checkpoints and the best; the newest always stays.
 
     What kills and damage left behind goes too.

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from accelerate import PartialState
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-from vlaft.errors import ConfigError, MissingExtra, VlaftError, did_you_mean
+from vlaft.errors import MissingExtra, VlaftError
 from vlaft.recipe.settings import RecipeConfig
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
 
 
 @dataclass(frozen=True)
@@ -156,8 +155,8 @@ class RunSummary:
     on_gpu: bool = False
 
 
-class Listener(Protocol):
-    """What a run tells while it goes on."""
+class Listener:
+    """What a run tells while it goes on, to nobody: whoever wants to hear something overrides the method."""
 
     def started(self, banner: Banner) -> None:
         """The model is loaded and the first step is next."""
@@ -178,178 +177,95 @@ class Listener(Protocol):
         """All steps are done, or evaluation stopped improving."""
 
 
-class Silence:
-    """The listener of processes that leave the talking to the main one."""
-
-    def started(self, banner: Banner) -> None:
-        """Say nothing."""
-
-    def stepped(self, line: StepLine) -> None:
-        """Say nothing."""
-
-    def evaluated(self, line: EvaluationLine) -> None:
-        """Say nothing."""
-
-    def saved(self, checkpoint: Path) -> None:
-        """Say nothing."""
-
-    def warned(self, sentence: str) -> None:
-        """Say nothing."""
-
-    def finished(self, summary: RunSummary) -> None:
-        """Say nothing."""
-
-
 PROJECT = "vlaft"
-PACKAGES = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}  # tracker to what it imports
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """See whether every tracker is known and installed, before anything is loaded.
+    """See whether every tracker's package is installed, before anything is loaded; it is called as the tracker is.
 
     Raises:
-        ConfigError: one is not known.
-        MissingExtra: its package is not installed.
+        MissingExtra: one is not.
     """
-    unknown = [name for name in names if name not in PACKAGES]
-    if unknown:
-        known = sorted(PACKAGES)
-        raise ConfigError(
-            [f"train.trackers: '{n}' is not one of {', '.join(known)}{did_you_mean(n, known)}" for n in unknown]
-        )
     for name in names:
-        if find_spec(PACKAGES[name]) is None:
-            raise MissingExtra(f"train.trackers=[{name}]", PACKAGES[name], name)
+        if find_spec(name) is None:
+            raise MissingExtra(f"train.trackers=[{name}]", name, name)
 
 
 class Trackers:
-    """The trackers of a run that was started; `log` and `finish` are no work without any."""
+    """accelerate's trackers of a run; one that fails is left out from then on, and training goes on."""
 
-    def __init__(self, warn: Callable[[str], None] = lambda sentence: None) -> None:
-        self._trackers: list[Any] = []
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        """Have none yet; `warn` is told when one fails."""
         self._warn = warn
+        self._started: list[GeneralTracker] = []
 
-    @classmethod
-    def start(cls, recipe: RecipeConfig, folder: Path, first_step: int, warn: Callable[[str], None]) -> Trackers:
-        """Start what `recipe.train.trackers` names.
+    def start(self, recipe: RecipeConfig, folder: Path, first_step: int) -> None:
+        """Start what `recipe.train.trackers` names, in the main process.
 
         Args:
             recipe: resolved settings, stored with the curves.
             folder: the run's; its name is the curves' name, and tensorboard's files go to `folder/tensorboard`.
             first_step: number of steps done before. What tensorboard has of later ones is hidden: they are done
                 again. In wandb a continued run is a new run of the same name.
-            warn: told when a tracker fails later on.
 
         Raises:
-            ConfigError, MissingExtra: as `check_trackers`.
+            MissingExtra: as `check_trackers`.
             VlaftError: a tracker cannot start: no network, or no account.
         """
-        names = list(dict.fromkeys(recipe.train.trackers))
-        check_trackers(names)
+        from accelerate import PartialState
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        if not PartialState().is_main_process:
+            return
+        check_trackers(recipe.train.trackers)
+        plain = str | float | int | bool
+        flat = flat_settings(asdict(recipe))
+        settings = {key: value if isinstance(value, plain) else str(value) for key, value in flat.items()}
         name = folder.resolve().name
         options: dict[str, dict[str, Any]] = {
             "tensorboard": {"run_name": "tensorboard", "logging_dir": str(folder), "purge_step": first_step + 1},
             "trackio": {"run_name": PROJECT, "name": name, "resume": "allow"},
             "wandb": {"run_name": PROJECT, "name": name, "dir": str(folder)},
         }
-        started = cls(warn)
-        for each in names:
+        for each in dict.fromkeys(recipe.train.trackers):
             try:
                 tracker = LOGGER_TYPE_TO_CLASS[each](**options[each])
                 tracker.start()
-                started._trackers.append(tracker)
+                self._started.append(tracker)
                 if each != "tensorboard":  # its table of hyperparameters would be a run of its own beside the curves
-                    tracker.store_init_configuration(flat_settings(asdict(recipe)))
+                    tracker.store_init_configuration(settings)
             except Exception as error:  # whatever the package raises, training has not begun
-                started.finish()
                 raise VlaftError(f"train.trackers: {each} cannot start ({_reason(error)}); train without it") from error
-        return started
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Send a line of `log.jsonl`; a tracker that fails is left out from then on, and training goes on."""
+        """Send the numbers of a line of `log.jsonl`."""
         values = {key: float(value) for key, value in line.items() if _is_number(value) and key != "step"}
-        for tracker in list(self._trackers):
+        for tracker in list(self._started):
             try:
                 tracker.log(values, step=int(line["step"]))
             except Exception as error:  # a network that is gone is no reason to lose a night's run
-                self._trackers.remove(tracker)
+                self._started.remove(tracker)
                 self._warn(f"{tracker.name} gets no more curves ({_reason(error)}); log.jsonl goes on")
 
-    def finish(self) -> None:
+    def close(self) -> None:
         """Close every tracker."""
-        for tracker in self._trackers:
+        while self._started:
+            tracker = self._started.pop(0)
             try:
                 tracker.finish()
             except Exception as error:  # as in `log`
                 self._warn(f"{tracker.name} could not be closed ({_reason(error)}); log.jsonl has all")
-        self._trackers.clear()
 
 
-class Tracked:
-    """Passes on what a run tells, and logs its lines to trackers."""
-
-    def __init__(self, listener: Listener, trackers: Trackers) -> None:
-        self._listener = listener
-        self._trackers = trackers
-
-    def started(self, banner: Banner) -> None:
-        """Pass it on."""
-        self._listener.started(banner)
-
-    def stepped(self, line: StepLine) -> None:
-        """Log the line and pass it on."""
-        self._trackers.log(asdict(line))
-        self._listener.stepped(line)
-
-    def evaluated(self, line: EvaluationLine) -> None:
-        """Log the line and pass it on."""
-        self._trackers.log(asdict(line))
-        self._listener.evaluated(line)
-
-    def saved(self, checkpoint: Path) -> None:
-        """Pass it on."""
-        self._listener.saved(checkpoint)
-
-    def warned(self, sentence: str) -> None:
-        """Pass it on."""
-        self._listener.warned(sentence)
-
-    def finished(self, summary: RunSummary) -> None:
-        """Pass it on."""
-        self._listener.finished(summary)
-
-
-@contextmanager
-def tracked(listener: Listener, recipe: RecipeConfig, folder: Path, first_step: int) -> Iterator[Listener]:
-    """Give a listener that logs to the recipe's trackers besides; they are closed at the end, whatever happened.
-
-    Processes other than the main one get their own listener back.
-
-    Raises:
-        ConfigError, MissingExtra, VlaftError: as `Trackers.start`.
-    """
-    if not PartialState().is_main_process:
-        yield listener
-        return
-    trackers = Trackers.start(recipe, folder, first_step, listener.warned)
-    try:
-        yield Tracked(listener, trackers)
-    finally:
-        trackers.finish()
-
-
-def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, str | float | int | bool]:
-    """Return nested settings under keys with dots, what is no number as text.
+def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings under keys with dots.
 
     >>> flat_settings({"train": {"steps": 4, "betas": (0.9, 0.99)}})
-    {'train.steps': 4, 'train.betas': '(0.9, 0.99)'}
+    {'train.steps': 4, 'train.betas': (0.9, 0.99)}
     """
-    flat: dict[str, str | float | int | bool] = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flat_settings(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, str | float | int | bool) else str(value)
+        flat |= flat_settings(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat
 
 

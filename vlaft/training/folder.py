@@ -19,6 +19,7 @@ from typing import Any
 from vlaft.errors import ConfigError, VlaftError
 from vlaft.files import SEAL, content_checksum, disk_errors, sealed, staged, sync
 from vlaft.recipe.settings import RecipeConfig
+from vlaft.training.events import flat_settings
 from vlaft.weights.trained import (
     BASE_CHECKSUMS,
     ENVIRONMENT_FILE,
@@ -233,7 +234,10 @@ def check_same_recipe(old: RecipeConfig, new: RecipeConfig, folder: Path, free: 
     Raises:
         ConfigError: each setting that differs, in one sentence.
     """
-    before, after = _flat(asdict(old)), _flat(asdict(new))
+    before, after = (
+        {key: list(value) if isinstance(value, tuple) else value for key, value in flat_settings(asdict(one)).items()}
+        for one in (old, new)
+    )
     different = [
         key for key in before if before[key] != after.get(key) and key not in {"train.steps", *_FREE_KEYS, *free}
     ]
@@ -246,16 +250,6 @@ def check_same_recipe(old: RecipeConfig, new: RecipeConfig, folder: Path, free: 
 
 def _json(content: Any) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def command_line() -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -24,16 +23,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlaft.adapt import adapt
 from vlaft.adapt.methods import quantization_config
+from vlaft.model.load import load_model
 from vlaft.model.openvla import OpenVLAForActionPrediction
 from vlaft.model.vision import AttentionPool, VisionTransformer
 from vlaft.recipe.settings import PrecisionConfig, RecipeConfig
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load_trainable(
     recipe: RecipeConfig, precision: PrecisionConfig, folder: Any, device: torch.device
-) -> tuple[nn.Module, ParameterCount]:
+) -> tuple[nn.Module, tuple[int, int]]:
     """Load a base and make it trainable as the recipe says.
 
     Args:
@@ -43,18 +43,16 @@ def load_trainable(
         device: where to put the model.
 
     Returns:
-        The model, and its parameters counted, those that no loss reaches included.
+        The model, and how many parameters are trained (those that no loss reaches included) and how many there are.
     """
-    from vlaft.model.load import load_model
-
-    quantization = quantization_config(recipe.adapt, DTYPES[precision.compute])
-    model = load_model(folder, dtype=DTYPES[precision.frozen], device=device, quantization=quantization)
+    quantization = quantization_config(recipe.adapt, PRECISIONS[precision.compute])
+    model = load_model(folder, dtype=PRECISIONS[precision.frozen], device=device, quantization=quantization)
     trainable = _adapt_and_cast(model, recipe, precision)
-    count = count_parameters(trainable)
+    counts = trainable_and_total(trainable)
     _prepare_passes(model, recipe)
     if recipe.train.compile:
         compile_blocks(model)
-    return trainable, count
+    return trainable, counts
 
 
 def make_trainable(model: OpenVLAForActionPrediction, recipe: RecipeConfig, precision: PrecisionConfig) -> nn.Module:
@@ -72,7 +70,7 @@ def _adapt_and_cast(model: OpenVLAForActionPrediction, recipe: RecipeConfig, pre
     trainable = adapt(model, recipe.adapt, upcast=precision.trained == "float32")
     for parameter in trainable.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(DTYPES[precision.trained])
+            parameter.data = parameter.data.to(PRECISIONS[precision.trained])
     return trainable
 
 
@@ -127,23 +125,15 @@ def recompute_blocks(model: OpenVLAForActionPrediction, every: int | None) -> No
         block._gradient_checkpointing_func = function
 
 
-@dataclass(frozen=True)
-class ParameterCount:
-    """How many parameters are trained, and how many there are, adapters included."""
-
-    trainable: int
-    total: int
-
-
-def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count a model's parameters; packed 4-bit weights count as what they stand for."""
+def trainable_and_total(model: nn.Module) -> tuple[int, int]:
+    """Return how many parameters are trained and how many there are; packed weights count as what they stand for."""
     trainable = total = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
         count = parameter.numel() if state is None else state.shape.numel()
         total += count
         trainable += count if parameter.requires_grad else 0
-    return ParameterCount(trainable, total)
+    return trainable, total
 
 
 def trained_names(model: nn.Module) -> list[str]:

@@ -6,11 +6,12 @@ import gc
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -28,7 +29,7 @@ from vlaft.model.heads.tokens import TokenOutput
 from vlaft.observation.augmentation import pixel_values
 from vlaft.recipe.settings import RecipeConfig, resolve_precision
 from vlaft.training.checkpoints import (
-    Progress,
+    RunProgress,
     checkpoint_name,
     flatten_optimizer,
     list_checkpoints,
@@ -36,19 +37,19 @@ from vlaft.training.checkpoints import (
     read_checkpoint,
     restore_optimizer,
     restore_random_state,
-    rotate,
+    rotate_checkpoints,
     set_aside,
     trained_tensors,
     write_checkpoint,
     write_trained,
 )
 from vlaft.training.data import TrainingData, to_inputs
-from vlaft.training.events import Listener, Silence
+from vlaft.training.events import Listener, Trackers
 from vlaft.training.feature_cache import FeatureCache, cache_folder, cacheable, pays
 from vlaft.training.folder import LOG_FILE, RunFolder
 from vlaft.training.interrupts import StopSignals
 from vlaft.training.model import (
-    DTYPES,
+    PRECISIONS,
     base_model,
     distribute,
     gathered,
@@ -72,17 +73,18 @@ class Run:
         self.accelerator = join_processes()
         self.recipe = recipe
         self.base = base
-        self.listener = listener if self.accelerator.is_main_process else Silence()
+        self.listener = listener if self.accelerator.is_main_process else Listener()
+        self.trackers = Trackers(self.listener.warned)
         self.folder = RunFolder(out, writes=self.accelerator.is_main_process)
         self.precision = resolve_precision(recipe.precision, on_gpu=self.device.type == "cuda")
-        self.compute = DTYPES[self.precision.compute]
+        self.compute = PRECISIONS[self.precision.compute]
         self.data = TrainingData.open(
             recipe, base, rank=self.accelerator.process_index, world_size=self.accelerator.num_processes
         )
         self.normalization = Normalization(self.data.pipeline.means, self.data.pipeline.stds)
         self.base_fingerprint = fingerprint(base)
         self.base_checksums = tensor_checksums(base)
-        self.progress = Progress()
+        self.progress = RunProgress()
         self._told_to_stop: torch.Tensor | None = None
 
     def load(self, *, start: bool = True) -> None:
@@ -92,8 +94,7 @@ class Run:
             start: begin as the recipe says; False where `restore` comes next and brings the adapters' state.
         """
         torch.manual_seed(self.recipe.train.seed)
-        model, count = load_trainable(self.recipe, self.precision, self.base, self.device)
-        self.trainable, self.total = count.trainable, count.total
+        model, (self.trainable, self.total) = load_trainable(self.recipe, self.precision, self.base, self.device)
         self.names = trained_names(model)
         self.pissa_start = pissa.initialise(model) if self._uses_pissa and start else None  # type: ignore[arg-type]
         self.model = distribute(model, self.recipe.adapt.method, self.device)
@@ -192,6 +193,11 @@ class Run:
         sums.sums = self.accelerator.reduce(sums.sums, reduction="sum")
         return sums.read()
 
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Add a line to `log.jsonl` and to the curves of the trackers."""
+        self.folder.log(line)
+        self.trackers.log(line)
+
     def save(self) -> str:
         """Write a checkpoint of the current step and rotate; return its name.
 
@@ -242,7 +248,7 @@ class Run:
         )
         self._write_progress(path.name)
         self.listener.saved(path)
-        for sentence in rotate(self.folder.checkpoints, self.recipe.train.keep_checkpoints, progress.best):
+        for sentence in rotate_checkpoints(self.folder.checkpoints, self.recipe.train.keep_checkpoints, progress.best):
             self.listener.warned(sentence)
 
     def _write_progress(self, last: str) -> None:
@@ -294,7 +300,7 @@ class Run:
         else:
             load_adapter_weights(model, checkpoint)
         restore_optimizer(self.optimizer, tensors, state["optimizer_scalars"])
-        self.progress = read_as(Progress, state["progress"])
+        self.progress = read_as(RunProgress, state["progress"])
         before = state.get("effective_batch", self.effective_batch)
         if before != self.effective_batch:
             self.listener.warned(

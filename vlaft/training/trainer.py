@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -33,7 +33,6 @@ from vlaft.training.events import (
     RunSummary,
     StepLine,
     check_trackers,
-    tracked,
 )
 from vlaft.training.folder import RECIPE_FILE, RunFolder, check_same_recipe, command_line, environment
 from vlaft.training.interrupts import MemoryWatch, StopSignals, out_of_memory_told
@@ -91,7 +90,8 @@ def train(
             run.listener.started(_banner(run, predicted))
             try:
                 told = out_of_memory_told(recipe, f"a step of train.batch_size={recipe.train.batch_size}")
-                with told, tracked(run.listener, recipe, out, run.progress.step) as run.listener:
+                with told, closing(run.trackers):
+                    run.trackers.start(recipe, out, run.progress.step)
                     stopped_early = _loop(run, signals)
             except VlaftError as error:
                 if not isinstance(error, Interrupted):
@@ -258,7 +258,7 @@ def _log_step(run: Run, metrics: Metrics, norm: torch.Tensor | None, elapsed: fl
         memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         seconds_left=elapsed / steps * (run.recipe.train.steps - run.progress.step),
     )
-    run.folder.log(asdict(line))
+    run.log(asdict(line))
     run.listener.stepped(line)
 
 
@@ -275,7 +275,7 @@ def _evaluate(run: Run) -> None:
     else:
         progress.evaluations_since_best += 1
     line = EvaluationLine(progress.step, metrics.loss, metrics.action_accuracy, metrics.action_l1, best)
-    run.folder.log(asdict(line))
+    run.log(asdict(line))
     run.listener.evaluated(line)
 
 

@@ -19,18 +19,26 @@ from vlaft.data.codec import decode_image
 from vlaft.data.store import ConvertedDataset
 
 PAGE = ROOT / "docs/converting.md"
-COMMANDS = re.findall(r"^vlaft (convert \.\./shared.*)$", PAGE.read_text(), re.MULTILINE)
+COMMANDS = re.findall(r"^vlaft (convert tests/data/.*)$", PAGE.read_text(), re.MULTILINE)
+BASE = "--base tests/golden/openvla-tiny/checkpoint"
+BY_FILE = [command for command in COMMANDS if "my_robot.yaml" in command or "my_mix.yaml" in command]
+BY_WORDS = [command for command in COMMANDS if command not in BY_FILE]
 
 
-def run(command: str, shared: Path, out: Path, *more: str) -> int:
-    words = [word.replace("../shared", str(shared), 1) for word in shlex.split(command)]
-    if "--out" in words:
-        words[words.index("--out") + 1] = str(out)
-    return main([*words, "--base", str(shared / "golden/openvla-tiny/checkpoint"), "--workers", "1", *more])
+@pytest.fixture(autouse=True)
+def _in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the commands where the page says, as they are written there."""
+    monkeypatch.chdir(PAGE.parents[1])
 
 
-def converted(command: str, shared: Path, out: Path, *more: str) -> ConvertedDataset:
-    assert run(command, shared, out, *more) == 0
+def run(command: str, out: Path, *more: str) -> int:
+    words = shlex.split(command)
+    words[words.index("--out") + 1] = str(out)
+    return main([*words, "--workers", "1", *more])
+
+
+def converted(command: str, out: Path, *more: str) -> ConvertedDataset:
+    assert run(command, out, *more) == 0
     dataset = ConvertedDataset(out)
     dataset.verify()
     return dataset
@@ -54,51 +62,51 @@ def first_image(dataset: ConvertedDataset, episode: int, step: int = 0, column: 
     raise AssertionError("no such row")
 
 
-def test_the_page_has_a_command_for_every_valid_set(shared: Path) -> None:
+def test_the_page_has_a_command_for_every_valid_set(samples: Path) -> None:
     sets = [f"{path.parent.name}/{path.name}" for folder in ("rlds", "lerobot", "hdf5")
-            for path in (shared / "data" / folder).iterdir()]  # fmt: skip
+            for path in (samples / folder).iterdir()]  # fmt: skip
     assert len(sets) == 12
     assert [name for name in sets if not any(name in command for command in COMMANDS)] == []
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command.split()[1:4])[-60:])
+@pytest.mark.parametrize("command", BY_WORDS, ids=lambda command: " ".join(command.split()[1:4])[-60:])
 def test_every_documented_command_converts(
-    shared: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+    samples: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(command, shared, tmp_path / "out", "--dry-run", "--json") == 0  # reads all actions
+    assert run(command, tmp_path / "out", "--dry-run", "--json") == 0  # reads all actions
     told = json.loads(capsys.readouterr().out)
-    name = command.split("../shared/data/")[1].split()[0].replace("/", "_", 1).removesuffix(".hdf5")
+    name = command.split("tests/data/")[1].split()[0].replace("/", "_", 1).removesuffix(".hdf5")
     name = name.replace("-", "_") if name.startswith("lerobot") else name
-    facts = json.loads((shared / f"data/expected/{name}.json").read_text())
+    facts = json.loads((samples / f"expected/{name}.json").read_text())
     episodes = facts.get("episodes") or sum(part["episodes"] for part in facts["splits"].values())
     assert sum(told["episodes"].values()) == told["sources"][0]["episodes"] == episodes
     if facts.get("instruction_per_episode") and all(facts["instruction_per_episode"]):
         assert told["sources"][0]["instructions"] == list(dict.fromkeys(facts["instruction_per_episode"]))
-    dataset = converted(command, shared, tmp_path / "out", "--limit", "1")
+    dataset = converted(command, tmp_path / "out", "--limit", "1")
     assert dataset.rows("train") > 0 and first_image(dataset, 0, int("bridge" in command)).shape == (224, 224, 3)
 
 
 def test_both_versions_of_one_lerobot_set_give_the_same_examples(
-    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All actions by the statistics of a dry run, and every row of the first episode, frames included."""
     commands = [command_for(f"{version}-internvla") + " --name one" for version in ("v2.1", "v3.0")]
     statistics = []
     for command in commands:
-        assert run(command, shared, tmp_path / "out", "--dry-run", "--json") == 0
+        assert run(command, tmp_path / "out", "--dry-run", "--json") == 0
         statistics.append(json.loads(capsys.readouterr().out)["statistics"])
     assert statistics[0] == statistics[1]
-    assert statistics[0]["one"]["num_transitions"] == 1667
+    assert statistics[0]["one"]["num_transitions"] == 48
     old, new = (
-        converted(f"{command} --limit 1 --image-size 32", shared, tmp_path / str(number))
+        converted(f"{command} --limit 1 --image-size 32", tmp_path / str(number))
         for number, command in enumerate(commands)
     )
     without = ("source", "state")
     assert [{k: v for k, v in row.items() if k not in without} for row in rows(old)] == [
         {k: v for k, v in row.items() if k not in without} for row in rows(new)
     ]
-    assert old.rows("train") == new.rows("train") == 412
-    assert all(old.image("train", index) == new.image("train", index) for index in range(412))
+    assert old.rows("train") == new.rows("train") == 12
+    assert all(old.image("train", index) == new.image("train", index) for index in range(12))
     gripper = {row["action"][6] for row in rows(new)}
     assert gripper == {0.0, 1.0} and rows(new)[0]["action"][6] == 1.0  # the source's -1 is open
 
@@ -120,20 +128,20 @@ def best_turn(frame: np.ndarray, references: list[np.ndarray]) -> tuple[int, boo
     return min(distances, key=distances.__getitem__)
 
 
-def test_libero_raw_and_regenerated_are_the_same_way_up(shared: Path, tmp_path: Path) -> None:
+def test_libero_raw_and_regenerated_are_the_same_way_up(samples: Path, tmp_path: Path) -> None:
     """Both come from videos with upright frames; rows reversed and then turned by 180 degrees is a mirror image."""
     found = {}
     for kind in ("libero_raw", "libero_regenerated"):
-        dataset = converted(command_for(f"hdf5/{kind} "), shared, tmp_path / kind)
+        dataset = converted(command_for(f"hdf5/{kind} "), tmp_path / kind)
         found[kind] = dataset
-        expected = json.loads((shared / f"data/expected/hdf5_{kind}.json").read_text())
+        expected = json.loads((samples / f"expected/hdf5_{kind}.json").read_text())
         stored = np.asarray(expected["action"]["first_of_first_episode"])
         first = rows(dataset)[0]
         assert first["instruction"] == "move the potato to the top of the cooking utensils"
         np.testing.assert_allclose(first["action"][:6], stored[:6], atol=1e-6)
         assert stored[6] == -1 and first["action"][6] == 1.0  # robosuite's -1 opens; OpenVLA's 1 is open
         assert {row["action"][6] for row in rows(dataset)} == {0.0, 1.0}
-    video = shared / "data/lerobot/v2.1-internvla_pick_place/videos/chunk-000"
+    video = samples / "lerobot/v2.1-internvla_pick_place/videos/chunk-000"
     upright = {}
     for kind, camera in (("libero_raw", "video.base_view_2"), ("libero_regenerated", "video.base_view")):
         with av.open(str(video / camera / "episode_000002.mp4")) as container:
@@ -142,16 +150,16 @@ def test_libero_raw_and_regenerated_are_the_same_way_up(shared: Path, tmp_path: 
     assert turns == {"libero_raw": (0, True), "libero_regenerated": (0, True)}
 
 
-def test_compressed_aloha_equals_raw_within_jpeg_error(shared: Path, tmp_path: Path) -> None:
-    """Step 10 of the raw recording (0.2 s apart) is step 25 of the compressed one (0.08 s): same action, same scene.
+def test_compressed_aloha_equals_raw_within_jpeg_error(tmp_path: Path) -> None:
+    """Step 2 of the raw recording (0.2 s apart) is step 5 of the compressed one (0.08 s): same action, same scene.
 
     The raw frames are smaller, so the two are compared at a size below both.
     """
-    raw = converted(command_for("aloha_raw"), shared, tmp_path / "raw")
-    packed = converted(command_for("aloha_compressed"), shared, tmp_path / "packed")
-    action = {(row["episode_index"], row["frame_index"]): row["action"] for row in rows(raw)}[0, 10]
-    assert action == {(row["episode_index"], row["frame_index"]): row["action"] for row in rows(packed)}[0, 25]
-    one, other = (small(first_image(dataset, 0, step)) for dataset, step in ((raw, 10), (packed, 25)))
+    raw = converted(command_for("aloha_raw"), tmp_path / "raw")
+    packed = converted(command_for("aloha_compressed"), tmp_path / "packed")
+    action = {(row["episode_index"], row["frame_index"]): row["action"] for row in rows(raw)}[0, 2]
+    assert action == {(row["episode_index"], row["frame_index"]): row["action"] for row in rows(packed)}[0, 5]
+    one, other = (small(first_image(dataset, 0, step)) for dataset, step in ((raw, 2), (packed, 5)))
     coloured = np.abs(one[..., 0] - one[..., 2]) > 60  # the red and the blue piece
     assert coloured.sum() > 10
     right = np.abs(one - other)
@@ -159,26 +167,26 @@ def test_compressed_aloha_equals_raw_within_jpeg_error(shared: Path, tmp_path: P
     assert right.mean() < 1 and right[coloured].mean() < 0.1 * wrong[coloured].mean()
 
 
-def test_a_mapping_in_words_and_in_a_file_convert_alike(shared: Path, tmp_path: Path) -> None:
+def test_a_mapping_in_words_and_in_a_file_convert_alike(tmp_path: Path) -> None:
     text = PAGE.read_text().split("# my_robot.yaml\n")[1].split("```")[0]
     (tmp_path / "my_robot.yaml").write_text(text.replace("steps: [clip_gripper]\n", ""))
-    file = f"convert {shared}/data/hdf5/generic_mixed.hdf5 --preset {tmp_path}/my_robot.yaml --out x"
-    by_file = converted(file, shared, tmp_path / "file")
-    by_words = converted(command_for("generic_mixed"), shared, tmp_path / "words")
+    file = command_for("my_robot.yaml").replace("my_robot.yaml", f"{tmp_path}/my_robot.yaml")
+    by_file = converted(file, tmp_path / "file")
+    by_words = converted(command_for("generic_mixed"), tmp_path / "words")
     assert rows(by_file) == rows(by_words)
     assert by_file.cameras == by_words.cameras == ("image", "image_wrist")
     assert by_file.image("train", 5, "image_wrist") == by_words.image("train", 5, "image_wrist")
     (tmp_path / "my_robot.yaml").write_text(text)
-    stepped = converted(f"{file} fps=4 cameras.front.rotate=90", shared, tmp_path / "stepped")
+    stepped = converted(f"{file} fps=4 cameras.front.rotate=90", tmp_path / "stepped")
     assert stepped.info["sources"][0]["fps"] == 4 and stepped.info["sources"][0]["layout"]["steps"] == ["clip_gripper"]
     plain, turned = first_image(by_file, 0).astype(int), first_image(stepped, 0).astype(int)
     assert np.abs(np.rot90(plain) - turned).mean() < 3 < np.abs(plain - turned).mean()
 
 
-def test_steps_are_replaced_and_added(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_steps_are_replaced_and_added(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def told(words: str) -> dict[str, Any]:
-        command = f"convert ../shared/data/rlds/bridge_dataset --preset bridge --limit 3 --out x {words}"
-        assert run(command, shared, tmp_path / "out", "--dry-run", "--json") == 0
+        command = f"convert tests/data/rlds/bridge_dataset --preset bridge {BASE} --limit 3 --out x {words}"
+        assert run(command, tmp_path / "out", "--dry-run", "--json") == 0
         return json.loads(capsys.readouterr().out)
 
     plain, replaced = told(""), told("steps=[drop_first]")
@@ -186,15 +194,15 @@ def test_steps_are_replaced_and_added(shared: Path, tmp_path: Path, capsys: pyte
     slower = told("steps+='{resample: {fps: 2.5}}'")
     assert slower["rows"]["train"] == 12 and slower["sources"][0]["fps"] == 2.5
     assert slower["sources"][0]["layout"]["steps"][:3] == plain["sources"][0]["layout"]["steps"]
-    assert run(COMMANDS[0] + " steps=[drop_frist]", shared, tmp_path / "out") == 1
+    assert run(COMMANDS[0] + " steps=[drop_frist]", tmp_path / "out") == 1
     assert "unknown standardizing step 'drop_frist'; did you mean 'drop_first'?" in capsys.readouterr().err
 
 
-def test_a_mix_keeps_statistics_and_weights_apart(shared: Path, tmp_path: Path) -> None:
+def test_a_mix_keeps_statistics_and_weights_apart(samples: Path, tmp_path: Path) -> None:
     mix = PAGE.read_text().split("# my_mix.yaml\n")[1].split("```")[0]
-    (tmp_path / "my_mix.yaml").write_text(mix.replace("kitchen.hdf5", f"{shared}/data/hdf5/robomimic_image.hdf5"))
-    command = f"convert {shared}/data/rlds --mix {tmp_path}/my_mix.yaml --limit 2 --out x"
-    dataset = converted(command, shared, tmp_path / "out")
+    (tmp_path / "my_mix.yaml").write_text(mix.replace("tests/data", str(samples)))
+    command = command_for("my_mix.yaml").replace("my_mix.yaml", f"{tmp_path}/my_mix.yaml")
+    dataset = converted(command, tmp_path / "out", "--limit", "2")
     assert [(source["name"], source["weight"]) for source in dataset.info["sources"]] == [
         ("bridge_dataset", 0.5),
         ("kitchen", 2.0),
@@ -204,23 +212,19 @@ def test_a_mix_keeps_statistics_and_weights_apart(shared: Path, tmp_path: Path) 
     assert {row["dataset"] for row in rows(dataset)} == {"bridge_dataset", "kitchen"}
 
 
-def test_a_source_that_says_nothing_asks_for_an_instruction(
-    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_source_that_says_nothing_asks_for_an_instruction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for policy in ("stop", "skip"):
-        command = f"convert ../shared/data/hdf5/robomimic_image.hdf5 --preset robomimic --on-error {policy} --out x"
-        assert run(command, shared, tmp_path / "out") == 1
+        command = f"convert tests/data/hdf5/robomimic_image.hdf5 --preset robomimic {BASE} --on-error {policy} --out x"
+        assert run(command, tmp_path / "out") == 1
         told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
         assert len(told) == 1 and "none of the 8 episodes says what the robot does" in told[0]
         assert "instruction='open the drawer'" in told[0]
 
 
 @pytest.mark.parametrize("name", ["lerobot_lfs_pointers", "lerobot_malformed_info", "robosuite_no_images.hdf5"])
-def test_broken_sets_end_in_one_sentence(
-    shared: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_broken_sets_end_in_one_sentence(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     for policy in ("stop", "skip"):
-        code = run(f"convert ../shared/data/broken/{name} --on-error {policy} --out x", shared, tmp_path / "out")
+        code = run(f"convert tests/data/broken/{name} {BASE} --on-error {policy} --out x", tmp_path / "out")
         lines = capsys.readouterr().err.strip().splitlines()
         assert code == 1 and len(lines) == 1 and lines[0].startswith("error: ")
     assert list(tmp_path.iterdir()) == []

@@ -11,8 +11,9 @@ import pytest
 
 from vlaft.data.convert.plan import PlannedEpisode, plan_shards
 from vlaft.data.convert.run import ConvertRequest, SourceRequest, convert
-from vlaft.data.readers import EpisodeRef, open_source
 from vlaft.data.readers.hdf5 import episode as hdf5_episode
+from vlaft.data.readers.opening import open_reader
+from vlaft.data.readers.reader import EpisodeRef
 from vlaft.data.store import ConvertedDataset
 from vlaft.errors import DataError
 
@@ -44,24 +45,24 @@ def test_only_the_cameras_of_the_layout_are_decoded(
     assert decoded == []
 
 
-def test_folders_train_and_val_are_splits_in_every_hdf5_dialect(shared: Path, demos: Path, tmp_path: Path) -> None:
+def test_folders_train_and_val_are_splits_in_every_hdf5_dialect(samples: Path, demos: Path, tmp_path: Path) -> None:
     (demos / "train").mkdir()
     (demos / "val").mkdir()
     for number in range(10):
         (demos / f"episode_{number}.hdf5").rename(demos / ("val" if number < 3 else "train") / f"episode_{number}.hdf5")
-    assert [ref.split for ref in open_source(demos).episodes()] == ["train"] * 7 + ["valid"] * 3
-    mapped = open_source(
+    assert [ref.split for ref in open_reader(demos).episodes()] == ["train"] * 7 + ["valid"] * 3
+    mapped = open_reader(
         demos, {"episodes": "file", "action": "action", "cameras": {"a": "observations/images/cam_high"}}
     )
     assert [ref.split for ref in mapped.episodes()] == ["train"] * 7 + ["valid"] * 3
     for folder in ("train", "val"):
         (tmp_path / "robomimic" / folder).mkdir(parents=True)
         target = tmp_path / "robomimic" / folder / "demo.hdf5"
-        shutil.copy(shared / "data/hdf5/robomimic_image.hdf5", target)
+        shutil.copy(samples / "hdf5/robomimic_image.hdf5", target)
         target.chmod(0o644)
         with h5py.File(target, "r+") as file:
             del file["mask"]
-    refs = open_source(tmp_path / "robomimic").episodes()
+    refs = open_reader(tmp_path / "robomimic").episodes()
     assert [ref.split for ref in refs] == ["train"] * 8 + ["valid"] * 8
     assert len({ref.name for ref in refs}) == 16
 
@@ -77,7 +78,7 @@ def test_the_folders_decide_what_is_held_out(demos: Path, base: str, tmp_path: P
 
 
 def test_a_hub_id_is_fetched_once_and_its_copy_converted(
-    shared: Path, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    samples: Path, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub
 
@@ -86,7 +87,7 @@ def test_a_hub_id_is_fetched_once_and_its_copy_converted(
     def fetch(repo_id: str, **options: Any) -> str:
         asked.append(repo_id)
         assert options["repo_type"] == "dataset" and "meta/*.pkl" not in options["allow_patterns"]
-        return str(shared / "data/lerobot/v2.1-pusht_image")
+        return str(samples / "lerobot/v2.1-pusht_image")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     monkeypatch.chdir(tmp_path)

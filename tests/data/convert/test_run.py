@@ -21,7 +21,7 @@ from vlaft.data.codec import decode_image
 from vlaft.data.convert import shards as convert_shards
 from vlaft.data.convert.plan import plan_shards, split_episodes
 from vlaft.data.convert.run import ConvertRequest, SourceRequest, convert
-from vlaft.data.readers import EpisodeRef
+from vlaft.data.readers.reader import EpisodeRef
 from vlaft.data.store import ConvertedDataset
 from vlaft.errors import ConfigError, DataError, VlaftError
 from vlaft.files import locked
@@ -271,13 +271,13 @@ def test_splits() -> None:
     assert plan_shards([], 10) == []
 
 
-def test_golden_bridge(shared: Path, tmp_path: Path) -> None:
-    source = SourceRequest(path=shared / "data/rlds/bridge_dataset", preset="bridge")
-    checkpoint = str(shared / "golden/openvla-tiny/checkpoint")
+def test_golden_bridge(samples: Path, golden_folder: Path, tiny: Path, tmp_path: Path) -> None:
+    source = SourceRequest(path=samples / "rlds/bridge_dataset", preset="bridge")
+    checkpoint = str(tiny / "checkpoint")
     done = convert(ConvertRequest(sources=[source], base=checkpoint, out=tmp_path / "out", workers=1))
     assert done.rows == {"train": 200, "val": 200} and done.episodes == {"train": 25, "val": 25}
     dataset = ConvertedDataset(tmp_path / "out")
-    golden = json.loads((shared / "golden/bridge/dataset_statistics.json").read_text())
+    golden = json.loads((golden_folder / "bridge/dataset_statistics.json").read_text())
     statistics = dataset.statistics["bridge_dataset"]
     assert set(dataset.statistics) == {"bridge_dataset"} and list(statistics) == list(golden)
     for part in ("action", "proprio"):
@@ -290,7 +290,7 @@ def test_golden_bridge(shared: Path, tmp_path: Path) -> None:
     assert (golden["num_transitions"], golden["num_trajectories"]) == (400, 50)
     state = dataset.info["sources"][0]["state_statistics"]
     assert len(state["mean"]) == 7 and min(state["std"]) >= 0 and max(state["std"]) > 0.01
-    examples = [json.loads(line) for line in (shared / "golden/bridge/examples.jsonl").read_text().splitlines()]
+    examples = [json.loads(line) for line in (golden_folder / "bridge/examples.jsonl").read_text().splitlines()]
     rows = dataset.table("train").to_pylist()
     assert Counter(
         (row["instruction"], *row["prompt_token_ids"], *row["action_token_ids"], 2, -1, *row["action_token_ids"])
@@ -303,6 +303,9 @@ def test_golden_bridge(shared: Path, tmp_path: Path) -> None:
     for trajectory, actions in first.items():
         row = dataset.row("train", by_actions[actions])
         ours = decode_image(row["image"]["bytes"], "x", accurate_dct=True).astype(int)
-        frame = PillowImage.open(shared / f"golden/bridge/frames224/{trajectory:02d}.png").convert("RGB")
+        shown = golden_folder / f"bridge/frames224/{trajectory:02d}.png"
+        if not shown.is_file():  # not of all trajectories
+            continue
+        frame = PillowImage.open(shown).convert("RGB")
         differences.append(np.abs(ours - np.asarray(frame)).mean())
-    assert len(differences) == 25 and np.mean(differences) < 1.5  # 0.23 before the JPEG of the store, 0.84 with it
+    assert len(differences) == 8 and np.mean(differences) < 1.5  # 0.23 before the JPEG of the store, 0.84 with it

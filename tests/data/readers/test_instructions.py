@@ -15,7 +15,7 @@ from rlds_sets import writer
 from vlaft.data.episode import gather
 from vlaft.data.layout import Layout, apply_layout
 from vlaft.data.readers.hdf5.source import open_hdf5
-from vlaft.data.readers.rlds.source import RldsSource
+from vlaft.data.readers.rlds.source import RldsReader
 
 
 def test_gather() -> None:
@@ -57,7 +57,7 @@ def test_lerobot_rows(tmp_path: Path) -> None:
 def test_rlds_steps(tmp_path: Path, values: Any, own: tuple[str, ...]) -> None:
     name = "language_instruction" if isinstance(values, list) else "language"
     episode = {"action": np.zeros((3, 7), np.float32), name: values}
-    source = RldsSource(writer.write_rlds(tmp_path, "tiny", {"train": [episode]}))
+    source = RldsReader(writer.write_rlds(tmp_path, "tiny", {"train": [episode]}))
     assert source.read(source.episodes()[0]).step_instructions == own
     assert source.warnings == []
 

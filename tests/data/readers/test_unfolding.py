@@ -14,7 +14,7 @@ import pytest
 
 from vlaft.data.codec import SMALL
 from vlaft.data.readers.hdf5.access import read_array
-from vlaft.data.readers.lerobot.bounded import read_bounded
+from vlaft.data.readers.lerobot.rows import read_bounded
 from vlaft.data.readers.rlds.fields import decode_field, parse_features
 from vlaft.errors import DataError
 

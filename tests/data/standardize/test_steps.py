@@ -12,9 +12,19 @@ from hypothesis.extra import numpy as hnp
 
 from vlaft.data.episode import ArrayFrames, Episode
 from vlaft.data.standardize.actions import append_constant, relabel_from_state, scale_action, select_action, take_from
-from vlaft.data.standardize.frames import flip_rows, rotate, swap_red_blue
-from vlaft.data.standardize.steps import STEPS, parse_steps, standardize
-from vlaft.data.standardize.timing import drop_first, drop_last, filter_noops, keep_where, resample
+from vlaft.data.standardize.steps import (
+    STEPS,
+    drop_first,
+    drop_last,
+    filter_noops,
+    flip_rows,
+    keep_where,
+    parse_steps,
+    resample,
+    rotate,
+    standardize,
+    swap_red_blue,
+)
 from vlaft.errors import ConfigError, DataError
 
 NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")

@@ -9,7 +9,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from vlaft.environments.tabletop.environment import MAX_STEPS, TabletopEnv
-from vlaft.environments.tabletop.expert import expert_action
+from vlaft.environments.tabletop.recording import expert_action
 from vlaft.environments.tabletop.scene import SETUP_A, SETUP_B, SetUp
 from vlaft.errors import DataError
 

@@ -1,7 +1,8 @@
-"""Demonstrations of the expert, recorded and converted."""
+"""The scripted expert, which does what it is asked from any state, and its demonstrations, recorded and converted."""
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,69 @@ from small_base import write_small_base
 from vlaft.cli.main import main as vlaft
 from vlaft.data.store import ConvertedDataset
 from vlaft.environments.tabletop import recording
-from vlaft.environments.tabletop.environment import TabletopEnv
-from vlaft.environments.tabletop.expert import expert_action
-from vlaft.environments.tabletop.recording import demonstrate, main, record
-from vlaft.environments.tabletop.scene import SETUP_A, SETUP_B, Scene, SetUp
+from vlaft.environments.tabletop.environment import EPISODE_STEPS, TabletopEnv
+from vlaft.environments.tabletop.recording import demonstrate, expert_action, main, record
+from vlaft.environments.tabletop.scene import SETUP_A, SETUP_B, Scene, SetUp, new_scene
 from vlaft.errors import ConfigError, VlaftError
 
+BOTH = pytest.mark.parametrize("setup", [SETUP_A, SETUP_B], ids=lambda setup: setup.name)
 
-@pytest.mark.parametrize("setup", [SETUP_A, SETUP_B], ids=lambda setup: setup.name)
+
+def finish(scene: Scene) -> int:
+    """Let the expert act until something is picked up; return the number of steps."""
+    for number in range(EPISODE_STEPS):
+        if scene.picked_up is not None:
+            return number
+        scene.step(expert_action(scene))
+    return EPISODE_STEPS
+
+
+@BOTH
+@pytest.mark.parametrize("noise", [0.0, 0.15])
+def test_it_picks_up_what_it_is_told(setup: SetUp, noise: float) -> None:
+    steps = []
+    for seed in range(150):
+        scene = new_scene(setup, np.random.default_rng(seed), noise=noise)
+        steps.append(finish(scene))
+        assert scene.picked_up == scene.target, seed
+    assert max(steps) < EPISODE_STEPS - 5 and min(steps) >= 5
+
+
+@BOTH
+def test_actions_are_within_limits_and_follow_from_the_state(setup: SetUp) -> None:
+    space = TabletopEnv(setup).action_space
+    for seed in range(20):
+        scene = new_scene(setup, np.random.default_rng(seed), noise=0.1)
+        for _ in range(EPISODE_STEPS):
+            before = copy.deepcopy(scene)
+            action = expert_action(scene)
+            assert (expert_action(before) == action).all()
+            assert (before.objects == scene.objects).all() and (before.gripper == scene.gripper).all()
+            assert np.hypot(*action[:2]) <= setup.max_step + 1e-9 and action.astype(np.float32) in space
+            assert (action[3:6] == 0).all() and action[6] in (0, 1)
+            scene.step(action)
+
+
+@BOTH
+def test_it_opens_after_closing_on_nothing(setup: SetUp) -> None:
+    scene = new_scene(setup, np.random.default_rng(3))
+    scene.is_open, scene.gripper = False, np.array([*scene.objects[0, :2] + 0.05, 0.01])
+    assert expert_action(scene)[6] == 1.0
+    finish(scene)
+    assert scene.picked_up == scene.target
+
+
+@BOTH
+def test_it_lets_go_of_another_object(setup: SetUp) -> None:
+    scene = new_scene(setup, np.random.default_rng(4))
+    scene.gripper = scene.objects[1].copy()
+    scene.step(np.zeros(7))
+    assert scene.held == 1
+    finish(scene)
+    assert scene.picked_up == scene.target
+
+
+@BOTH
 def test_a_demonstration_without_disturbances_can_be_done_again(setup: SetUp) -> None:
     for seed in range(20):
         shown = demonstrate(setup, seed, disturbed=0.0)
@@ -35,7 +91,7 @@ def test_a_demonstration_without_disturbances_can_be_done_again(setup: SetUp) ->
         assert terminated and info["success"]
 
 
-@pytest.mark.parametrize("setup", [SETUP_A, SETUP_B], ids=lambda setup: setup.name)
+@BOTH
 def test_what_is_recorded_is_what_the_expert_wanted(setup: SetUp, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted, outcomes = [], []
 

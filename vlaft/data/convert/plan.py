@@ -13,17 +13,14 @@ from numpy.typing import NDArray
 
 from vlaft.action.statistics import DatasetStatistics, compute_statistics, state_statistics
 from vlaft.data.episode import Episode
-from vlaft.data.readers import EpisodeRef
-from vlaft.data.source import MissingInstruction, OpenedSource, SourceRequest, open_request
+from vlaft.data.readers.reader import EpisodeRef
+from vlaft.data.source import MissingInstruction, OpenedSource, Progress, first_of_splits
 from vlaft.data.standardize.evidence import Opening, check_gripper, finger_opening
 from vlaft.data.store import MAIN_CAMERA
 from vlaft.errors import DataError
 from vlaft.observation.prompts import BaseFiles
 
-__all__ = ["OpenedSource", "SourceRequest", "open_request"]  # beside this module's own
-
 OnError = Literal["skip", "stop"]
-Progress = Callable[[str, int, int], None]  # phase, done, total
 
 _VALIDATION_NAMES = {"val", "valid", "validation", "test", "eval"}
 
@@ -120,9 +117,9 @@ def survey(opened: Sequence[OpenedSource], base: BaseFiles, rules: SurveyRules, 
         DataError: an episode is damaged (unless it is to be skipped), a source has nothing usable, its
             demonstrations contradict the rule for the gripper, or the sources do not fit together.
     """
-    listed = [_limited(source.source.episodes(), rules.limit) for source in opened]
+    listed = [first_of_splits(source.reader.episodes(), rules.limit) for source in opened]
     total = sum(len(refs) for refs in listed)
-    found: list[SurveyedSource] = []
+    surveyed: list[SurveyedSource] = []
     prompts: dict[str, list[int]] = {}
     done, first_index = 0, 0
     for number, (source, refs) in enumerate(zip(opened, listed, strict=True)):
@@ -132,12 +129,12 @@ def survey(opened: Sequence[OpenedSource], base: BaseFiles, rules: SurveyRules, 
         def count(read: int, before: int = done) -> None:
             progress("reading actions", before + read, total)
 
-        found.append(_survey_source(number, source, refs, first_index, base, prompts, rules, count))
+        surveyed.append(_survey_source(number, source, refs, first_index, base, prompts, rules, count))
         done += len(refs)
         first_index += max(ref.index for ref in refs) + 1
     progress("reading actions", total, total)
-    _check_together(found)
-    return Survey(tuple(found), prompts)
+    _check_together(surveyed)
+    return Survey(tuple(surveyed), prompts)
 
 
 def _survey_source(
@@ -220,7 +217,7 @@ def _refuse_silent_source(source: OpenedSource, refs: Sequence[EpisodeRef]) -> N
     """
     for ref in refs:
         try:
-            if source.source.read(ref).instruction.strip():
+            if source.reader.read(ref).instruction.strip():
                 return
         except DataError:
             continue
@@ -293,17 +290,6 @@ def camera_column(name: str) -> str:
     """
     plain = re.sub(r"[^A-Za-z0-9_]+", "_", name)
     return plain if plain.startswith(f"{MAIN_CAMERA}_") else f"{MAIN_CAMERA}_{plain}"
-
-
-def _limited(refs: Sequence[EpisodeRef], limit: int | None) -> list[EpisodeRef]:
-    """Return the first `limit` episodes of every split of a source."""
-    counts: dict[str | None, int] = {}
-    kept = []
-    for ref in refs:
-        counts[ref.split] = counts.get(ref.split, 0) + 1
-        if limit is None or counts[ref.split] <= limit:
-            kept.append(ref)
-    return kept
 
 
 def _prompt(base: BaseFiles, episode: Episode, instruction: str) -> list[int]:

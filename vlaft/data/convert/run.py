@@ -15,20 +15,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vlaft import __version__
 from vlaft.action.statistics import read_statistics, write_statistics
 from vlaft.data.codec import CODECS, ImageCodec
 from vlaft.data.convert.plan import (
     OnError,
-    Progress,
     ShardPlan,
     Skipped,
-    SourceRequest,
     Survey,
     SurveyedSource,
     SurveyRules,
     camera_column,
-    open_request,
     plan_shards,
     survey,
 )
@@ -43,7 +39,7 @@ from vlaft.data.convert.staging import (
     remember_damage,
     remember_shard,
 )
-from vlaft.data.source import OpenedSource
+from vlaft.data.source import OpenedSource, Progress, SourceRequest, open_request, silent
 from vlaft.data.store import (
     DATASET_FILE,
     FORMAT_VERSION,
@@ -57,6 +53,7 @@ from vlaft.errors import ConfigError, DataError
 from vlaft.files import content_checksum, locked, sealed, write_json
 from vlaft.observation.images import ImagePipeline
 from vlaft.observation.prompts import BaseFiles, load_base_files
+from vlaft.version import __version__
 
 __all__ = ["Conversion", "ConvertRequest", "Skipped", "SourceRequest", "convert"]
 
@@ -123,11 +120,7 @@ class Conversion:
     warnings: tuple[str, ...]
 
 
-def _silent(phase: str, done: int, total: int) -> None:
-    """Report nothing."""
-
-
-def convert(request: ConvertRequest, *, dry_run: bool = False, progress: Progress = _silent) -> Conversion:
+def convert(request: ConvertRequest, *, dry_run: bool = False, progress: Progress = silent) -> Conversion:
     """Convert the request's sources and return what came of it.
 
     Args:
@@ -161,7 +154,7 @@ def _convert(request: ConvertRequest, dry_run: bool, progress: Progress) -> Conv
         return _conversion(request, opened, plan, [], reused=0)
     # what was fetched from the Hub lies on this disk now, and the workers shall not ask the Hub again
     requests = tuple(
-        source.request if source.request.path.exists() else replace(source.request, path=source.source.path)
+        source.request if source.request.path.exists() else replace(source.request, path=source.reader.path)
         for source in opened
     )
     staging = open_staging(request.out, _fingerprint(request, opened, base, pipeline))
@@ -190,7 +183,7 @@ def _convert(request: ConvertRequest, dry_run: bool, progress: Progress) -> Conv
 class _Plan:
     """What the first pass found, and the shards that the second is to write; `damaged` episodes are not in it."""
 
-    found: Survey
+    survey: Survey
     shards: list[ShardPlan]
     damaged: int
 
@@ -198,7 +191,7 @@ class _Plan:
     def key(self) -> str:
         """A hash of all that decides the content of the shards beyond the request."""
         parts = [[shard.file, [[e.source, e.ref.index] for e in shard.episodes]] for shard in self.shards]
-        value = [parts, [source.statistics for source in self.found.sources]]
+        value = [parts, [source.statistics for source in self.survey.sources]]
         return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
@@ -216,10 +209,10 @@ def _plan(
         seed=request.seed,
         without=damage,
     )
-    found = survey(opened, base, rules, progress)
-    if not any(episode.split == "train" for episode in found.episodes):
+    surveyed = survey(opened, base, rules, progress)
+    if not any(episode.split == "train" for episode in surveyed.episodes):
         raise DataError("all episodes belong to the validation split of their source, none is left to train on")
-    return _Plan(found, plan_shards(found.episodes, request.shard_rows), len(damage))
+    return _Plan(surveyed, plan_shards(surveyed.episodes, request.shard_rows), len(damage))
 
 
 def _write_shards(
@@ -236,7 +229,7 @@ def _write_shards(
     results = finished_shards(staging, [shard.file for shard in plan.shards], key, request.on_error)
     reused = len(results)
     missing = [shard for shard in plan.shards if shard.file not in results]
-    job = ShardJob(staging, requests, plan.found, base.actions, pipeline, request.codec, request.on_error, request.out)
+    job = ShardJob(staging, requests, plan.survey, base.actions, pipeline, request.codec, request.on_error, request.out)
     total = sum(shard.rows for shard in plan.shards)
     done = sum(shard.rows for shard in plan.shards if shard.file in results)
     progress("writing examples", done, total)
@@ -279,10 +272,10 @@ def _fingerprint(
     value = {
         "versions": [__version__, FORMAT_VERSION],
         "sources": [
-            [str(source.source.path.resolve()), source.name, source.request.weight, asdict(source.layout)]
+            [str(source.reader.path.resolve()), source.name, source.request.weight, asdict(source.layout)]
             for source in opened
         ],
-        "files": [_files_of(source.source.path) for source in opened],
+        "files": [_files_of(source.reader.path) for source in opened],
         "base": [base.tokenizer.fingerprint, asdict(base.actions), base.prompt_style],
         "image": [pipeline.to_json(), request.codec],
         "split": [request.val_fraction, request.seed, request.limit, request.shard_rows],
@@ -302,14 +295,13 @@ def _conversion(
     results: Sequence[ShardResult],
     reused: int,
 ) -> Conversion:
-    found = plan.found
     warnings = [f"{source.name}: {warning}" for source in opened for warning in source.warnings]
-    warnings += [f"{source.name}: {warning}" for source in found.sources for warning in source.warnings]
+    warnings += [f"{source.name}: {warning}" for source in plan.survey.sources for warning in source.warnings]
     if plan.damaged:
         warnings.append(
             f"{plan.damaged} episodes with damaged frames were left out; the statistics were computed anew without them"
         )
-    planned = found.episodes
+    planned = plan.survey.episodes
     episodes = {split: sum(episode.split == split for episode in planned) for split in SPLITS}
     if not episodes["val"]:
         warnings.append("no episode is held out for validation; training cannot tell its best checkpoint")
@@ -320,9 +312,9 @@ def _conversion(
         shards=len(plan.shards),
         reused=reused,
         bytes=sum(result.shard.bytes for result in results),
-        sources=tuple(describe_source(*pair) for pair in zip(opened, found.sources, strict=True)),
-        statistics={source.name: source.statistics for source in found.sources},
-        skipped=tuple(entry for source in found.sources for entry in source.skipped),
+        sources=tuple(describe_source(*pair) for pair in zip(opened, plan.survey.sources, strict=True)),
+        statistics={source.name: source.statistics for source in plan.survey.sources},
+        skipped=tuple(entry for source in plan.survey.sources for entry in source.skipped),
         warnings=tuple(warnings),
     )
 
@@ -340,7 +332,7 @@ def _describe(
     return {
         "format_version": FORMAT_VERSION,
         "sources": list(conversion.sources),
-        "image": {"codec": request.codec, "cameras": list(plan.found.columns), "pipeline": pipeline.to_json()},
+        "image": {"codec": request.codec, "cameras": list(plan.survey.columns), "pipeline": pipeline.to_json()},
         "prompt_style": base.prompt_style,
         "tokenizer": {
             "base": base.base,
@@ -360,30 +352,30 @@ def _describe(
     }
 
 
-def describe_source(source: OpenedSource, found: SurveyedSource) -> dict[str, Any]:
+def describe_source(source: OpenedSource, surveyed: SurveyedSource) -> dict[str, Any]:
     """Return how a source was read and what was found in it, as plain values.
 
     `state_statistics` are the state's real ones: `dataset_statistics.json` has zeros in their place (`proprio`), as
     OpenVLA's fine-tuning writes.
     """
-    columns = [MAIN_CAMERA, *(camera_column(name) for name in found.cameras[1:])]
-    action = found.statistics["action"]
+    columns = [MAIN_CAMERA, *(camera_column(name) for name in surveyed.cameras[1:])]
+    action = surveyed.statistics["action"]
     return {
         "name": source.name,
         "path": str(source.request.path),
-        "format": source.source.format,
+        "format": source.reader.format,
         "preset": source.request.preset,
         "weight": source.request.weight,
-        "episodes": len(found.episodes),
-        "steps": found.statistics["num_transitions"],
-        "fps": found.fps,
-        "instructions": list(found.instructions),
-        "cameras": dict(zip(columns, found.cameras, strict=True)),
+        "episodes": len(surveyed.episodes),
+        "steps": surveyed.statistics["num_transitions"],
+        "fps": surveyed.fps,
+        "instructions": list(surveyed.instructions),
+        "cameras": dict(zip(columns, surveyed.cameras, strict=True)),
         "action": {
             "dimensions": len(action["mean"]),
-            "names": list(found.action_names),
+            "names": list(surveyed.action_names),
             "mask": action["mask"],
         },
-        "state_statistics": found.state_statistics,
+        "state_statistics": surveyed.state_statistics,
         "layout": asdict(source.layout),
     }

@@ -18,16 +18,8 @@ from typing import Any
 
 from vlaft.action.tokens import ActionTokenizer, normalize
 from vlaft.data.codec import ImageCodec, encode_image
-from vlaft.data.convert.plan import (
-    OnError,
-    OpenedSource,
-    PlannedEpisode,
-    ShardPlan,
-    SourceRequest,
-    Survey,
-    camera_column,
-    open_request,
-)
+from vlaft.data.convert.plan import OnError, PlannedEpisode, ShardPlan, Survey, camera_column
+from vlaft.data.source import OpenedSource, SourceRequest, open_request
 from vlaft.data.store import MAIN_CAMERA, Shard, example_schema, write_shard
 from vlaft.errors import DataError, VlaftError
 from vlaft.files import joined

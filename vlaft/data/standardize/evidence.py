@@ -213,7 +213,7 @@ def _rule(opened: OpenedSource) -> str:
         return "the steps given"
     if opened.request.preset is not None:
         return f"the preset {opened.request.preset}"
-    return f"the rule for {opened.source.format} files"
+    return f"the rule for {opened.reader.format} files"
 
 
 def _turned(steps: Sequence[StepSpec], dim: int, size: int) -> str:

@@ -21,14 +21,14 @@ from vlaft.environments.tabletop.scene import CEILING, REACH, SETUP_B, Scene, Se
 from vlaft.errors import DataError
 from vlaft.observation.images import Image
 
-MAX_STEPS = 30
+EPISODE_STEPS = 30
 CONTROL_RATE = 5  # actions per second
 MOTION_NOISE = 0.1  # standard deviation of each coordinate of a move, as a share of the move's length
 
-Observation = dict[str, NDArray[Any]]
+_Observation = dict[str, NDArray[Any]]
 
 
-class TabletopEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
+class TabletopEnv(gymnasium.Env[_Observation, NDArray[np.float32]]):
     """Three objects of different colours on a table, one of which the instruction names; pick it up.
 
     * Observation: `image`, uint8 `[84, 84, 3]`; `state`, float32 `[4]`: x, y, z in metres, gripper (1 open, 0 closed).
@@ -60,7 +60,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         self.scene: Scene | None = None
         self._steps = 0
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[_Observation, dict]:
         """Begin an episode; the same seed gives the same one.
 
         Args:
@@ -76,7 +76,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         self._steps = 0
         return self._observation(), self._info()
 
-    def step(self, action: ArrayLike) -> tuple[Observation, float, bool, bool, dict]:
+    def step(self, action: ArrayLike) -> tuple[_Observation, float, bool, bool, dict]:
         """Do an action.
 
         Raises:
@@ -91,7 +91,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         self._steps += 1
         info = self._info()
         ended = scene.picked_up is not None
-        return self._observation(), float(info["success"]), ended, self._steps >= MAX_STEPS and not ended, info
+        return self._observation(), float(info["success"]), ended, self._steps >= EPISODE_STEPS and not ended, info
 
     def render(self) -> Image:  # type: ignore[override]
         """Return the frame, uint8 `[84, 84, 3]`."""
@@ -102,7 +102,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
             raise DataError("no episode has begun; call reset() first")
         return self.scene
 
-    def _observation(self) -> Observation:
+    def _observation(self) -> _Observation:
         scene = self._scene()
         state = np.array([*scene.gripper, float(scene.is_open)], np.float32)
         return {"image": draw(scene), "state": state}

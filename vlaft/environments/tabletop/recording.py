@@ -1,4 +1,4 @@
-"""Demonstrations of the scripted expert, written as an HDF5 file in robomimic's layout.
+"""The scripted expert, and its demonstrations as an HDF5 file in robomimic's layout.
 
     python -m vlaft.environments.tabletop.recording --out demos.hdf5 --episodes 50
 
@@ -18,9 +18,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from vlaft.environments.tabletop.environment import CONTROL_RATE, MAX_STEPS, TabletopEnv
-from vlaft.environments.tabletop.expert import expert_action
-from vlaft.environments.tabletop.scene import SETUP_B, SETUPS, SetUp
+from vlaft.environments.tabletop.environment import CONTROL_RATE, EPISODE_STEPS, TabletopEnv
+from vlaft.environments.tabletop.scene import GRASP_HEIGHT, SETUP_B, SETUPS, Scene, SetUp, turn
 from vlaft.errors import ConfigError, VlaftError
 from vlaft.files import output_file
 
@@ -28,6 +27,41 @@ from vlaft.files import output_file
 # (as DART does: Laskey et al. 2017, arXiv 1703.09327): what is recorded is what the expert wanted.
 RECORDING_NOISE = 0.15
 DISTURBED = 0.12  # share of steps
+
+
+# The expert's way, in metres.
+_HOVER = 0.085  # height at which the gripper travels
+_NEAR = 0.05  # horizontal distance below which it goes down
+_ALIGNED = 0.010  # and below which it closes
+_FINGERS_DOWN = 0.012  # height at which it does so
+
+
+def expert_action(scene: Scene) -> NDArray[np.float64]:
+    """Return the action `[7]` that brings the scene's task forward; the same state gives the same action.
+
+    Over the named object at travelling height, down, close, up. Fingers that closed on nothing, or on another object,
+    open again.
+    """
+    action = np.zeros(7)
+    limit = scene.setup.max_step
+    if scene.held == scene.target_index:
+        action[2] = limit
+        return action
+    action[6] = 1.0
+    offset = scene.objects[scene.target_index, :2] - scene.gripper[:2]
+    distance = float(np.hypot(*offset))
+    height = float(scene.gripper[2])
+    if scene.held is not None or not scene.is_open:
+        action[2] = np.clip(_HOVER - height, 0.0, limit)  # let go, and away from what is there
+        return action
+    if distance <= _ALIGNED and height <= GRASP_HEIGHT - 0.01:
+        action[6] = 0.0
+        return action
+    goal = _HOVER if distance > _NEAR else _FINGERS_DOWN
+    move = offset * min(1.0, limit / max(distance, 1e-12))
+    action[:2] = turn(move, -scene.setup.frame_angle)
+    action[2] = np.clip(goal - height, -limit, limit)
+    return action
 
 
 @dataclass(frozen=True)
@@ -67,13 +101,13 @@ def demonstrate(
     generator = np.random.default_rng([seed, 1])
     observation, info = env.reset(seed=seed, options={"target": target})
     frames, actions, states = [], [], []
-    for number in range(MAX_STEPS):
+    for number in range(EPISODE_STEPS):
         assert env.scene is not None
         action = expert_action(env.scene).astype(np.float32)
         frames.append(observation["image"])
         states.append(observation["state"])
         actions.append(action)
-        if number < MAX_STEPS // 2 and generator.random() < disturbed:  # what is left is enough to succeed
+        if number < EPISODE_STEPS // 2 and generator.random() < disturbed:  # what is left is enough to succeed
             action = _disturb(action, generator, setup.max_step)
         observation, _, terminated, truncated, _ = env.step(action)
         if terminated or truncated:

@@ -52,25 +52,25 @@ def main_colour(path: Path, **options: object) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["aloha_raw", "aloha_compressed"])
-def test_real_files_hold_what_is_expected(shared: Path, name: str) -> None:
-    facts = load_expected(shared, f"hdf5_{name}")
-    source = open_hdf5(shared / "data" / "hdf5" / name)
+def test_real_files_hold_what_is_expected(samples: Path, name: str) -> None:
+    facts = load_expected(samples, f"hdf5_{name}")
+    source = open_hdf5(samples / "hdf5" / name)
     assert source.format == "aloha"
     assert_as_expected(source, facts)
     assert_frames(source, f"observations/images/{facts['main_camera']}", facts["frames"])
 
 
-def test_swap_can_be_switched_off(shared: Path) -> None:
-    facts = load_expected(shared, "hdf5_aloha_compressed")
-    source = open_hdf5(shared / "data" / "hdf5" / "aloha_compressed", {"swap_rb": "no"})
+def test_swap_can_be_switched_off(samples: Path) -> None:
+    facts = load_expected(samples, "hdf5_aloha_compressed")
+    source = open_hdf5(samples / "hdf5" / "aloha_compressed", {"swap_rb": "no"})
     stored = facts["frames_as_a_jpeg_decoder_returns_them"]
     assert_frames(source, "observations/images/cam_high", stored)
     assert source.warnings == []
 
 
-def test_pieces_have_their_true_colours(shared: Path) -> None:
+def test_pieces_have_their_true_colours(samples: Path) -> None:
     """In true colours the left piece is blue and the right one red (data/README.md); the mean hardly shows it."""
-    source = open_hdf5(shared / "data" / "hdf5" / "aloha_compressed")
+    source = open_hdf5(samples / "hdf5" / "aloha_compressed")
     (frame,) = source.read(source.episodes()[0]).cameras["observations/images/cam_high"].read([0])
     red = frame[..., 0].astype(int) - frame[..., 2]
     columns = np.arange(frame.shape[1])
@@ -91,12 +91,12 @@ def test_encoded_frames_are_swapped_raw_ones_are_not(tmp_path: Path, encoding: s
     np.testing.assert_array_equal(main_colour(raw, swap_rb="yes"), BLUE)
 
 
-def test_depth_is_no_camera_and_base_action_an_array(shared: Path, tmp_path: Path) -> None:
+def test_depth_is_no_camera_and_base_action_an_array(samples: Path, tmp_path: Path) -> None:
     source = open_hdf5(write_aloha(tmp_path / "a.hdf5"))
     assert source.layout.cameras == {"cam_high": "observations/images/cam_high"}
-    mobile = open_hdf5(shared / "data" / "hdf5" / "aloha_compressed")
+    mobile = open_hdf5(samples / "hdf5" / "aloha_compressed")
     arrays = mobile.read(mobile.episodes()[0]).arrays
-    assert arrays["base_action"].shape == (42, 2)
+    assert arrays["base_action"].shape == (7, 2)
     assert "compress_len" not in arrays
 
 

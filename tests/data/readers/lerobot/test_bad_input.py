@@ -29,7 +29,7 @@ from lerobot_sets import (
 
 from vlaft.data.codec import encode_image
 from vlaft.data.readers.lerobot.files import fill_template, inside
-from vlaft.data.readers.lerobot.source import LeRobotSource
+from vlaft.data.readers.lerobot.source import LeRobotReader
 from vlaft.errors import DataError
 
 
@@ -47,12 +47,12 @@ def test_the_sound_sets_are_sound(tmp_path: Path, make: Callable[[Path], Path]) 
 # --- the real broken sets
 
 
-def test_lfs_pointers(shared: Path) -> None:
-    refused(shared / "data/broken/lerobot_lfs_pointers", "15 of 15 data and video files.*run git lfs pull")
+def test_lfs_pointers(samples: Path) -> None:
+    refused(samples / "broken/lerobot_lfs_pointers", "15 of 15 data and video files.*run git lfs pull")
 
 
-def test_malformed_info(shared: Path) -> None:
-    refused(shared / "data/broken/lerobot_malformed_info", r"info\.json: this is not LeRobot's info\.json")
+def test_malformed_info(samples: Path) -> None:
+    refused(samples / "broken/lerobot_malformed_info", r"info\.json: this is not LeRobot's info\.json")
 
 
 # --- folders
@@ -67,7 +67,7 @@ def test_folders_that_are_no_dataset(tmp_path: Path) -> None:
     (root / "data").mkdir()
     refused(root, "holds no episode_")
     with pytest.raises(DataError, match="no option 'speed'"):
-        LeRobotSource(root, {"speed": 1})
+        LeRobotReader(root, {"speed": 1})
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"text"', "{}", '{"features": {}}', "[" * 100_000, "\xff\xfe"])
@@ -285,7 +285,7 @@ def test_action_chunks_are_refused(tmp_path: Path) -> None:
     for number, length in enumerate(LENGTHS):
         edit_rows(root, number, action=pa.array([[[1.0, 2.0]] * 4] * length, pa.list_(pa.list_(pa.float32(), 2))))
     refused(root, "'action' holds a list of vectors per row")
-    assert any("action chunks" in text for text in LeRobotSource(root).warnings)
+    assert any("action chunks" in text for text in LeRobotReader(root).warnings)
 
 
 def test_labels_are_no_instruction(tmp_path: Path) -> None:

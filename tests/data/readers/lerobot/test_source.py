@@ -10,7 +10,7 @@ import pytest
 
 from vlaft.data.episode import Episode
 from vlaft.data.layout import apply_layout
-from vlaft.data.readers.lerobot.source import LeRobotSource, download, looks_like_lerobot
+from vlaft.data.readers.lerobot.source import LeRobotReader, download, looks_like_lerobot
 from vlaft.errors import DataError
 from vlaft.observation.images import Image
 
@@ -18,16 +18,16 @@ SETS = ["v2.0_gr00t_pick_place", "v2.1_internvla_pick_place", "v2.1_pusht_image"
 OPENVLA_LIKE = ("action.delta_eef_position", "action.delta_eef_rotation", "action.gripper_close")
 
 
-def opened(shared: Path, name: str) -> tuple[LeRobotSource, list[Episode]]:
-    source = LeRobotSource(shared / "data" / "lerobot" / name.replace("_", "-", 1))
+def opened(samples: Path, name: str) -> tuple[LeRobotReader, list[Episode]]:
+    source = LeRobotReader(samples / "lerobot" / name.replace("_", "-", 1))
     layout = source.layout
     if name == "v2.1_internvla_pick_place":
         layout = replace(layout, action=OPENVLA_LIKE)
     return source, [apply_layout(source.read(ref), layout) for ref in source.episodes()]
 
 
-def expected(shared: Path, name: str) -> dict:
-    return json.loads((shared / "data" / "expected" / f"lerobot_{name}.json").read_text())
+def expected(samples: Path, name: str) -> dict:
+    return json.loads((samples / "expected" / f"lerobot_{name}.json").read_text())
 
 
 def quarters(frame: Image) -> dict[str, list[float]]:
@@ -43,9 +43,9 @@ def quarters(frame: Image) -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_counts_names_instructions_and_rate(shared: Path, name: str) -> None:
-    source, episodes = opened(shared, name)
-    facts = expected(shared, name)
+def test_counts_names_instructions_and_rate(samples: Path, name: str) -> None:
+    source, episodes = opened(samples, name)
+    facts = expected(samples, name)
     assert source.format == f"lerobot-{name[:4]}"
     assert len(episodes) == facts["episodes"]
     assert [episode.length for episode in episodes] == facts["steps_per_episode"]
@@ -58,9 +58,9 @@ def test_counts_names_instructions_and_rate(shared: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_actions_and_their_statistics(shared: Path, name: str) -> None:
-    _, episodes = opened(shared, name)
-    facts = expected(shared, name)["action"]
+def test_actions_and_their_statistics(samples: Path, name: str) -> None:
+    _, episodes = opened(samples, name)
+    facts = expected(samples, name)["action"]
     ends = {
         "first_of_first_episode": episodes[0].action[0],
         "last_of_first_episode": episodes[0].action[-1],
@@ -84,9 +84,9 @@ def test_actions_and_their_statistics(shared: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_cameras_and_colours(shared: Path, name: str) -> None:
-    source, episodes = opened(shared, name)
-    facts = expected(shared, name)
+def test_cameras_and_colours(samples: Path, name: str) -> None:
+    source, episodes = opened(samples, name)
+    facts = expected(samples, name)
     assert set(source.layout.cameras.values()) == set(facts["cameras"])
     assert next(iter(source.layout.cameras.values())) == facts["main_camera"]
     camera = next(iter(source.layout.cameras))
@@ -99,9 +99,9 @@ def test_cameras_and_colours(shared: Path, name: str) -> None:
             np.testing.assert_allclose(colour, facts["frames"][key][part], atol=tolerance, err_msg=f"{key} {part}")
 
 
-def test_both_versions_of_one_set_agree(shared: Path) -> None:
-    _, old = opened(shared, SETS[1])
-    _, new = opened(shared, SETS[3])
+def test_both_versions_of_one_set_agree(samples: Path) -> None:
+    _, old = opened(samples, SETS[1])
+    _, new = opened(samples, SETS[3])
     compared = 0
     for before, after in zip(old, new, strict=True):
         np.testing.assert_array_equal(before.action, after.action)
@@ -111,47 +111,47 @@ def test_both_versions_of_one_set_agree(shared: Path) -> None:
         ):
             assert one.tobytes() == other.tobytes()
             compared += 1
-    assert compared == 1667
+    assert compared == 48
 
 
-def test_wrong_metadata_are_told(shared: Path) -> None:
-    gr00t = LeRobotSource(shared / "data/lerobot/v2.0-gr00t_pick_place").warnings
+def test_wrong_metadata_are_told(samples: Path) -> None:
+    gr00t = LeRobotReader(samples / "lerobot/v2.0-gr00t_pick_place").warnings
     assert any("data/chunk-{episode_index" in text and "does not fit" in text for text in gr00t)
     assert any("observation.images.egoview" in text and "left out" in text for text in gr00t)
-    internvla = LeRobotSource(shared / "data/lerobot/v2.1-internvla_pick_place").warnings
+    internvla = LeRobotReader(samples / "lerobot/v2.1-internvla_pick_place").warnings
     assert any("'video.base_view' has a video for only 1 of 4 episodes" in text for text in internvla)
     assert any(
         "action='[action.delta_eef_position, action.delta_eef_rotation, action.gripper_close]'" in t for t in internvla
     )
-    assert LeRobotSource(shared / "data/lerobot/v2.1-pusht_image").warnings == []
-    assert LeRobotSource(shared / "data/lerobot/v3.0-internvla_pick_place").warnings == []
+    assert LeRobotReader(samples / "lerobot/v2.1-pusht_image").warnings == []
+    assert LeRobotReader(samples / "lerobot/v3.0-internvla_pick_place").warnings == []
 
 
-def test_pickles_and_binary_columns_are_not_loaded(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickles_and_binary_columns_are_not_loaded(samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pickle, "loads", lambda *_: pytest.fail("unpickled something"))
     monkeypatch.setattr(pickle, "load", lambda *_: pytest.fail("unpickled something"))
-    source = LeRobotSource(shared / "data/lerobot/v2.1-internvla_pick_place")
+    source = LeRobotReader(samples / "lerobot/v2.1-internvla_pick_place")
     episode = source.read(source.episodes()[0])
     assert "action.joints" in episode.arrays
     assert not [name for name in episode.arrays if name.startswith("annotation.")]
     assert all(values.dtype.kind in "biuf" for values in episode.arrays.values())
 
 
-def test_gr00t_slices_are_arrays(shared: Path) -> None:
-    source = LeRobotSource(shared / "data/lerobot/v2.0-gr00t_pick_place")
+def test_gr00t_slices_are_arrays(samples: Path) -> None:
+    source = LeRobotReader(samples / "lerobot/v2.0-gr00t_pick_place")
     episode = source.read(source.episodes()[0])
     np.testing.assert_array_equal(episode.arrays["action.right_arm"], episode.arrays["action"][:, 22:29])
     np.testing.assert_array_equal(episode.arrays["state.waist"], episode.arrays["observation.state"][:, 41:44])
 
 
-def test_missing_action_names_what_there_is(shared: Path) -> None:
-    source = LeRobotSource(shared / "data/lerobot/v2.1-internvla_pick_place")
+def test_missing_action_names_what_there_is(samples: Path) -> None:
+    source = LeRobotReader(samples / "lerobot/v2.1-internvla_pick_place")
     with pytest.raises(DataError, match=r"has no array 'action'.*action\.delta_eef_position"):
         apply_layout(source.read(source.episodes()[0]), source.layout)
 
 
-def test_source_and_frames_survive_pickling(shared: Path) -> None:
-    source = LeRobotSource(shared / "data/lerobot/v3.0-internvla_pick_place")
+def test_source_and_frames_survive_pickling(samples: Path) -> None:
+    source = LeRobotReader(samples / "lerobot/v3.0-internvla_pick_place")
     ref = source.episodes()[1]
     before = source.read(ref)
     after = pickle.loads(pickle.dumps(source)).read(pickle.loads(pickle.dumps(ref)))
@@ -161,17 +161,17 @@ def test_source_and_frames_survive_pickling(shared: Path) -> None:
     np.testing.assert_array_equal(next(frames.read([3])), next(before.cameras[key].read([3])))
 
 
-def test_opening_reads_no_rows(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opening_reads_no_rows(samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vlaft.data.readers.lerobot.rows import RowReader
 
     monkeypatch.setattr(RowReader, "read", lambda *_, **__: pytest.fail("rows were read"))
-    assert len(LeRobotSource(shared / "data/lerobot/v3.0-internvla_pick_place").episodes()) == 4
+    assert len(LeRobotReader(samples / "lerobot/v3.0-internvla_pick_place").episodes()) == 4
 
 
-def test_looks_like_lerobot(shared: Path) -> None:
-    assert looks_like_lerobot(shared / "data/lerobot/v3.0-internvla_pick_place")
-    assert looks_like_lerobot(shared / "data/broken/lerobot_malformed_info")
-    assert not looks_like_lerobot(shared / "data/rlds/bridge_dataset/1.0.0")
+def test_looks_like_lerobot(samples: Path) -> None:
+    assert looks_like_lerobot(samples / "lerobot/v3.0-internvla_pick_place")
+    assert looks_like_lerobot(samples / "broken/lerobot_malformed_info")
+    assert not looks_like_lerobot(samples / "rlds/bridge_dataset/1.0.0")
 
 
 @pytest.mark.parametrize(
@@ -207,15 +207,15 @@ def test_download_of_a_wrong_id_and_offline(monkeypatch: pytest.MonkeyPatch, tmp
         download("owner/name")
 
 
-def test_name_in_the_hub_cache(shared: Path, tmp_path: Path) -> None:
+def test_name_in_the_hub_cache(samples: Path, tmp_path: Path) -> None:
     folder = tmp_path / "datasets--owner--pusht" / "snapshots" / "0123abcd"
     folder.mkdir(parents=True)
-    for path in (shared / "data/lerobot/v2.1-pusht_image").iterdir():
+    for path in (samples / "lerobot/v2.1-pusht_image").iterdir():
         (folder / path.name).mkdir()
         for file in path.rglob("*.*"):
             target = folder / file.relative_to(path.parent)
             target.parent.mkdir(exist_ok=True)
             target.symlink_to(file)  # as in the Hub's cache
-    source = LeRobotSource(folder)
+    source = LeRobotReader(folder)
     assert source.name == "pusht"
     assert source.read(source.episodes()[2]).length == 53

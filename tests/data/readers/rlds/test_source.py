@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
-import struct
-import sys
 import tracemalloc
 import zlib
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rlds_sets import writer
+from rlds_sets import make_episode, writer
 
 from vlaft.data.layout import apply_layout
-from vlaft.data.readers import Source, open_source
-from vlaft.data.readers.rlds.fields import Ragged, decode_field, parse_features
-from vlaft.data.readers.rlds.source import RldsSource
+from vlaft.data.readers.opening import open_reader
+from vlaft.data.readers.reader import EpisodeRef, Reader
+from vlaft.data.readers.rlds.fields import Ragged, decode_field, is_stored, parse_features
+from vlaft.data.readers.rlds.source import RldsReader
 from vlaft.errors import ConfigError, DataError
-
-
-def make_episode(steps: int = 4, seed: int = 0, text: str = "pick up the cup") -> dict[str, Any]:
-    random = np.random.default_rng(seed)
-    return {
-        "action": random.normal(size=(steps, 7)).astype(np.float32),
-        "observation/state": random.normal(size=(steps, 8)).astype(np.float32),
-        "observation/image": random.integers(0, 256, (steps, 16, 20, 3), dtype=np.uint8),
-        "observation/wrist_image": random.integers(0, 256, (steps, 8, 8, 3), dtype=np.uint8),
-        "language_instruction": [text] * steps,
-    }
 
 
 @pytest.fixture
@@ -48,7 +34,7 @@ def small(tmp_path: Path) -> Path:
 
 def read_all(path: Path) -> list[Any]:
     """Everything that a user of the reader could touch."""
-    source = RldsSource(path)
+    source = RldsReader(path)
     result = []
     for ref in source.episodes():
         episode = source.read(ref)
@@ -56,6 +42,12 @@ def read_all(path: Path) -> list[Any]:
         for frames in episode.cameras.values():
             list(frames.read(range(len(frames))))
     return result
+
+
+def decode_all(source: RldsReader, ref: EpisodeRef) -> dict[str, Any]:
+    """Decode every stored field of one episode, by its key in the record."""
+    example, where = source._example(ref)
+    return {field.path: decode_field(field, example, where) for field in source.fields if is_stored(field, example)}
 
 
 def edit_json(path: Path, change: Any) -> None:
@@ -90,9 +82,9 @@ def quarters(frame: np.ndarray) -> dict[str, np.ndarray]:
         ),
     ],
 )
-def test_agrees_with_expected_facts(shared: Path, folder: str, facts: str, action: tuple[str, ...]) -> None:
-    expected = json.loads((shared / "data/expected" / facts).read_text())
-    source = open_source(shared / "data/rlds" / folder)
+def test_agrees_with_expected_facts(samples: Path, folder: str, facts: str, action: tuple[str, ...]) -> None:
+    expected = json.loads((samples / "expected" / facts).read_text())
+    source = open_reader(samples / "rlds" / folder)
     assert source.format == "rlds"
     assert source.name == folder.partition("/")[0]
     assert source.warnings == []
@@ -132,19 +124,19 @@ def test_agrees_with_expected_facts(shared: Path, folder: str, facts: str, actio
                 np.testing.assert_allclose(value, facts_of["frames"][name][part], atol=1e-4)
 
 
-def test_default_layout_of_bridge(shared: Path) -> None:
-    source = open_source(shared / "data/rlds/bridge_dataset/1.0.0")
+def test_default_layout_of_bridge(samples: Path) -> None:
+    source = open_reader(samples / "rlds/bridge_dataset/1.0.0")
     assert source.layout.action == ("action",)
     assert source.layout.state == ("observation/state",)
     assert next(iter(source.layout.cameras.items())) == ("image_0", "observation/image_0")
-    assert list(source.layout.cameras) == ["image_0", "image_1", "image_2", "image_3"]
+    assert list(source.layout.cameras) == ["image_0", "image_1", "image_3"]
     episode = apply_layout(source.read(source.episodes()[0]), source.layout)
     assert episode.action is not None and episode.action.shape == (10, 7)
     assert episode.state is not None and episode.state.shape == (10, 7)
 
 
-def test_dict_action_has_no_default(shared: Path) -> None:
-    source = open_source(shared / "data/rlds/encodings")
+def test_dict_action_has_no_default(samples: Path) -> None:
+    source = open_reader(samples / "rlds/encodings")
     assert source.layout.action == ()
     arrays = source.read(source.episodes()[0]).arrays
     assert {"action/world_vector", "observation/state", "observation/by_f64", "reward", "phase"} <= set(arrays)
@@ -152,16 +144,16 @@ def test_dict_action_has_no_default(shared: Path) -> None:
     assert list(source.layout.cameras.values()) == ["observation/image", "observation/wrist_png"]
 
 
-def test_every_encoding_field_by_field(shared: Path) -> None:
-    texts = json.loads((shared / "data/expected/rlds_encodings_values.json").read_text())["text"]
-    source = RldsSource(shared / "data/rlds/encodings")
+def test_every_encoding_field_by_field(samples: Path) -> None:
+    texts = json.loads((samples / "expected/rlds_encodings_values.json").read_text())["text"]
+    source = RldsReader(samples / "rlds/encodings")
     got: dict[str, Any] = {}
     for ref in source.episodes():
         position = int(ref.name.partition("[")[2].rstrip("]"))
-        for path, value in source.read_full_episode(ref).items():
+        for path, value in decode_all(source, ref).items():
             got[f"{ref.split}/{position:02d}/{path}"] = value
     compared = set()
-    with np.load(shared / "data/expected/rlds_encodings_values.npz", allow_pickle=False) as arrays:
+    with np.load(samples / "expected/rlds_encodings_values.npz", allow_pickle=False) as arrays:
         for key in arrays.files:
             path, _, part = key.partition("#")
             compared.add(path)
@@ -195,7 +187,7 @@ def test_every_encoding_field_by_field(shared: Path) -> None:
 
 
 def test_round_trip_and_pickle(small: Path) -> None:
-    source: Source = RldsSource(small.parent)
+    source: Reader = RldsReader(small.parent)
     assert source.path == small
     first, second = (pickle.loads(pickle.dumps(source.read(ref))) for ref in source.episodes())
     written = make_episode(4, 0)
@@ -211,7 +203,7 @@ def test_frames_and_arrays_are_decoded_only_when_asked_for(small: Path, monkeypa
         raise AssertionError("decoded too early")
 
     monkeypatch.setattr("vlaft.data.readers.rlds.source.decode_image", refuse)
-    source = RldsSource(small)
+    source = RldsReader(small)
     episode = source.read(source.episodes()[0])
     monkeypatch.setattr("vlaft.data.readers.rlds.source.decode_field", refuse)
     assert "action" in episode.arrays
@@ -222,13 +214,13 @@ def test_frames_and_arrays_are_decoded_only_when_asked_for(small: Path, monkeypa
 def test_newest_version_and_configurations(small: Path, tmp_path: Path) -> None:
     for version in ("0.9.0", "1.10.0"):
         shutil.copytree(small, small.parent / version)
-    source = open_source(small.parent)
+    source = open_reader(small.parent)
     assert source.path.name == "1.10.0"
     assert any("1.10.0" in warning for warning in source.warnings)
-    assert open_source(tmp_path).path.name == "1.10.0"
+    assert open_reader(tmp_path).path.name == "1.10.0"
     shutil.copytree(small, tmp_path / "other" / "1.0.0")
     with pytest.raises(DataError, match="other, tiny"):
-        open_source(tmp_path)
+        open_reader(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +236,7 @@ def test_newest_version_and_configurations(small: Path, tmp_path: Path) -> None:
 )
 def test_where_instructions_lie(tmp_path: Path, path: str, values: Any, text: str) -> None:
     episode = {"action": np.zeros((2, 7), np.float32), "language_instruction": ["", " "], path: values}
-    source = RldsSource(writer.write_rlds(tmp_path, "tiny", {"train": [episode]}))
+    source = RldsReader(writer.write_rlds(tmp_path, "tiny", {"train": [episode]}))
     assert source.read(source.episodes()[0]).instruction == text
 
 
@@ -255,26 +247,26 @@ def test_first_instruction_wins(tmp_path: Path) -> None:
         "language_instruction_2": ["second"],
         "language_instruction": ["first"],
     }
-    source = RldsSource(writer.write_rlds(tmp_path, "tiny", {"train": [episode]}))
+    source = RldsReader(writer.write_rlds(tmp_path, "tiny", {"train": [episode]}))
     assert source.read(source.episodes()[0]).instruction == "first"
 
 
 # --- damaged folders -----------------------------------------------------------------------------------------------
 
 
-def test_truncation_anywhere_is_told(shared: Path, tmp_path: Path) -> None:
+def test_truncation_anywhere_is_told(samples: Path, tmp_path: Path) -> None:
     """Cut the last shard at every 1,000th byte: boundaries between records too, where only the counts can tell."""
     folder = tmp_path / "1.0.0"
-    shutil.copytree(shared / "data/rlds/encodings/1.0.0", folder)
-    shard = folder / "encodings-train.tfrecord-00000-of-00003"
+    shutil.copytree(samples / "rlds/encodings/1.0.0", folder)
+    shard = folder / "encodings-train.tfrecord-00000-of-00002"
     shard.chmod(0o644)
     folder.chmod(0o755)
     data = shard.read_bytes()
-    boundary = RldsSource(folder).episodes()[1].location[3]
+    boundary = RldsReader(folder).episodes()[1].location[3]
     for size in [0, 1, boundary, len(data) - 1, *range(1000, len(data), 1000)]:
         shard.write_bytes(data[:size])
         with pytest.raises(DataError, match=shard.name):
-            RldsSource(folder).episodes()
+            RldsReader(folder).episodes()
 
 
 def test_flipped_bit_names_shard_and_record(small: Path) -> None:
@@ -291,10 +283,10 @@ def test_flipped_bit_names_shard_and_record(small: Path) -> None:
 def test_missing_shard_is_named(small: Path) -> None:
     (small / "tiny-train.tfrecord-00001-of-00002").unlink()
     with pytest.raises(DataError, match=r"tiny-train.tfrecord-00001-of-00002"):
-        open_source(small)
+        open_reader(small)
     (small / "dataset_info.json").unlink()
     with pytest.raises(DataError, match="lacks shard 1 of 2"):
-        open_source(small)
+        open_reader(small)
 
 
 @pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
@@ -311,7 +303,7 @@ def test_lfs_pointers(small: Path) -> None:
         before = (small / name).read_bytes()
         (small / name).write_text(pointer)
         with pytest.raises(DataError, match=rf"{name}.*git lfs pull"):
-            open_source(small)
+            open_reader(small)
         (small / name).write_bytes(before)
 
 
@@ -321,45 +313,45 @@ def test_lfs_pointers(small: Path) -> None:
 def test_template_stays_inside(small: Path, template: str) -> None:
     edit_json(small / "dataset_info.json", lambda info: info["splits"][0].update(filepathTemplate=template))
     with pytest.raises(DataError, match="filepathTemplate"):
-        open_source(small)
+        open_reader(small)
 
 
 def test_dataset_name_cannot_lead_out(small: Path) -> None:
     edit_json(small / "dataset_info.json", lambda info: info.update(name="../../evil"))
     with pytest.raises(DataError, match="leads out"):
-        open_source(small)
+        open_reader(small)
 
 
 def test_other_file_formats_are_refused(small: Path) -> None:
     edit_json(small / "dataset_info.json", lambda info: info.update(fileFormat="array_record"))
     with pytest.raises(DataError, match="array_record"):
-        open_source(small)
+        open_reader(small)
 
 
 def test_falls_back_to_file_names(small: Path) -> None:
     edit_json(small / "dataset_info.json", lambda info: info["splits"][0].pop("shardLengths"))
-    source = RldsSource(small)
+    source = RldsReader(small)
     assert len(source.episodes()) == 2
     assert "shardLengths" in source.warnings[0]
     (small / "dataset_info.json").unlink()
-    source = RldsSource(small)
+    source = RldsReader(small)
     assert (source.name, len(source.episodes())) == ("tiny", 2)
     assert "dataset_info.json" in source.warnings[0]
 
 
 def test_fallback_when_files_are_named_otherwise(small: Path) -> None:
     edit_json(small / "dataset_info.json", lambda info: info["splits"][0].pop("filepathTemplate"))
-    assert RldsSource(small).warnings == []
+    assert RldsReader(small).warnings == []
     for shard in small.glob("*.tfrecord-*"):
         shard.rename(small / shard.name.replace("tiny", "renamed"))
-    source = RldsSource(small)
+    source = RldsReader(small)
     assert len(source.episodes()) == 2
     assert "filepathTemplate" in source.warnings[0]
 
 
 def test_more_records_than_announced_is_a_warning(small: Path) -> None:
     edit_json(small / "dataset_info.json", lambda info: info["splits"][0].update(shardLengths=["1", "0"]))
-    source = RldsSource(small)
+    source = RldsReader(small)
     assert len(source.episodes()) == 2
     assert "00001-of-00002" in source.warnings[0]
 
@@ -368,7 +360,7 @@ def test_more_records_than_announced_is_a_warning(small: Path) -> None:
 def test_bad_shard_lengths(small: Path, lengths: Any) -> None:
     edit_json(small / "dataset_info.json", lambda info: info["splits"][0].update(shardLengths=lengths))
     with pytest.raises(DataError, match=r"shardLengths|lacks"):
-        open_source(small)
+        open_reader(small)
 
 
 def _steps(features: dict[str, Any]) -> dict[str, Any]:
@@ -381,7 +373,7 @@ def test_shape_that_lies(small: Path, dimensions: list[str]) -> None:
         small / "features.json",
         lambda tree: _steps(tree)["action"]["tensor"]["shape"].update(dimensions=dimensions),
     )
-    source = RldsSource(small)
+    source = RldsReader(small)
     with pytest.raises(DataError, match=r"train\[0\].*'steps/action'"):
         source.read(source.episodes()[0])
 
@@ -393,12 +385,12 @@ def test_impossible_shapes(small: Path, dimensions: Any) -> None:
         lambda tree: _steps(tree)["action"]["tensor"]["shape"].update(dimensions=dimensions),
     )
     with pytest.raises(DataError, match=r"features.json.*steps/action"):
-        open_source(small)
+        open_reader(small)
 
 
 def test_declared_type_that_lies(small: Path) -> None:
     edit_json(small / "features.json", lambda tree: _steps(tree)["action"]["tensor"].update(dtype="int32"))
-    source = RldsSource(small)
+    source = RldsReader(small)
     with pytest.raises(DataError, match=r"int32"):
         source.read(source.episodes()[0]).arrays["action"]
 
@@ -408,14 +400,14 @@ def test_unknown_kind_is_left_out_with_a_warning(small: Path) -> None:
         small / "features.json",
         lambda tree: _steps(tree).update(sound={"pythonClassName": "a.Audio", "audio": {}}),
     )
-    source = RldsSource(small)
+    source = RldsReader(small)
     assert "steps/sound" in source.warnings[0] and "a.Audio" in source.warnings[0]
     assert len(source.episodes()) == 2
 
 
 def test_reader_options_are_refused(small: Path) -> None:
     with pytest.raises(ConfigError, match="swap_rb"):
-        open_source(small, {"swap_rb": "no"})
+        open_reader(small, {"swap_rb": "no"})
 
 
 def test_no_steps(small: Path) -> None:
@@ -424,7 +416,7 @@ def test_no_steps(small: Path) -> None:
         lambda tree: tree["featuresDict"]["features"].update(steps={"text": {}, "pythonClassName": "x"}),
     )
     with pytest.raises(DataError, match="no 'steps'"):
-        open_source(small)
+        open_reader(small)
 
 
 def test_damaged_image_names_the_step(tmp_path: Path) -> None:
@@ -434,7 +426,7 @@ def test_damaged_image_names_the_step(tmp_path: Path) -> None:
     example.features.feature["steps/observation/image"].bytes_list.value[2] = b"\x89PNG no more"
     record = writer.frame_record(example.SerializeToString())
     (folder / "tiny-train.tfrecord-00000-of-00001").write_bytes(record)
-    source = RldsSource(folder)
+    source = RldsReader(folder)
     episode = source.read(source.episodes()[0])
     frames = episode.cameras["observation/image"].read(range(4))
     next(frames), next(frames)
@@ -442,14 +434,14 @@ def test_damaged_image_names_the_step(tmp_path: Path) -> None:
         next(frames)
 
 
-def rewritten(folder: Path, change: Any) -> RldsSource:
+def rewritten(folder: Path, change: Any) -> RldsReader:
     """One episode whose record is changed."""
     example = writer.example_message()()
     example.ParseFromString(writer.serialize_episode(make_episode(), "png"))
     change(example.features.feature)
     record = writer.frame_record(example.SerializeToString())
     (folder / "tiny-train.tfrecord-00000-of-00001").write_bytes(record)
-    return RldsSource(folder)
+    return RldsReader(folder)
 
 
 def test_empty_frames_are_black_and_told(tmp_path: Path) -> None:
@@ -534,8 +526,8 @@ def test_fuzz_mutated_features(tmp_path_factory: pytest.TempPathFactory, data: s
     (folder / "features.json").write_text(json.dumps(tree))
     try:
         read_all(folder)
-        source = RldsSource(folder)
-        source.read_full_episode(source.episodes()[0])
+        source = RldsReader(folder)
+        decode_all(source, source.episodes()[0])
     except DataError as error:
         assert str(error)
 
@@ -555,8 +547,8 @@ def test_fuzz_payload_behind_a_good_checksum(
     try:
         shard.write_bytes(writer.frame_record(bytes(payload)))
         read_all(folder)
-        source = RldsSource(folder)
-        source.read_full_episode(source.episodes()[0])
+        source = RldsReader(folder)
+        decode_all(source, source.episodes()[0])
     except DataError as error:
         assert str(error)
     finally:
@@ -609,90 +601,3 @@ def test_fuzz_encoded_fields(path: str, stored: list[Any], lengths: list[int]) -
             decode_field(field, {key: value for key, value in example.items() if key not in drop}, "here")
         except DataError as error:
             assert str(error).startswith("here")
-
-
-# --- open_source ---------------------------------------------------------------------------------------------------
-
-
-def test_open_source_says_what_it_found(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="does not exist"):
-        open_source(tmp_path / "nothing")
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    with pytest.raises(DataError, match="is empty"):
-        open_source(empty)
-    (empty / "notes.txt").write_text("hello")
-    with pytest.raises(DataError, match=r"found: notes.txt.*LeRobot"):
-        open_source(empty)
-    with pytest.raises(DataError, match="unknown kind"):
-        open_source(empty / "notes.txt")
-    (empty / "dataset.json").write_text("{}")
-    with pytest.raises(DataError, match="already converted"):
-        open_source(empty)
-
-
-def test_open_source_of_single_files(small: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="single TFRecord shard"):
-        open_source(small / "tiny-train.tfrecord-00000-of-00002")
-    pointer = tmp_path / "demos.hdf5"
-    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(DataError, match="git lfs pull"):
-        open_source(pointer)
-    folder = tmp_path / "pointers"
-    folder.mkdir()
-    shutil.copy(pointer, folder)
-    with pytest.raises(DataError, match="git lfs pull"):
-        open_source(folder)
-    (tmp_path / "zero").touch()
-    with pytest.raises(DataError, match="an empty file"):
-        open_source(tmp_path / "zero")
-    (tmp_path / "rows").write_bytes(b"PAR1" + struct.pack("<Q", 7))
-    with pytest.raises(DataError, match="parquet"):
-        open_source(tmp_path / "rows")
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(DataError, match="no regular file"):
-        open_source(tmp_path / "pipe")
-
-
-def test_a_mistyped_local_path_is_not_looked_up_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    for path in ("data/missing", "missing.hdf5", "some/deep/path", "demos/one.hdf5", "../x/y", "x" * 5000):
-        with pytest.raises(DataError, match=r"does not exist|cannot be looked up"):
-            open_source(Path(path))
-
-
-@pytest.fixture
-def fake_readers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Stand-ins for the other readers, that note how they are called."""
-    calls: list[Any] = []
-    lerobot, hdf5 = ModuleType("lerobot"), ModuleType("hdf5")
-    vars(lerobot)["LeRobotSource"] = lambda path, options: calls.append(("lerobot", path, options))
-    vars(lerobot)["looks_like_lerobot"] = lambda path: (path / "meta" / "info.json").is_file()
-    vars(lerobot)["download"] = lambda repo_id: Path("cache") / repo_id
-    vars(hdf5)["open_hdf5"] = lambda path, options: calls.append(("hdf5", path, options))
-    monkeypatch.setitem(sys.modules, "vlaft.data.readers.lerobot.source", lerobot)
-    monkeypatch.setitem(sys.modules, "vlaft.data.readers.hdf5.source", hdf5)
-    return calls
-
-
-def test_open_source_picks_by_content(fake_readers: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "pusht" / "meta").mkdir(parents=True)
-    (tmp_path / "pusht" / "meta" / "info.json").write_text("{}")
-    (tmp_path / "demos").mkdir()
-    (tmp_path / "demos" / "no_extension").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
-    open_source(tmp_path / "pusht")
-    open_source(tmp_path / "demos", {"swap_rb": "no"})
-    open_source(tmp_path / "demos" / "no_extension")
-    (tmp_path / "suites").mkdir()
-    shutil.move(tmp_path / "demos", tmp_path / "suites")
-    open_source(tmp_path / "suites")
-    open_source(Path("lerobot/pusht"), {"video": "x"})
-    assert fake_readers == [
-        ("lerobot", tmp_path / "pusht", {}),
-        ("hdf5", tmp_path / "demos", {"swap_rb": "no"}),
-        ("hdf5", tmp_path / "demos" / "no_extension", {}),
-        ("hdf5", tmp_path / "suites", {}),
-        ("lerobot", Path("cache/lerobot/pusht"), {"video": "x"}),
-    ]

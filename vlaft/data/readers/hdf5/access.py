@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlaft.data.codec import largest_unfolded
-from vlaft.data.contents import alike
+from vlaft.data.sentences import alike
 from vlaft.errors import DataError, did_you_mean
 
 MAX_ARRAY_BYTES = 2**30  # one array of one episode, frames excepted: a million steps of 100 float64 are less
@@ -100,11 +100,11 @@ def need_dataset(group: h5py.Group, path: str, where: str) -> h5py.Dataset:
     Raises:
         DataError: none there, or as for `find`.
     """
-    found = find(group, path, where)
-    if not isinstance(found, h5py.Dataset):
+    node = find(group, path, where)
+    if not isinstance(node, h5py.Dataset):
         known = sorted(datasets(group, where))
         raise DataError(f"{where} has no dataset '{path}'{did_you_mean(path, known)} (it has: {listing(known)})")
-    return found
+    return node
 
 
 def need_group(group: h5py.Group, path: str, where: str) -> h5py.Group:
@@ -113,10 +113,10 @@ def need_group(group: h5py.Group, path: str, where: str) -> h5py.Group:
     Raises:
         DataError: none there, or as for `find`.
     """
-    found = find(group, path, where)
-    if not isinstance(found, h5py.Group):
+    node = find(group, path, where)
+    if not isinstance(node, h5py.Group):
         raise DataError(f"{where} has no group '{path}' (it has: {listing(child_names(group, where))})")
-    return found
+    return node
 
 
 def datasets(
@@ -130,7 +130,7 @@ def datasets(
         skip: members that are left out.
         of_alike: of members whose names differ only in numbers, how many are looked at; None for all.
     """
-    found: dict[str, h5py.Dataset] = {}
+    by_path: dict[str, h5py.Dataset] = {}
     seen = 0
     todo = [("", group, 0)]
     while todo:
@@ -146,10 +146,10 @@ def datasets(
                 raise DataError(f"{where}: groups lie too deep or too many below '{group.name}' (a circle of links?)")
             node = find(parent, name, where)
             if isinstance(node, h5py.Dataset):
-                found[prefix + name] = node
+                by_path[prefix + name] = node
             elif node is not None:
                 todo.append((f"{prefix}{name}/", node, depth + 1))
-    return found
+    return by_path
 
 
 def is_numeric(dataset: h5py.Dataset) -> bool:
@@ -274,10 +274,10 @@ def _walk(start: h5py.Group, path: str, where: str, links: int, depth: int) -> h
                     raise DataError(f"{place} is a soft link that runs in a circle")
                 target = link.path
                 origin = node.file["/"] if target.startswith("/") else node
-                found = _walk(origin, target, where, links + 1, depth)
-                if found is None:
+                linked = _walk(origin, target, where, links + 1, depth)
+                if linked is None:
                     return None
-                node = found
+                node = linked
             else:
                 node = node[name]
             if isinstance(node, h5py.Dataset):

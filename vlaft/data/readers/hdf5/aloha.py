@@ -16,46 +16,27 @@ after the last action).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 
-from vlaft.data.episode import Episode
 from vlaft.data.layout import Layout
-from vlaft.data.readers import EpisodeRef
-from vlaft.data.readers.hdf5.access import (
-    MAX_STEPS,
-    attribute,
-    datasets,
-    find,
-    is_numeric,
-    need_dataset,
-    numeric_order,
-    opened,
-)
-from vlaft.data.readers.hdf5.episode import (
-    FrameFormat,
-    Hdf5Source,
-    build_episode,
-    dataset_name,
-    detect_encoding,
-    folder_split,
-    is_camera,
-    main_first,
-    short_names,
-)
-from vlaft.data.readers.hdf5.options import (
+from vlaft.data.readers.hdf5.access import attribute, datasets, find, need_dataset, numeric_order, opened
+from vlaft.data.readers.hdf5.dialect import (
     USUAL_ATTRIBUTES,
-    InstructionRule,
-    drop_last_of,
-    instruction_rule,
+    Hdf5Reader,
+    StoredEpisode,
+    count_steps,
+    folder_split,
+    name_in,
+    read_options,
     refuse,
-    refuse_unknown,
-    shift_of,
 )
+from vlaft.data.readers.hdf5.episode import FrameFormat, detect_encoding, is_camera, main_first, short_names
 from vlaft.data.readers.hdf5.proposal import refuse_other_frames
+from vlaft.data.readers.reader import EpisodeRef
 from vlaft.errors import DataError
 
 OPTIONS = ("drop_last_observation", "instruction", "shift_action", "swap_rb")
@@ -63,40 +44,25 @@ _IMAGES = "observations/images/"
 
 
 @dataclass(kw_only=True)
-class AlohaSource(Hdf5Source):
+class AlohaReader(Hdf5Reader):
     """Episodes of ALOHA files."""
 
-    rule: InstructionRule | None
-    shift: int
     swap_rb: bool | None
+    observed = "observations/"
 
-    def read(self, ref: EpisodeRef) -> Episode:
-        """Read one episode; see `vlaft.data.readers.Source.read`."""
-        path = self.file_of(ref)
-        where = str(path)
-        with opened(path) as file:
-            found = datasets(file, where, skip=("compress_len",))
-            length = _length(file, where)
-            if self.rule is None:
-                usual = [attribute(file, name, where) for name in USUAL_ATTRIBUTES]
-                texts: Sequence[str] = [text.strip() for text in usual if isinstance(text, str) and text.strip()][:1]
-            else:
-                texts = self.rule.resolve(file, path, where, length)
-            cameras = _cameras(found)
-            return build_episode(
-                ref,
-                path,
-                where,
-                length=length,
-                found=found,
-                cameras={name: _format(found[name], self.swap_rb) for name in cameras},
-                strict="observations/",
-                shift=self.shift,
-                texts=texts,
-                drop_last=self.drop_last,
-                fps=None,
-                warnings=self.warnings,
-            )
+    def find(self, file: h5py.File, ref: EpisodeRef) -> StoredEpisode:
+        """Find the episode, which is the whole file."""
+        where = str(self.file_of(ref))
+        stored = datasets(file, where, skip=("compress_len",))
+        usual = [] if self.options.rule else [attribute(file, name, where) for name in USUAL_ATTRIBUTES]
+        return StoredEpisode(
+            where=where,
+            group=file,
+            length=_count_steps(file, where),
+            datasets=stored,
+            cameras={name: _format(stored[name], self.swap_rb) for name in _cameras(stored)},
+            texts=[text.strip() for text in usual if isinstance(text, str) and text.strip()][:1],
+        )
 
 
 def looks_like_aloha(file: h5py.File, where: str) -> bool:
@@ -105,17 +71,15 @@ def looks_like_aloha(file: h5py.File, where: str) -> bool:
     return isinstance(action, h5py.Dataset) and isinstance(images, h5py.Group)
 
 
-def open_aloha(root: Path, files: list[Path], options: Mapping[str, object]) -> AlohaSource:
+def open_aloha(root: Path, files: list[Path], options: Mapping[str, object]) -> AlohaReader:
     """Open ALOHA episodes; `files` lie in `root`, or are `root` itself.
 
     Raises:
         ConfigError: an unknown option.
         DataError: damaged, or no camera images.
     """
-    problems = refuse_unknown(options, OPTIONS, "ALOHA files")
-    rule = instruction_rule(options.get("instruction"), problems)
-    drop_last = drop_last_of(options, problems)
-    shift = shift_of(options, -1, problems)
+    problems: list[str] = []
+    shared = read_options(options, OPTIONS, "ALOHA files", problems, shift_when_true=-1)
     choices: dict[object, bool | None] = {"auto": None, "yes": True, "no": False, True: True, False: False}
     choice = options.get("swap_rb", "auto")
     if not isinstance(choice, str | bool) or choice not in choices:
@@ -127,9 +91,9 @@ def open_aloha(root: Path, files: list[Path], options: Mapping[str, object]) -> 
     refs: list[EpisodeRef] = []
     layout: Layout | None = None
     for path in sorted(files, key=lambda path: numeric_order(path.as_posix())):
-        relative = "" if path == root else path.relative_to(root).as_posix()
+        relative = name_in(root, path)
         with opened(path) as file:
-            if _length(file, str(path)) == 0:
+            if _count_steps(file, str(path)) == 0:
                 warnings.append(f"{path} has no steps and is left out")
                 continue
             refs.append(EpisodeRef(len(refs), relative or path.name, folder_split(relative), (relative,)))
@@ -137,41 +101,37 @@ def open_aloha(root: Path, files: list[Path], options: Mapping[str, object]) -> 
                 layout = _layout(file, path, swap_rb, warnings)
     if layout is None:
         raise DataError(f"{root} holds no episodes with steps: record some first")
-    return AlohaSource(
-        path=root, name=dataset_name(root), format="aloha", layout=layout, warnings=warnings, refs=refs,
-        rule=rule, shift=shift, swap_rb=swap_rb, drop_last=drop_last,
-    )  # fmt: skip
+    return AlohaReader(
+        path=root, format="aloha", layout=layout, warnings=warnings, refs=refs, options=shared, swap_rb=swap_rb
+    )
 
 
 def _layout(file: h5py.File, path: Path, swap_rb: bool | None, warnings: list[str]) -> Layout:
-    found = datasets(file, str(path))
-    cameras = _cameras(found)
+    stored = datasets(file, str(path))
+    cameras = _cameras(stored)
     if not cameras:
         refuse_other_frames(path, "ALOHA does")
         raise DataError(f"{path} holds no camera images below '{_IMAGES}': record with cameras, images are needed")
-    if swap_rb is None and any(_format(found[name], None).swap_rb for name in cameras):
+    if swap_rb is None and any(_format(stored[name], None).swap_rb for name in cameras):
         warnings.append(
             f"{path.parent}: red and blue are exchanged in the compressed frames, as ALOHA's recorder stores them, and"
             " are exchanged back; look at a frame, and give swap_rb=no if its colours are wrong"
         )
     return Layout(
         action=("action",),
-        state=("observations/qpos",) if "observations/qpos" in found else (),
+        state=("observations/qpos",) if "observations/qpos" in stored else (),
         cameras=short_names(cameras),
     )
 
 
-def _length(file: h5py.File, where: str) -> int:
-    action = need_dataset(file, "action", where)
-    if not is_numeric(action) or action.ndim != 2 or len(action) > MAX_STEPS:
-        raise DataError(f"{where}: 'action' has shape {action.shape} and type {action.dtype}, not [T, A] numbers")
-    return len(action)
+def _count_steps(file: h5py.File, where: str) -> int:
+    return count_steps(need_dataset(file, "action", where), "action", where)
 
 
-def _cameras(found: Mapping[str, h5py.Dataset]) -> list[str]:
+def _cameras(stored: Mapping[str, h5py.Dataset]) -> list[str]:
     """Everything below `observations/images` but depth, which lies beside the colours under `<camera>_depth`."""
-    images = [name for name in found if name.startswith(_IMAGES) and not name.endswith("_depth")]
-    return main_first([name for name in images if is_camera(found[name]) or _is_encoded(found[name])])
+    images = [name for name in stored if name.startswith(_IMAGES) and not name.endswith("_depth")]
+    return main_first([name for name in images if is_camera(stored[name]) or _is_encoded(stored[name])])
 
 
 def _is_encoded(dataset: h5py.Dataset) -> bool:

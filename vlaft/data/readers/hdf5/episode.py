@@ -8,27 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from vlaft.data.codec import MAX_PIXELS, decode_image, largest_unfolded
-from vlaft.data.episode import Episode, gather
-from vlaft.data.layout import Layout
-from vlaft.data.readers import EpisodeRef
 from vlaft.data.readers.hdf5.access import (
     MAX_ROW_BYTES,
     MAX_STEPS,
     guarded,
     is_numeric,
-    listing,
     need_dataset,
     opened,
     read_array,
 )
-from vlaft.errors import DataError, did_you_mean
+from vlaft.errors import DataError
 from vlaft.observation.images import Image
 
 # The view that shows the whole scene comes first: it becomes the main camera, the only one that OpenVLA sees.
@@ -36,27 +32,6 @@ _MAIN_WORDS = ("agentview", "cam_high", "primary", "front", "top", "main", "base
 _WRIST_WORDS = ("wrist", "eye_in_hand", "hand", "gripper")
 _BLOCK_BYTES = 2**26  # of a chunk
 _READ_BYTES = 2**20  # of small chunks read at once
-
-
-@dataclass(kw_only=True)
-class Hdf5Source:
-    """What every HDF5 dialect's source holds; see `vlaft.data.readers.Source`."""
-
-    path: Path
-    name: str
-    format: str
-    layout: Layout
-    warnings: list[str]
-    refs: list[EpisodeRef]
-    drop_last: bool = False  # the observation after the last action, see `build_episode`
-
-    def episodes(self) -> Sequence[EpisodeRef]:
-        """List the episodes, numbers in their names in numeric order."""
-        return self.refs
-
-    def file_of(self, ref: EpisodeRef) -> Path:
-        """Return the file in which the episode lies."""
-        return self.path / str(ref.location[0]) if ref.location[0] else self.path
 
 
 @dataclass(frozen=True)
@@ -160,24 +135,21 @@ def _read_block(dataset: h5py.Dataset, start: int, stop: int, chunk: int, where:
         return np.asarray(dataset[start:stop])
 
 
-def dataset_name(root: Path) -> str:
-    """Return the name of the dataset at `root`: the file's without its extension, or the folder's."""
-    return root.resolve().name if root.is_dir() else root.stem
-
-
-def folder_split(relative: str) -> str | None:
-    """Return the split that a file's first folder names, as ACT's and many other recorders lay them out.
-
-    >>> folder_split("train/episode_0.hdf5"), folder_split("val/a/b.h5"), folder_split("demo.hdf5")
-    ('train', 'valid', None)
-    """
-    folder = relative.split("/")[0] if "/" in relative else ""
-    return {"train": "train", "val": "valid", "valid": "valid", "validation": "valid"}.get(folder)
-
-
 def detect_encoding(dataset: h5py.Dataset) -> Literal["raw", "jpeg"]:
     """Return `"jpeg"` for rows of bytes: variable-length uint8, zero-padded uint8 `[T, P]`, or byte strings."""
     return "raw" if dataset.dtype.kind in "biuf" and dataset.ndim != 2 else "jpeg"
+
+
+def frame_format(dataset: h5py.Dataset, said: Mapping[str, Any]) -> FrameFormat:
+    """Return how the frames are stored: as is `said`, by the names of `FrameFormat`, else as shape and type suggest."""
+    shape: tuple[int, ...] = dataset.shape or ()
+    channels_first = len(shape) == 4 and shape[1] in (1, 3, 4) and shape[3] not in (1, 3, 4)
+    likely = {
+        "encoding": detect_encoding(dataset),
+        "layout": "CHW" if channels_first else "HWC",
+        "range": "float01" if dataset.dtype.kind == "f" else "uint8",
+    }
+    return FrameFormat(**{**likely, **said})
 
 
 def is_camera(dataset: h5py.Dataset) -> bool:
@@ -221,83 +193,6 @@ def check_frames(dataset: h5py.Dataset, format: FrameFormat, where: str) -> None
                 raise DataError(
                     f"{described} is stored in pieces too large to be right ({_chunk_bytes(dataset)} bytes)"
                 )
-
-
-def build_episode(
-    ref: EpisodeRef,
-    file: Path,
-    where: str,
-    *,
-    length: int,
-    found: Mapping[str, h5py.Dataset],
-    cameras: Mapping[str, FrameFormat],
-    strict: str,
-    shift: int,
-    texts: Sequence[str],
-    drop_last: bool,
-    fps: float | None,
-    warnings: list[str],
-) -> Episode:
-    """Return the episode whose datasets are `found`, by the names that its arrays and cameras get.
-
-    Args:
-        ref: the episode.
-        file: its file.
-        where: file and episode, for messages.
-        length: its number of steps T.
-        found: its datasets.
-        cameras: the names among them that are cameras, main camera first, and how each is stored.
-        strict: arrays below this prefix have to have T rows; others without T rows are not per step and left out.
-        shift: see `LazyArrays.shifts`, for arrays whose name begins with action or base_action.
-        drop_last: whether observations of T + 1 rows, with one after the last action, lose that one.
-        texts: its instruction, or that of each step.
-        fps: as in `Episode`.
-        warnings: gets a sentence, once, when steps have no instruction beside others that have.
-
-    Raises:
-        DataError: an observation has another number of rows than the actions, or a camera is no camera.
-    """
-    frames: dict[str, Hdf5Frames] = {}
-    for name, format in cameras.items():
-        if name not in found:
-            raise DataError(
-                f"{where} has no camera '{name}'{did_you_mean(name, list(found))} (it has: {listing(sorted(found))})"
-            )
-        check_frames(found[name], format, where)
-        _check_rows(found[name], name, length, where, drop_last)
-        frames[name] = Hdf5Frames(file, str(found[name].name), length, where, format)
-    paths: dict[str, str] = {}
-    for name, dataset in found.items():
-        if name in cameras or not is_numeric(dataset) or is_camera(dataset):
-            continue
-        if name.startswith(strict):
-            _check_rows(dataset, name, length, where, drop_last)
-        if len(dataset) in (length, length + drop_last):
-            paths[name] = str(dataset.name)
-    shifts = {name: shift for name in paths if shift and name.startswith(("action", "base_action"))}
-    instruction, own, told = gather(texts, where)
-    if told and told not in warnings:
-        warnings.append(told)
-    return Episode(
-        index=ref.index,
-        name=ref.name,
-        length=length,
-        instruction=instruction,
-        instructions=own,
-        arrays=LazyArrays(file, paths, where, length, shifts),
-        cameras=frames,
-        split=ref.split,
-        fps=fps,
-    )
-
-
-def _check_rows(dataset: h5py.Dataset, name: str, length: int, where: str, drop_last: bool) -> None:
-    if len(dataset) not in (length, length + drop_last):
-        last = "; if the last one was observed after the last action, type drop_last_observation=true"
-        raise DataError(
-            f"{where}: '{name}' has {len(dataset)} rows, but there are {length} actions"
-            f"{last if len(dataset) == length + 1 else ''}"
-        )
 
 
 def main_first(cameras: Sequence[str]) -> list[str]:

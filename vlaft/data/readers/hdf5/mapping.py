@@ -29,44 +29,34 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import h5py
 
-from vlaft.data.episode import Episode
 from vlaft.data.layout import Layout
-from vlaft.data.readers import EpisodeRef
 from vlaft.data.readers.hdf5.access import (
-    MAX_STEPS,
     child_names,
     datasets,
     find,
-    is_numeric,
     listing,
     nearest_attribute,
     need_group,
     opened,
 )
-from vlaft.data.readers.hdf5.episode import (
-    FrameFormat,
-    Hdf5Source,
-    build_episode,
-    dataset_name,
+from vlaft.data.readers.hdf5.dialect import (
+    Hdf5Reader,
+    StoredEpisode,
+    count_steps,
     folder_split,
-    is_camera,
-    main_first,
-    short_names,
-)
-from vlaft.data.readers.hdf5.options import (
-    CameraRule,
-    InstructionRule,
-    camera_rules,
-    drop_last_of,
-    instruction_rule,
+    name_in,
     positive_number,
+    read_options,
     refuse,
-    refuse_unknown,
 )
+from vlaft.data.readers.hdf5.episode import FrameFormat, frame_format, is_camera, main_first, short_names
 from vlaft.data.readers.hdf5.proposal import advice, propose
+from vlaft.data.readers.reader import EpisodeRef
+from vlaft.documents import fits, in_words, shown
 from vlaft.errors import DataError, did_you_mean
 
 OPTIONS = ("episodes", "action", "state", "cameras", "instruction", "fps", "drop_last_observation")
@@ -74,42 +64,43 @@ _NUMBERED = re.compile(r"(.*?)(\d+)")
 
 
 @dataclass(kw_only=True)
-class MappedSource(Hdf5Source):
+class MappedReader(Hdf5Reader):
     """Episodes of HDF5 files of a free layout."""
 
     action: tuple[str, ...]
-    cameras: Mapping[str, CameraRule]  # by path
-    rule: InstructionRule | None
+    cameras: Mapping[str, Mapping[str, Any]]  # by path, what is said of how their frames are stored
     fps: float | str | None  # a number, or the name of an attribute
+    observed = "\0"  # no prefix: a free layout may hold anything beside what is per step
 
-    def read(self, ref: EpisodeRef) -> Episode:
-        """Read one episode; see `vlaft.data.readers.Source.read`."""
+    def find(self, file: h5py.File, ref: EpisodeRef) -> StoredEpisode:
+        """Find the group of the episode, or its datasets in a flat file."""
         path = self.file_of(ref)
-        group_path, number = str(ref.location[1]), str(ref.location[2])
-        where = f"{path}: {ref.name}" if group_path or number else str(path)
-        with opened(path) as file:
-            group = need_group(file, group_path, str(path)) if group_path else file["/"]
-            found = _templated(datasets(group, where), number)
-            # a camera that is absent here is told about by build_episode
-            formats = {
-                name: rule.format_of(found[name]) if name in found else FrameFormat()
-                for name, rule in self.cameras.items()
-            }
-            length = _length(found, self.action[0], where)
-            return build_episode(
-                ref,
-                path,
-                where,
-                length=length,
-                found=found,
-                cameras=formats,
-                strict="\0",  # a free layout may hold anything beside what is per step
-                shift=0,
-                texts=self.rule.resolve(group, path, where, length) if self.rule else [],
-                drop_last=self.drop_last,
-                fps=_rate(self.fps, group, where),
-                warnings=self.warnings,
-            )
+        place = _Place(file, path, str(ref.location[1]), str(ref.location[2]), ref.name)
+        # a camera that is absent here is told about when its frames are looked for
+        formats = {
+            name: frame_format(place.datasets[name], said) if name in place.datasets else FrameFormat()
+            for name, said in self.cameras.items()
+        }
+        return StoredEpisode(
+            where=place.where,
+            group=place.group,
+            length=_count_steps(place, self.action[0]),
+            datasets=place.datasets,
+            cameras=formats,
+            fps=_rate(self.fps, place.group, place.where),
+        )
+
+
+class _Place:
+    """Where one episode lies: its group in an opened file, and in a flat file its number."""
+
+    def __init__(self, file: h5py.File, path: Path, group: str, number: str, name: str) -> None:
+        self.where = f"{path}: {name}" if group or number else str(path)
+        self.group = need_group(file, group, str(path)) if group else file["/"]
+        self.datasets = datasets(self.group, self.where)
+        if number:  # `{i}` stands for it in their names
+            matches = [(_NUMBERED.fullmatch(name), dataset) for name, dataset in self.datasets.items()]
+            self.datasets = {match[1] + "{i}": dataset for match, dataset in matches if match and match[2] == number}
 
 
 def is_mapping(options: Mapping[str, object]) -> bool:
@@ -117,20 +108,19 @@ def is_mapping(options: Mapping[str, object]) -> bool:
     return any(key in options for key in ("episodes", "action", "state", "cameras"))
 
 
-def open_mapped(root: Path, files: list[Path], options: Mapping[str, object]) -> MappedSource:
+def open_mapped(root: Path, files: list[Path], options: Mapping[str, object]) -> MappedReader:
     """Open files through a mapping; `files` lie in `root`, or are `root` itself.
 
     Raises:
         ConfigError: the mapping has unknown keys or wrong values, all told together.
         DataError: it names nothing that is there, or the files are damaged.
     """
-    problems = refuse_unknown(options, OPTIONS, "an HDF5 mapping")
+    problems: list[str] = []
+    shared = read_options(options, OPTIONS, "an HDF5 mapping", problems)
     action = _references(options.get("action"), "action", problems)
     state = _references(options.get("state"), "state", problems)
-    cameras = camera_rules(options.get("cameras"), problems)
-    rule = instruction_rule(options.get("instruction"), problems)
+    cameras = _camera_rules(options.get("cameras"), problems)
     fps = _rate_option(options.get("fps"), problems)
-    drop_last = drop_last_of(options, problems)
     episodes = options.get("episodes", "file")
     if not isinstance(episodes, str) or not episodes.strip("/"):
         problems.append(f"'episodes' is {episodes!r}; write 'file', a pattern of groups, or a name with {{i}}")
@@ -138,36 +128,40 @@ def open_mapped(root: Path, files: list[Path], options: Mapping[str, object]) ->
     warnings: list[str] = []
     refs: list[EpisodeRef] = []
     for path in files:
-        relative = "" if path == root else path.relative_to(root).as_posix()
+        relative = name_in(root, path)
         with opened(path) as file:
-            places = _episodes(file, str(episodes).strip("/"), path)
-            for group_path, number in places:
-                group = need_group(file, group_path, str(path)) if group_path else file["/"]
-                name = _name(path, relative, group_path, number)
-                where = f"{path}: {name}" if group_path or number else str(path)
-                found = _templated(datasets(group, where), number)
-                action = action or (_guess_action(found, where),)
+            for group, number in _episodes(file, str(episodes).strip("/"), path):
+                name = _name(path, relative, group, number)
+                place = _Place(file, path, group, number, name)
+                action = action or (_guess_action(place),)
                 if not refs and not cameras:
-                    cameras = {
-                        key: CameraRule(path=key) for key in main_first([k for k in found if is_camera(found[k])])
-                    }
+                    shown_as_such = [key for key, dataset in place.datasets.items() if is_camera(dataset)]
+                    cameras = {key: {"path": key} for key in main_first(shown_as_such)}
                     if not cameras:
-                        raise DataError(f"{where} shows no camera by itself; {advice(path)}")
-                if _length(found, action[0], where) == 0:
-                    warnings.append(f"{where} has no steps and is left out")
+                        raise DataError(f"{place.where} shows no camera by itself; {advice(path)}")
+                if _count_steps(place, action[0]) == 0:
+                    warnings.append(f"{place.where} has no steps and is left out")
                     continue
-                refs.append(EpisodeRef(len(refs), name, folder_split(relative), (relative, group_path, number)))
+                refs.append(EpisodeRef(len(refs), name, folder_split(relative), (relative, group, number)))
     if not refs:
         raise DataError(f"{root}: the mapping's episodes have no steps; nothing is left to read")
-    named = {key: value.path for key, value in cameras.items()}
+    named = {name: fields["path"] for name, fields in cameras.items()}
     if options.get("cameras") is None:
         named = short_names(list(named))
-    return MappedSource(
-        path=root, name=dataset_name(root), format="hdf5", warnings=warnings, refs=refs,
+    return MappedReader(
+        path=root,
+        format="hdf5",
         layout=Layout(action=action, state=state, cameras=named, options=dict(options)),
-        action=action, cameras={value.path: value for value in cameras.values()}, rule=rule, fps=fps,
-        drop_last=drop_last,
-    )  # fmt: skip
+        warnings=warnings,
+        refs=refs,
+        options=shared,
+        action=action,
+        cameras={
+            fields["path"]: {key: value for key, value in fields.items() if key != "path"}
+            for fields in cameras.values()
+        },
+        fps=fps,
+    )
 
 
 def unmapped(path: Path) -> DataError:
@@ -184,38 +178,26 @@ def _episodes(file: h5py.File, episodes: str, path: Path) -> list[tuple[str, str
     """List (group path, number) of the episodes; the number is used for flat files only."""
     if episodes == "file":
         return [("", "")]
-    found = [("", "")]
+    places = [("", "")]
     if "{i}" in episodes:
         folder, _, last = episodes.rpartition("/")
         parent = find(file, folder, str(path))
         names = child_names(parent, str(path)) if isinstance(parent, h5py.Group) else []
         head, _, tail = last.partition("{i}")
         matches = [re.fullmatch(re.escape(head) + r"(\d+)" + re.escape(tail), name) for name in names]
-        found = [(folder, match[1]) for match in matches if match]
+        places = [(folder, match[1]) for match in matches if match]
     else:
         for part in episodes.split("/"):
             below: list[tuple[str, str]] = []
-            for prefix, _ in found:
+            for prefix, _ in places:
                 group = find(file, prefix, str(path))
                 names = child_names(group, str(path)) if isinstance(group, h5py.Group) else []
                 chosen = [f"{prefix}/{name}".lstrip("/") for name in names if fnmatchcase(name, part)]
                 below += [(name, "") for name in chosen if isinstance(find(file, name, str(path)), h5py.Group)]
-            found = below
-    if not found:
+            places = below
+    if not places:
         raise DataError(f"{path}: the mapping's episodes='{episodes}' names nothing; {advice(path)}")
-    return found
-
-
-def _templated(found: dict[str, h5py.Dataset], number: str) -> dict[str, h5py.Dataset]:
-    """In a flat file, keep the episode's datasets, with `{i}` for its number."""
-    if not number:
-        return found
-    result = {}
-    for name, dataset in found.items():
-        match = _NUMBERED.fullmatch(name)
-        if match and match[2] == number:
-            result[match[1] + "{i}"] = dataset
-    return result
+    return places
 
 
 def _name(path: Path, relative: str, group_path: str, number: str) -> str:
@@ -225,23 +207,21 @@ def _name(path: Path, relative: str, group_path: str, number: str) -> str:
     return f"{relative}/{inner}" if relative else inner
 
 
-def _length(found: Mapping[str, h5py.Dataset], reference: str, where: str) -> int:
+def _count_steps(place: _Place, reference: str) -> int:
     path = reference.partition("[")[0]
-    dataset = found.get(path)
+    dataset = place.datasets.get(path)
     if dataset is None:
-        raise DataError(
-            f"{where} has no array '{path}'{did_you_mean(path, list(found))} (it has: {listing(sorted(found))})"
-        )
-    if not is_numeric(dataset) or len(dataset) > MAX_STEPS:
-        raise DataError(f"{where}: '{path}' has shape {dataset.shape} and type {dataset.dtype}, not [T, A] numbers")
-    return len(dataset)
+        known = sorted(place.datasets)
+        raise DataError(f"{place.where} has no array '{path}'{did_you_mean(path, known)} (it has: {listing(known)})")
+    return count_steps(dataset, path, place.where, dimensions=())
 
 
-def _guess_action(found: Mapping[str, h5py.Dataset], where: str) -> str:
+def _guess_action(place: _Place) -> str:
     for name in ("action", "actions", "action{i}", "actions{i}", "action_{i}", "actions_{i}"):
-        if name in found:
+        if name in place.datasets:
             return name
-    raise DataError(f"{where}: the mapping names no action; give action=[...] of: {listing(sorted(found))}")
+    known = listing(sorted(place.datasets))
+    raise DataError(f"{place.where}: the mapping names no action; give action=[...] of: {known}")
 
 
 def _references(value: object, key: str, problems: list[str]) -> tuple[str, ...]:
@@ -270,3 +250,36 @@ def _rate(fps: float | str | None, group: h5py.Group, where: str) -> float | Non
     if rate is None:
         raise DataError(f"{where} has no attribute '{fps}' with a rate in Hz; give fps as a number")
     return rate
+
+
+def _camera_rules(value: object, problems: list[str]) -> dict[str, dict[str, Any]]:
+    """Check `cameras`; return by our name, in order, each one's path and what is said of how its frames are stored."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not value:
+        problems.append(f"'cameras' is {value!r}; write {{name: {{path: ...}}}}")
+        return {}
+    hints = get_type_hints(FrameFormat)
+    known = ["path", *hints]
+    rules: dict[str, dict[str, Any]] = {}
+    for name, entry in value.items():
+        place = f"cameras.{name}"
+        fields = {"path": entry} if isinstance(entry, str) else entry
+        if not isinstance(fields, Mapping):
+            problems.append(f"'{place}' is {entry!r}; write {{path: ...}}")
+            continue
+        count = len(problems)
+        for key, choice in fields.items():
+            if key not in known:
+                hint = did_you_mean(str(key), known) or f" (known: {', '.join(known)})"
+                problems.append(f"unknown key '{place}.{key}'{hint}")
+            elif key != "path" and not fits(choice, hints[key]):
+                problems.append(f"'{place}.{key}' is {shown(choice)}; it is {in_words(hints[key])}")
+        path = fields.get("path")
+        if not isinstance(path, str) or not path.strip("/"):
+            problems.append(f"'{place}.path' is missing: the dataset that holds its frames")
+        elif any(rule["path"] == path.strip("/") for rule in rules.values()):
+            problems.append(f"'{place}.path' names '{path}', which another camera has already")
+        elif len(problems) == count:
+            rules[str(name)] = {**fields, "path": path.strip("/")}
+    return rules

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import h5py
 
-from vlaft.data.likely_action import likely_action
+from vlaft.data.layout import likely_action
 from vlaft.data.readers.hdf5.access import MAX_STEPS, attribute, datasets, find, guarded, is_numeric, opened, read_array
-from vlaft.data.readers.hdf5.episode import Hdf5Frames, main_first, short_names
-from vlaft.data.readers.hdf5.options import USUAL_ATTRIBUTES, CameraRule, InstructionRule, positive_number
+from vlaft.data.readers.hdf5.dialect import USUAL_ATTRIBUTES, InstructionRule, positive_number
+from vlaft.data.readers.hdf5.episode import Hdf5Frames, frame_format, main_first, short_names
 from vlaft.data.sentences import word
 from vlaft.errors import DataError
 
@@ -31,6 +31,9 @@ _END_TO_END = re.compile(
     r"(^|/)(ep(isode)?|traj(ectory)?|demo)s?_?(end|len|length|start|ind(ex)?|indice|ids?)s?$", re.I
 )
 _EPISODE = re.compile(r"(^|/)(ep|episode|traj|trajectory|demo|rollout|run|trial)s?[_-]?\d+$", re.I)
+
+
+_Camera = dict[str, str]  # as a mapping says it: its path, and the range of its values where they do not tell
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,13 @@ class _View:
 
     episodes: str
     group: h5py.Group
-    found: Mapping[str, h5py.Dataset]
+    datasets: Mapping[str, h5py.Dataset]
     share: float  # of the episodes that have what the first one has
 
     @property
     def numbers(self) -> dict[str, tuple[int, ...]]:
         # an array reference cuts blanks off, and takes brackets for a slice of columns
-        usable = {name: dataset for name, dataset in self.found.items() if not re.search(r"^\s|\s$|[\[\]]", name)}
+        usable = {name: dataset for name, dataset in self.datasets.items() if not re.search(r"^\s|\s$|[\[\]]", name)}
         return {name: dataset.shape for name, dataset in usable.items() if is_numeric(dataset)}
 
 
@@ -66,13 +69,13 @@ def propose(path: Path) -> Proposal:
     with opened(path) as file:
         where = str(path)
         # a word takes ${ for a reference to another setting
-        found = {
+        by_path = {
             name: dataset for name, dataset in datasets(file, where, of_alike=_OF_ALIKE).items() if "${" not in name
         }
-        if not found:
+        if not by_path:
             raise DataError(f"{path} holds no datasets at all; the recording may have failed")
-        chosen: tuple[_View, dict[str, CameraRule]] | None = None
-        for view in _views(file, found, where):
+        chosen: tuple[_View, dict[str, _Camera]] | None = None
+        for view in _views(file, by_path, where):
             cameras = _cameras(view, path) if view.share > 0.5 else {}
             told = bool(cameras and likely_action(view.numbers))
             if cameras and (told or chosen is None):
@@ -80,16 +83,16 @@ def propose(path: Path) -> Proposal:
             if told:
                 break
         if chosen is None:
-            raise DataError(f"{path} {_no_images(path, found)}")
+            raise DataError(f"{path} {_no_images(path, by_path)}")
         if chosen[0].episodes == "file":
-            _refuse_many_in_one(path, found)
+            _refuse_many_in_one(path, by_path)
         return _proposal(*chosen, path)
 
 
-def _proposal(view: _View, cameras: Mapping[str, CameraRule], path: Path) -> Proposal:
+def _proposal(view: _View, cameras: Mapping[str, _Camera], path: Path) -> Proposal:
     remark = ""
     action = likely_action(view.numbers)
-    rows = {len(view.found[rule.path]) for rule in cameras.values()}
+    rows = {len(view.datasets[camera["path"]]) for camera in cameras.values()}
     if not action:
         action = [n for n, s in view.numbers.items() if len(s) == 2 and s[0] in rows | {min(rows) - 1} and s[1] < 100][
             :1
@@ -98,15 +101,16 @@ def _proposal(view: _View, cameras: Mapping[str, CameraRule], path: Path) -> Pro
             raise DataError(f"{path} holds images, but no array of numbers with a row for each, so no actions")
         remark = f"no name says what was commanded, '{action[0]}' only stands in for it"
     steps = view.numbers[action[0]][0]
-    cut = any(len(view.found[rule.path]) == steps + 1 for rule in cameras.values())
-    cameras = {name: rule for name, rule in cameras.items() if len(view.found[rule.path]) in (steps, steps + cut)}
+    cut = any(len(view.datasets[camera["path"]]) == steps + 1 for camera in cameras.values())
+    cameras = {
+        name: camera for name, camera in cameras.items() if len(view.datasets[camera["path"]]) in (steps, steps + cut)
+    }
     if not cameras:
         raise DataError(
             f"{path}: the images have {', '.join(map(str, sorted(rows)))} rows where '{action[0]}' has {steps}: bring"
             " frames and actions together first, a row of each for every step"
         )
-    named = {name: rule.path if rule.range is None else {"path": rule.path, "range": rule.range}
-             for name, rule in cameras.items()}  # fmt: skip
+    named = {name: camera if len(camera) > 1 else camera["path"] for name, camera in cameras.items()}
     instruction = _instruction(view, path)
     if instruction is None:
         remark = "; ".join(filter(None, [remark, "say as the instruction what the robot does"]))
@@ -118,25 +122,25 @@ def _proposal(view: _View, cameras: Mapping[str, CameraRule], path: Path) -> Pro
     return Proposal(tuple(words), remark)
 
 
-def _views(file: h5py.File, found: Mapping[str, h5py.Dataset], where: str) -> Iterator[_View]:
+def _views(file: h5py.File, by_path: Mapping[str, h5py.Dataset], where: str) -> Iterator[_View]:
     """Yield what could be an episode: groups alike, the deepest first, then flat names, then the whole file."""
-    for pattern in sorted(_patterns(found), key=lambda pattern: -pattern.count("/")):
-        inside = _inside(found, pattern)
+    for pattern in sorted(_patterns(by_path), key=lambda pattern: -pattern.count("/")):
+        inside = _inside(by_path, pattern)
         if inside:
             first, members = next(iter(inside.items()))
             group = find(file, first, where)
             if isinstance(group, h5py.Group):
-                alike = sum(members.keys() <= others.keys() for others in inside.values())
-                yield _View(pattern, group, members, alike / len(inside))
-    yield from _flat(file, found, where)
-    yield _View("file", file["/"], found, 1.0)
+                like_it = sum(members.keys() <= others.keys() for others in inside.values())
+                yield _View(pattern, group, members, like_it / len(inside))
+    yield from _flat(file, by_path, where)
+    yield _View("file", file["/"], by_path, 1.0)
 
 
-def _patterns(found: Mapping[str, h5py.Dataset]) -> list[str]:
+def _patterns(by_path: Mapping[str, h5py.Dataset]) -> list[str]:
     """Groups that differ in a number, and groups side by side that hold the same arrays."""
     patterns: dict[str, None] = {}
     children: dict[str, dict[str, set[str]]] = {}
-    for name in found:
+    for name in by_path:
         *folders, _ = name.split("/")
         general: list[str] = []
         for depth, part in enumerate(folders):
@@ -159,24 +163,24 @@ def _patterns(found: Mapping[str, h5py.Dataset]) -> list[str]:
     return list(patterns)
 
 
-def _inside(found: Mapping[str, h5py.Dataset], pattern: str) -> dict[str, dict[str, h5py.Dataset]]:
+def _inside(by_path: Mapping[str, h5py.Dataset], pattern: str) -> dict[str, dict[str, h5py.Dataset]]:
     """Return what lies in each group that the pattern names: path of the group to its datasets by their names there."""
     from fnmatch import fnmatchcase
 
     wanted = pattern.split("/")
     inside: dict[str, dict[str, h5py.Dataset]] = {}
-    for name, dataset in found.items():
+    for name, dataset in by_path.items():
         parts = name.split("/")
         if len(parts) > len(wanted) and all(map(fnmatchcase, parts, wanted)):
             inside.setdefault("/".join(parts[: len(wanted)]), {})["/".join(parts[len(wanted) :])] = dataset
     return inside
 
 
-def _flat(file: h5py.File, found: Mapping[str, h5py.Dataset], where: str) -> Iterator[_View]:
+def _flat(file: h5py.File, by_path: Mapping[str, h5py.Dataset], where: str) -> Iterator[_View]:
     """Yield flat episodes: `actions_0`, `images_0`, `actions_1` ..., the number at the end of every name."""
-    for folder in dict.fromkeys(name.rpartition("/")[0] for name in found):
+    for folder in dict.fromkeys(name.rpartition("/")[0] for name in by_path):
         numbered: dict[str, dict[str, h5py.Dataset]] = {}
-        for name, dataset in found.items():
+        for name, dataset in by_path.items():
             match = _NUMBERED.fullmatch(name.removeprefix(f"{folder}/")) if name.startswith(folder) else None
             if match:
                 numbered.setdefault(match[2], {})[match[1] + "{i}"] = dataset
@@ -184,23 +188,23 @@ def _flat(file: h5py.File, found: Mapping[str, h5py.Dataset], where: str) -> Ite
         action = likely_action({name: dataset.shape for name, dataset in members.items() if is_numeric(dataset)})
         group = find(file, folder, where) if folder else file["/"]
         if action and "/" not in action[0] and isinstance(group, h5py.Group):
-            alike = sum(members.keys() <= others.keys() for others in numbered.values())
-            yield _View(f"{folder}/{action[0]}".lstrip("/"), group, members, alike / len(numbered))
+            like_it = sum(members.keys() <= others.keys() for others in numbered.values())
+            yield _View(f"{folder}/{action[0]}".lstrip("/"), group, members, like_it / len(numbered))
 
 
-def _cameras(view: _View, file: Path) -> dict[str, CameraRule]:
+def _cameras(view: _View, file: Path) -> dict[str, _Camera]:
     """Return the cameras by the names to propose, the main one first."""
-    rules: dict[str, CameraRule] = {}
-    for name, dataset in view.found.items():
-        rule = None if _NO_COLOURS.search(name) else _camera(name, dataset, file)
-        if rule is not None:
-            rules[name] = rule
-    short = short_names(main_first(list(rules)))
+    cameras: dict[str, _Camera] = {}
+    for name, dataset in view.datasets.items():
+        camera = None if _NO_COLOURS.search(name) else _camera(name, dataset, file)
+        if camera is not None:
+            cameras[name] = camera
+    short = short_names(main_first(list(cameras)))
     plain = {re.sub(r"[_-]?\{i\}", "", name) or name: path for name, path in short.items()}
-    return {name: rules[path] for name, path in (plain if len(plain) == len(short) else short).items()}
+    return {name: cameras[path] for name, path in (plain if len(plain) == len(short) else short).items()}
 
 
-def _camera(name: str, dataset: h5py.Dataset, file: Path) -> CameraRule | None:
+def _camera(name: str, dataset: h5py.Dataset, file: Path) -> _Camera | None:
     """Return how to read the dataset as a camera, or None where none of its first frames is a picture that way."""
     shape: tuple[int, ...] = dataset.shape or ()
     # [T, 2, 4, 4] floats are poses
@@ -210,21 +214,20 @@ def _camera(name: str, dataset: h5py.Dataset, file: Path) -> CameraRule | None:
     rows = len(shape) in (1, 2) and (not is_numeric(dataset) or (len(shape) == 2 and dataset.dtype.kind in "u"))
     if not (pixels or rows) or not shape[0]:
         return None
-    for values in (None, "uint8") if dataset.dtype.kind == "f" else (None,):
-        rule = CameraRule(path=name, range=values)
-        frames = Hdf5Frames(file, str(dataset.name), shape[0], str(file), rule.format_of(dataset))
+    for said in ({}, {"range": "uint8"}) if dataset.dtype.kind == "f" else ({},):
+        frames = Hdf5Frames(file, str(dataset.name), shape[0], str(file), frame_format(dataset, said))
         for index in (0, shape[0] // 2):
             try:
                 next(iter(frames.read([index])))
-                return rule
+                return {"path": name, **said}
             except DataError:
                 continue
     return None
 
 
-def _no_images(path: Path, found: Mapping[str, h5py.Dataset]) -> str:
-    single = [name for name, dataset in found.items() if dataset.ndim == 3 and dataset.shape[2] in (3, 4)]
-    if len(single) > 1 and all(min(found[name].shape[:2]) >= 16 for name in single):
+def _no_images(path: Path, by_path: Mapping[str, h5py.Dataset]) -> str:
+    single = [name for name, dataset in by_path.items() if dataset.ndim == 3 and dataset.shape[2] in (3, 4)]
+    if len(single) > 1 and all(min(by_path[name].shape[:2]) >= 16 for name in single):
         return (
             f"holds its frames one by one ('{single[0]}' is one of {len(single)}), where they are read as one array per"
             " episode and camera, [T, height, width, 3]: put them together"
@@ -264,15 +267,17 @@ def refuse_other_frames(path: Path, than: str) -> None:
     )
 
 
-def _refuse_many_in_one(path: Path, found: Mapping[str, h5py.Dataset]) -> None:
+def _refuse_many_in_one(path: Path, by_path: Mapping[str, h5py.Dataset]) -> None:
     """Refuse a file that would be taken for one episode although its names tell of many."""
-    ends = next((name for name, dataset in found.items() if _END_TO_END.search(name) and _differs(dataset, path)), None)
+    ends = next(
+        (name for name, dataset in by_path.items() if _END_TO_END.search(name) and _differs(dataset, path)), None
+    )
     if ends is not None:
         raise DataError(
             f"{path} holds its episodes end to end in the same arrays ('{ends}' seems to tell them apart), where each"
             " is read from a group or a file of its own: cut the arrays there first"
         )
-    leaves = [name for name in found if _EPISODE.search(name)]
+    leaves = [name for name in by_path if _EPISODE.search(name)]
     if leaves:
         raise DataError(
             f"{path} holds one array per episode below each name ('{leaves[0]}'), where an episode is read from a group"
@@ -300,7 +305,9 @@ def _instruction(view: _View, path: Path) -> dict[str, str] | None:
             group = group.parent
     usual = [name for name in USUAL_ATTRIBUTES if name in texts]
     rules = [InstructionRule("attribute", name) for name in [*usual, *texts]]
-    rules += [InstructionRule("dataset", n) for n, d in view.found.items() if _TELLING.search(n) and not is_numeric(d)]
+    rules += [
+        InstructionRule("dataset", n) for n, d in view.datasets.items() if _TELLING.search(n) and not is_numeric(d)
+    ]
     for rule in rules:
         try:
             text = rule.resolve(view.group, path, where, 1)[0]  # of several, one per step, the first will tell

@@ -19,16 +19,14 @@ observation after the last action).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from vlaft.data.episode import Episode
 from vlaft.data.layout import Layout, StepSpec
-from vlaft.data.readers import EpisodeRef
 from vlaft.data.readers.hdf5.access import (
     MAX_STEPS,
     attribute,
@@ -36,7 +34,6 @@ from vlaft.data.readers.hdf5.access import (
     datasets,
     find,
     guarded,
-    is_numeric,
     json_attribute,
     listing,
     need_dataset,
@@ -45,27 +42,20 @@ from vlaft.data.readers.hdf5.access import (
     opened,
     read_array,
 )
-from vlaft.data.readers.hdf5.episode import (
-    FrameFormat,
-    Hdf5Source,
-    build_episode,
-    dataset_name,
-    folder_split,
-    is_camera,
-    main_first,
-    short_names,
-)
-from vlaft.data.readers.hdf5.options import (
+from vlaft.data.readers.hdf5.dialect import (
     USUAL_ATTRIBUTES,
-    InstructionRule,
-    drop_last_of,
-    instruction_rule,
+    Hdf5Reader,
+    StoredEpisode,
+    count_steps,
+    folder_split,
+    name_in,
     positive_number,
+    read_options,
     refuse,
-    refuse_unknown,
-    shift_of,
 )
+from vlaft.data.readers.hdf5.episode import FrameFormat, is_camera, main_first, short_names
 from vlaft.data.readers.hdf5.proposal import refuse_other_frames
+from vlaft.data.readers.reader import EpisodeRef
 from vlaft.errors import DataError, did_you_mean
 
 OPTIONS = ("drop_last_observation", "filter_key", "instruction", "shift_action")
@@ -88,39 +78,29 @@ _POSE_CONTROLLERS = ("OSC_POSE", "IK_POSE")  # robosuite's: six dimensions of a 
 
 
 @dataclass(kw_only=True)
-class RobomimicSource(Hdf5Source):
+class RobomimicReader(Hdf5Reader):
     """Demonstrations of one or more robomimic or LIBERO files."""
 
-    rule: InstructionRule | None
-    shift: int
+    observed = "obs/"
 
-    def read(self, ref: EpisodeRef) -> Episode:
-        """Read one demonstration; see `vlaft.data.readers.Source.read`."""
+    def find(self, file: h5py.File, ref: EpisodeRef) -> StoredEpisode:
+        """Find a demonstration below the group `data`."""
         path = self.file_of(ref)
         where = f"{path}: {ref.location[1]}"
-        with opened(path) as file:
-            data = need_group(file, "data", str(path))
-            demo = need_group(data, str(ref.location[1]), str(path))
-            length = len_of_actions(demo, where)
-            if self.rule is None:
-                texts: Sequence[str] = [_instruction(data, demo, path, where)]
-            else:
-                texts = self.rule.resolve(demo, path, where, length)
-            found = datasets(demo, where, skip=("next_obs",))
-            return build_episode(
-                ref,
-                path,
-                where,
-                length=length,
-                found=found,
-                cameras=dict.fromkeys(_cameras(found), FrameFormat()),
-                strict="obs/",
-                shift=self.shift,
-                texts=texts,
-                drop_last=self.drop_last,
-                fps=_control_rate(data, where),
-                warnings=self.warnings,
-            )
+        data = need_group(file, "data", str(path))
+        demo = need_group(data, str(ref.location[1]), str(path))
+        length = count_steps(need_dataset(demo, "actions", where), "actions", where)
+        texts = [] if self.options.rule else [_instruction(data, demo, path, where)]
+        stored = datasets(demo, where, skip=("next_obs",))
+        return StoredEpisode(
+            where=where,
+            group=demo,
+            length=length,
+            datasets=stored,
+            cameras=dict.fromkeys(_cameras(stored), FrameFormat()),
+            texts=texts,
+            fps=_control_rate(data, where),
+        )
 
 
 def looks_like_robomimic(file: h5py.File, where: str) -> bool:
@@ -135,23 +115,21 @@ def looks_like_robomimic(file: h5py.File, where: str) -> bool:
     return not names or all(re.fullmatch(r"demo_?\d+", name) for name in names)
 
 
-def open_robomimic(root: Path, files: list[Path], options: Mapping[str, object]) -> RobomimicSource:
+def open_robomimic(root: Path, files: list[Path], options: Mapping[str, object]) -> RobomimicReader:
     """Open robomimic or LIBERO files; `files` lie in `root`, or are `root` itself.
 
     Raises:
         ConfigError: an unknown option.
         DataError: damaged, no demonstrations, or none with images.
     """
-    problems = refuse_unknown(options, OPTIONS, "a robomimic file")
-    rule = instruction_rule(options.get("instruction"), problems)
-    drop_last = drop_last_of(options, problems)
-    shift = shift_of(options, 1, problems)
+    problems: list[str] = []
+    shared = read_options(options, OPTIONS, "a robomimic file", problems, shift_when_true=1)
     refuse(problems)
     warnings: list[str] = []
     refs: list[EpisodeRef] = []
     layouts: list[tuple[str, Layout]] = []
     for path in files:
-        relative = "" if path == root else path.relative_to(root).as_posix()
+        relative = name_in(root, path)
         with opened(path) as file:
             data = need_group(file, "data", str(path))
             names = _demonstrations(data, path, warnings)
@@ -161,7 +139,7 @@ def open_robomimic(root: Path, files: list[Path], options: Mapping[str, object])
                 split = splits[name] or folder_split(relative)
                 refs.append(EpisodeRef(len(refs), prefix + name, split, (relative, name)))
             if splits:
-                layouts.append(_layout(data, next(iter(splits)), path, warnings, shift))
+                layouts.append(_layout(data, next(iter(splits)), path, warnings, shared.shift))
     if not refs:
         key = options.get("filter_key")
         chosen = f" in the filter key '{key}'" if key else ""
@@ -169,29 +147,7 @@ def open_robomimic(root: Path, files: list[Path], options: Mapping[str, object])
     format, layout = layouts[0]
     if any(other[0] != format or other[1].steps != layout.steps for other in layouts):
         raise DataError(f"{root} mixes files whose frames or actions are stored differently; open them one by one")
-    return RobomimicSource(
-        path=root,
-        name=dataset_name(root),
-        format=format,
-        layout=layout,
-        warnings=warnings,
-        refs=refs,
-        rule=rule,
-        shift=shift,
-        drop_last=drop_last,
-    )
-
-
-def len_of_actions(demo: h5py.Group, where: str) -> int:
-    """Return T, the rows of `actions`.
-
-    Raises:
-        DataError: no such array, or not `[T, A]` numbers.
-    """
-    actions = need_dataset(demo, "actions", where)
-    if not is_numeric(actions) or actions.ndim != 2 or len(actions) > MAX_STEPS:
-        raise DataError(f"{where}: 'actions' has shape {actions.shape} and type {actions.dtype}, not [T, A] numbers")
-    return len(actions)
+    return RobomimicReader(path=root, format=format, layout=layout, warnings=warnings, refs=refs, options=shared)
 
 
 def _demonstrations(data: h5py.Group, path: Path, warnings: list[str]) -> list[str]:
@@ -256,11 +212,11 @@ def _layout(data: h5py.Group, name: str, path: Path, warnings: list[str], shift:
     where = f"{path}: {name}"
     demo = need_group(data, name, str(path))
     actions = need_dataset(demo, "actions", where)
-    found = datasets(demo, where, skip=("next_obs",))
-    cameras = _cameras(found)
+    stored = datasets(demo, where, skip=("next_obs",))
+    cameras = _cameras(stored)
     if not cameras:
-        observed = sorted(key for key in found if key.startswith("obs/"))
-        what = f"only {listing(observed, 5)}" if observed else "no observations, only " + listing(sorted(found), 5)
+        observed = sorted(key for key in stored if key.startswith("obs/"))
+        what = f"only {listing(observed, 5)}" if observed else "no observations, only " + listing(sorted(stored), 5)
         refuse_other_frames(path, "robomimic does")
         isaac = _environment(data, demo, where) == ISAAC
         raise DataError(f"{path} holds no camera images ({what}): {_RECORD_AGAIN if isaac else _RENDER_FIRST}")
@@ -293,7 +249,7 @@ def _layout(data: h5py.Group, name: str, path: Path, warnings: list[str], shift:
         steps.append("clip_gripper" if libero else "scale_gripper")
         if format != ISAAC:
             steps.append("invert_gripper")
-    state = next((names for names in _STATES if all(key in found for key in names)), ())
+    state = next((names for names in _STATES if all(key in stored for key in names)), ())
     layout = Layout(
         action=("actions",),
         state=state,
@@ -367,8 +323,8 @@ def _named(data: h5py.Group, where: str) -> str:
     return f"the environment '{name[:60]}'" if isinstance(name, str) else "the environment that env_args names"
 
 
-def _cameras(found: Mapping[str, h5py.Dataset]) -> list[str]:
-    return main_first([name for name, dataset in found.items() if name.startswith("obs/") and is_camera(dataset)])
+def _cameras(stored: Mapping[str, h5py.Dataset]) -> list[str]:
+    return main_first([name for name, dataset in stored.items() if name.startswith("obs/") and is_camera(dataset)])
 
 
 def _control_rate(data: h5py.Group, where: str) -> float | None:

@@ -9,18 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from vlaft.data.readers import Source
 from vlaft.data.readers.hdf5.access import numeric_order, opened
 from vlaft.data.readers.hdf5.aloha import looks_like_aloha, open_aloha
 from vlaft.data.readers.hdf5.mapping import is_mapping, open_mapped, unmapped
 from vlaft.data.readers.hdf5.robomimic import looks_like_robomimic, open_robomimic
-from vlaft.data.readers.sniff import is_hdf5, refuse_lfs_pointer
+from vlaft.data.readers.reader import Reader, is_hdf5, refuse_lfs_pointer
 from vlaft.errors import DataError
 
 _MAX_FILES = 100_000
 
 
-def open_hdf5(path: Path, options: Mapping[str, object] | None = None) -> Source:
+def open_hdf5(path: Path, options: Mapping[str, object] | None = None) -> Reader:
     """Open HDF5 demonstrations.
 
     Args:
@@ -65,15 +64,15 @@ def _files(path: Path) -> list[Path]:
         if not is_hdf5(path):
             raise DataError(f"{path} is no HDF5 file (or its beginning is damaged)")
         return [path]
-    found: list[Path] = []
+    files: list[Path] = []
     for file in path.rglob("*"):
         if file.is_file() and not file.name.startswith("."):
             if file.suffix in (".hdf5", ".h5"):
                 refuse_lfs_pointer(file)  # a recording that was not fetched should not go unnoticed
             if is_hdf5(file):
-                found.append(file)
-        if len(found) > _MAX_FILES:
+                files.append(file)
+        if len(files) > _MAX_FILES:
             raise DataError(f"{path} holds more than {_MAX_FILES} HDF5 files; give a smaller folder")
-    if not found:
+    if not files:
         raise DataError(f"{path} holds no HDF5 files")
-    return sorted(found, key=lambda file: numeric_order(file.relative_to(path).as_posix()))
+    return sorted(files, key=lambda file: numeric_order(file.relative_to(path).as_posix()))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlaft.data.readers.sniff import is_lfs_pointer, refuse_lfs_pointer
+from vlaft.data.readers.reader import is_lfs_pointer, refuse_lfs_pointer
 from vlaft.errors import DataError
 
 _EPISODE_FILE = re.compile(r"^episode[_-](\d{1,9})\.(?:parquet|mp4)$")

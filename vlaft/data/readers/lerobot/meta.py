@@ -23,7 +23,7 @@ from vlaft.data.readers.lerobot.files import (
     read_json_lines,
 )
 from vlaft.data.readers.lerobot.rows import read_records
-from vlaft.data.readers.lerobot.sharing import Place
+from vlaft.data.readers.lerobot.video import Place
 from vlaft.errors import DataError
 
 

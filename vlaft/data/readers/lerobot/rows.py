@@ -1,14 +1,18 @@
-"""Rows of one episode out of a parquet file: numbers and texts at once, pictures when they are asked for.
+"""Rows of one episode out of a parquet file: its numbers as arrays by name, GR00T's named slices of them, its texts.
 
 Columns of other types (binary, pickles, structs) are never loaded. A v3.0 file holds many episodes, often in one
 row group, so the last row group is kept: reading episode after episode decodes each group once.
+
+Nothing is unfolded beyond what the metadata make plausible: a column that holds one value a billion times takes a few
+bytes on disk. How many numbers there are stands in the file's metadata; how long its texts become does not, so that
+these are read in small batches where they might be long.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +21,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vlaft.data.codec import decode_image
-from vlaft.data.readers.lerobot.bounded import read_bounded
-from vlaft.data.readers.lerobot.files import inside
+from vlaft.data.codec import largest_unfolded
 from vlaft.errors import DataError
-from vlaft.observation.images import Image
 
-_MAX_IMAGE_FILE = 2**28
+Slices = Mapping[str, tuple[str, int, int]]  # name: (column, start, end)
+
+_WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}  # bytes of a number
+_BATCH = 64  # rows; with texts of a megabyte each they take as much as anything may
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class RowReader:
             DataError: the file is damaged or does not hold the episode.
         """
         tables, positions, offset = [], [], 0
-        with _open_parquet(path, where) as file:
+        with open_parquet(path, where) as file:
             names = [name for name in file.schema_arrow.names if _loadable(file.schema_arrow.field(name).type)]
             by_row = "episode_index" in names
             if not by_row and not whole_file:
@@ -103,90 +107,9 @@ class RowReader:
         return self._held[1]
 
 
-@dataclass(frozen=True)
-class ImageColumnFrames:
-    """Encoded pictures in a parquet column (struct of bytes and path, or plain bytes).
-
-    Attributes:
-        path: the parquet file.
-        column: the column's name.
-        positions: rows of the episode in the file, `[T]` increasing.
-        root: the dataset's folder, for pictures that the column only names.
-        where: names episode and camera in messages.
-    """
-
-    path: Path
-    column: str
-    positions: NDArray[np.int64]
-    root: Path
-    where: str
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def read(self, indices: Sequence[int]) -> Iterator[Image]:
-        """Yield the frames of `indices` (increasing); batches of rows keep memory small."""
-        wanted = [(int(index), int(self.positions[index])) for index in indices]
-        done, offset = 0, 0
-        with _open_parquet(self.path, self.where) as file:
-            for group in range(file.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                if done < len(wanted) and wanted[done][1] < offset + rows:
-                    start = offset
-                    for batch in file.iter_batches(
-                        batch_size=64, row_groups=[group], columns=[self.column], use_threads=False
-                    ):
-                        column = batch.column(batch.schema.get_field_index(self.column))
-                        while done < len(wanted) and start <= wanted[done][1] < start + len(batch):
-                            index, position = wanted[done]
-                            where = f"{self.path}: {self.where}, step {index}"
-                            yield decode_image(self._bytes(column[position - start].as_py(), where), where)
-                            done += 1
-                        start += len(batch)
-                        if done == len(wanted):
-                            return
-                offset += rows
-
-    def _bytes(self, value: object, where: str) -> bytes:
-        data = value.get("bytes") if isinstance(value, dict) else value
-        if isinstance(data, bytes):
-            return data
-        named = value.get("path") if isinstance(value, dict) else None
-        if not isinstance(named, str) or not named:
-            raise DataError(f"{where}: the row has no picture")
-        return read_picture(self.root / inside(named, f"{where}: the picture's path '{named[:200]}'"), where)
-
-
-@dataclass(frozen=True)
-class PictureFiles:
-    """Loose pictures, one file per frame, in order."""
-
-    paths: tuple[Path, ...]
-    where: str
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def read(self, indices: Sequence[int]) -> Iterator[Image]:
-        """Yield the frames of `indices`."""
-        for index in indices:
-            where = f"{self.paths[index]}: {self.where}, step {index}"
-            yield decode_image(read_picture(self.paths[index], where), where)
-
-
-def read_picture(path: Path, where: str) -> bytes:
-    """Return the bytes of a picture file; a DataError when it is missing or absurdly large."""
-    try:
-        if path.stat().st_size > _MAX_IMAGE_FILE:
-            raise DataError(f"{where}: the picture file is larger than is read ({_MAX_IMAGE_FILE} bytes)")
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{where}: the picture file cannot be read ({error.strerror})") from error
-
-
 def read_records(path: Path, prefixes: tuple[str, ...] = ("",)) -> list[dict[str, Any]]:
     """Return a metadata file's rows: numbers, texts and lists of columns that begin with `prefixes`."""
-    with _open_parquet(path, "metadata") as file:
+    with open_parquet(path, "metadata") as file:
         names = [
             name
             for name in file.schema_arrow.names
@@ -199,12 +122,13 @@ def read_records(path: Path, prefixes: tuple[str, ...] = ("",)) -> list[dict[str
 
 def read_schema(path: Path) -> pa.Schema:
     """Return the schema in a parquet file's footer."""
-    with _open_parquet(path, "schema") as file:
+    with open_parquet(path, "schema") as file:
         return file.schema_arrow
 
 
 @contextmanager
-def _open_parquet(path: Path, where: str) -> Iterator[pq.ParquetFile]:
+def open_parquet(path: Path, where: str) -> Iterator[pq.ParquetFile]:
+    """Open a parquet file, and turn what pyarrow raises meanwhile into a `DataError` that names file and `where`."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             names = file.schema_arrow.names
@@ -252,3 +176,182 @@ def _doubt_number(rows: Rows, path: Path, number: int, where: str, warnings: lis
         raise DataError(f"{path}: {where}: the rows belong to {len(np.unique(column))} other episodes; repair the file")
     warnings.append(f"{where}: {len(column) - len(chosen)} rows belong to other episodes; left out")
     return Rows(rows.table.take(pa.array(chosen)), rows.positions[chosen])
+
+
+def read_bounded(file: pq.ParquetFile, groups: Sequence[int], names: Sequence[str], where: str) -> pa.Table:
+    """Return columns of some row groups.
+
+    Args:
+        file: the open file.
+        groups: numbers of its row groups.
+        names: of its columns.
+        where: names the file in the message.
+
+    Raises:
+        DataError: they unfold to far more than what is stored of them.
+    """
+    stored, numbers, texts = _sizes(file.metadata, groups, names)
+    limit = largest_unfolded(stored)
+    if numbers > limit:
+        raise DataError(f"{where}: {_too_much(names, stored, numbers)}")
+    if numbers + texts <= limit:
+        return file.read_row_groups(list(groups), columns=list(names), use_threads=False)
+    batches: list[pa.RecordBatch] = []
+    size = 0
+    for batch in file.iter_batches(_BATCH, row_groups=list(groups), columns=list(names), use_threads=False):
+        size += batch.nbytes
+        if size > limit:
+            raise DataError(f"{where}: {_too_much(names, stored, size)}")
+        batches.append(batch)
+    return pa.Table.from_batches(batches) if batches else file.read_row_groups([], columns=list(names))
+
+
+def _too_much(names: Sequence[str], stored: int, size: int) -> str:
+    listed = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+    return f"the {stored} bytes of {listed} unfold to {size} or more, too many to be right; fetch or write it anew"
+
+
+def _sizes(metadata: pq.FileMetaData, groups: Sequence[int], names: Sequence[str]) -> tuple[int, int, int]:
+    """Return bytes on disk, bytes of the numbers, and the most bytes that the texts can have in memory."""
+    stored = numbers = texts = 0
+    prefixes = tuple(f"{name}." for name in names)
+    for group in groups:
+        row_group = metadata.row_group(group)
+        for index in range(row_group.num_columns):
+            column = row_group.column(index)
+            if column.path_in_schema not in names and not column.path_in_schema.startswith(prefixes):
+                continue
+            stored += column.total_compressed_size
+            width = _WIDTHS.get(column.physical_type)
+            if width is not None:
+                numbers += column.num_values * width
+            elif any("DICTIONARY" in encoding for encoding in column.encodings):
+                texts += column.num_values * column.total_uncompressed_size
+            else:
+                texts += column.num_values + column.total_uncompressed_size
+    return stored, numbers, texts
+
+
+@dataclass(frozen=True)
+class ColumnArrays(Mapping[str, NDArray[np.generic]]):
+    """Columns `[T]` or `[T, N]` in their stored dtype, converted when they are read.
+
+    Attributes:
+        table: the episode's rows.
+        slices: further names for parts of columns, from `meta/modality.json`.
+        chunks: columns that hold several vectors per row; reading one is refused.
+        where: names file and episode in messages.
+    """
+
+    table: pa.Table
+    slices: Slices
+    chunks: frozenset[str]
+    where: str
+    _names: tuple[str, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        columns = [part.name for part in self.table.schema if _is_array(part.type)]
+        extra = [name for name, (column, _, _) in self.slices.items() if column in columns and name not in columns]
+        object.__setattr__(self, "_names", (*columns, *extra, *sorted(self.chunks)))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __getitem__(self, name: str) -> NDArray[np.generic]:
+        """Return one array.
+
+        Raises:
+            DataError: rows are missing or of different lengths, or the column holds chunks of vectors.
+        """
+        if name not in self._names:
+            raise KeyError(name)
+        if name in self.chunks:
+            raise DataError(
+                f"{self.where}: column '{name}' holds a list of vectors per row (action chunks), and one vector per"
+                " step is needed: name another column or write the dataset without chunks"
+            )
+        if name not in self.table.schema.names:
+            column, start, end = self.slices[name]
+            return _to_numpy(self.table.column(column), f"{self.where}: column '{column}'")[:, start:end]
+        return _to_numpy(self.table.column(name), f"{self.where}: column '{name}'")
+
+
+def chunk_columns(schema: pa.Schema) -> frozenset[str]:
+    """Return the columns whose rows are lists of lists of numbers."""
+    names = set()
+    for part in schema:
+        kind, depth = part.type, 0
+        while is_list(kind):
+            kind, depth = kind.value_type, depth + 1
+        if depth > 1 and is_number(kind):
+            names.add(part.name)
+    return frozenset(names)
+
+
+def modality_slices(modality: Mapping[str, Any], columns: Mapping[str, int | None], warnings: list[str]) -> Slices:
+    """Return the slices of GR00T's modality.json: `action.<part>` and `state.<part>`, where no such column exists.
+
+    Args:
+        modality: the file's content.
+        columns: the columns and their widths, None where unknown.
+        warnings: gets a sentence for a slice that fits no column.
+    """
+    slices = {}
+    for kind, vector in (("action", "action"), ("state", "observation.state")):
+        parts = modality.get(kind)
+        for part, bounds in (parts if isinstance(parts, dict) else {}).items():
+            name = f"{kind}.{part}"
+            if name in columns:
+                continue
+            bounds = bounds if isinstance(bounds, dict) else {}
+            start, end, column = bounds.get("start"), bounds.get("end"), bounds.get("original_key", vector)
+            width = columns.get(column) if isinstance(column, str) else None
+            if (
+                isinstance(column, str)
+                and column in columns
+                and type(start) is int
+                and type(end) is int
+                and 0 <= start < end <= (width or 2**31)
+            ):
+                slices[name] = (column, start, end)
+            else:
+                warnings.append(f"modality.json: '{name[:60]}' fits no column; left out")
+    return slices
+
+
+def _is_array(kind: pa.DataType) -> bool:
+    return is_number(kind) or (is_list(kind) and is_number(kind.value_type))
+
+
+def _to_numpy(column: pa.ChunkedArray, where: str) -> NDArray[np.generic]:
+    if column.null_count:
+        step = int(np.flatnonzero(column.is_null().to_numpy())[0])
+        raise DataError(
+            f"{where}, step {step}: the value is missing ({column.null_count} such steps); repair the episode"
+        )
+    if is_number(column.type):
+        return np.asarray(column.to_numpy())
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = array.chunk(0) if array.num_chunks else pa.array([], column.type)
+    flat = np.asarray(array.flatten().to_numpy(zero_copy_only=False))
+    lengths = (
+        np.full(len(array), column.type.list_size)
+        if pa.types.is_fixed_size_list(column.type)
+        else np.asarray(array.value_lengths().to_numpy(zero_copy_only=False))
+    )
+    if len(lengths) == 0:
+        return flat.reshape(0, 0)
+    odd = np.flatnonzero(lengths != lengths[0])
+    if len(odd):
+        raise DataError(
+            f"{where}, step {odd[0]}: the row has {lengths[odd[0]]} numbers where the others have {lengths[0]};"
+            " repair or drop the episode"
+        )
+    return flat.reshape(len(array), int(lengths[0]))

@@ -17,34 +17,29 @@ from numpy.typing import NDArray
 
 from vlaft.data.episode import Episode, Frames, gather
 from vlaft.data.layout import Layout
-from vlaft.data.readers import EpisodeRef
-from vlaft.data.readers.lerobot.columns import (
+from vlaft.data.readers.lerobot.meta import EpisodeMeta, Metadata, read_metadata
+from vlaft.data.readers.lerobot.pictures import ImageColumnFrames, PictureFiles, find_pictures, list_pictures
+from vlaft.data.readers.lerobot.rows import (
     ColumnArrays,
+    RowReader,
     Slices,
     chunk_columns,
-    find_pictures,
-    list_pictures,
-    modality_slices,
-)
-from vlaft.data.readers.lerobot.meta import EpisodeMeta, Metadata, read_metadata
-from vlaft.data.readers.lerobot.rows import (
-    ImageColumnFrames,
-    PictureFiles,
-    RowReader,
     is_list,
     is_number,
     is_text,
+    modality_slices,
     read_schema,
 )
 from vlaft.data.readers.lerobot.video import VideoFrames
+from vlaft.data.readers.reader import EpisodeRef
 from vlaft.data.sentences import word
 from vlaft.errors import DataError
 
 _RATE_OFF = 0.05  # how far the timestamps' rate may be off the one claimed, as a share of it
 
 
-class LeRobotSource:
-    """An opened LeRobot dataset (a `Source`); picklable, so that worker processes need not open it again.
+class LeRobotReader:
+    """An opened LeRobot dataset (a `Reader`); picklable, so that worker processes need not open it again.
 
     Arrays are the number columns under their own names, plus `action.<part>` and `state.<part>` where
     `meta/modality.json` (GR00T) names slices. Cameras are the feature keys with a video or picture for every episode.

@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 from vlaft.data.codec import decode_image
 from vlaft.data.episode import Episode, gather
 from vlaft.data.layout import Layout
-from vlaft.data.readers import EpisodeRef
-from vlaft.data.readers.rlds.fields import Field, Value, count_rows, decode_field, is_stored, parse_features
+from vlaft.data.readers.reader import EpisodeRef, refuse_lfs_pointer
+from vlaft.data.readers.rlds.fields import Field, count_rows, decode_field, is_stored, parse_features
 from vlaft.data.readers.rlds.records import Stored, index_records, parse_example, read_record
-from vlaft.data.readers.sniff import refuse_lfs_pointer
 from vlaft.errors import DataError
 from vlaft.observation.images import Image
 
@@ -54,8 +53,8 @@ _INSTRUCTION = re.compile(
 )
 
 
-class RldsSource:
-    """A TFDS folder of robot episodes; implements `vlaft.data.readers.Source`."""
+class RldsReader:
+    """A TFDS folder of robot episodes; implements `vlaft.data.readers.reader.Reader`."""
 
     format = "rlds"
 
@@ -134,16 +133,6 @@ class RldsSource:
             cameras=cameras,
             split=ref.split,
         )
-
-    def read_full_episode(self, ref: EpisodeRef) -> dict[str, Value]:
-        """Decode every stored field of one episode, by its key in the record (needs memory for all frames).
-
-        Raises:
-            DataError: as `read`, or a value is damaged.
-        """
-        example, where = self._example(ref)
-        _count_steps(self.fields, example, where)
-        return {field.path: decode_field(field, example, where) for field in self.fields if is_stored(field, example)}
 
     def _warn_of_absent(self, paths: Sequence[str], episode: str) -> None:
         """Warn once of every feature that features.json describes and a record lacks."""
@@ -326,7 +315,7 @@ _MAX_JSON_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
-class Shard:
+class TfdsShard:
     """One file of a split: its name inside the version folder, and how many records it should hold (None: unknown)."""
 
     split: str
@@ -348,7 +337,7 @@ class TfdsFolder:
 
     path: Path
     name: str
-    shards: tuple[Shard, ...]
+    shards: tuple[TfdsShard, ...]
     features: object
     warnings: tuple[str, ...]
 
@@ -454,12 +443,14 @@ def _no_dataset(path: Path) -> str:
     return f"'{path}' holds neither dataset_info.json nor features.json, so it is no RLDS dataset"
 
 
-def _announced_shards(info: dict[str, object], info_path: Path, name: str, warnings: list[str]) -> list[Shard] | None:
+def _announced_shards(
+    info: dict[str, object], info_path: Path, name: str, warnings: list[str]
+) -> list[TfdsShard] | None:
     """The shards that dataset_info.json announces, or None when only the files can tell."""
     splits = info["splits"]
     if not isinstance(splits, list):
         raise DataError(f"'{info_path}': 'splits' is no list")
-    shards: list[Shard] = []
+    shards: list[TfdsShard] = []
     for split in splits:
         label = split.get("name") if isinstance(split, dict) else None
         if not isinstance(split, dict) or not isinstance(label, str) or not label:
@@ -477,7 +468,7 @@ def _announced_shards(info: dict[str, object], info_path: Path, name: str, warni
             warnings.append(f"'{info_path}' gives no filepathTemplate: the shards were found by their names")
             return None
         for shard, length in zip(names, lengths, strict=True):
-            shards.append(Shard(label, shard, _count(length, label, info_path)))
+            shards.append(TfdsShard(label, shard, _count(length, label, info_path)))
     return shards
 
 
@@ -516,7 +507,7 @@ def _shard_name(template: str, dataset: str, split: str, index: int, count: int,
     return name
 
 
-def _found_shards(folder: Path) -> list[Shard]:
+def _found_shards(folder: Path) -> list[TfdsShard]:
     """The shards by their names, for metadata that do not list them; none of a set may be missing."""
     sets: dict[tuple[str, int], dict[int, str]] = {}
     for entry in sorted(folder.iterdir()):
@@ -526,4 +517,4 @@ def _found_shards(folder: Path) -> list[Shard]:
         missing = next((index for index in range(count) if index not in names), None)
         if missing is not None or len(names) != count:
             raise DataError(f"'{folder}' lacks shard {missing} of {count} of split '{split}': download it again")
-    return [Shard(split, names[index], None) for (split, _), names in sets.items() for index in sorted(names)]
+    return [TfdsShard(split, names[index], None) for (split, _), names in sets.items() for index in sorted(names)]
