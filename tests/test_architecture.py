@@ -15,7 +15,7 @@ FLOORS = (
     ("cli",),
     ("demo", "release"),
     ("evaluation", "accounting", "inspection", "serving", "__init__"),
-    ("training", "policy", "harness", "push"),
+    ("training", "policy"),
     ("adapt", "environments"),
     ("model", "data"),
     ("observation",),
