@@ -30,7 +30,7 @@ _BASE_LAYER = ".base_layer."
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return a model's parameters by the base's names; peft keeps those of a layer that it adapts in `base_layer`."""
+    """Return a model's parameters under the base's names: peft keeps those of an adapted layer in its `base_layer`."""
     found = {name.removeprefix(PREFIX): parameter for name, parameter in model.named_parameters()}
     return {name.replace(_BASE_LAYER, "."): parameter for name, parameter in found.items()}
 
