@@ -361,11 +361,7 @@ def _describe(
 
 
 def describe_source(source: OpenedSource, found: SurveyedSource) -> dict[str, Any]:
-    """Return how a source was read and what was found in it, as plain values.
-
-    `state_statistics` are the state's real ones: `dataset_statistics.json` has zeros in their place (`proprio`), as
-    OpenVLA's fine-tuning writes.
-    """
+    """Return how a source was read and what was found in it, as plain values."""
     columns = [MAIN_CAMERA, *(camera_column(name) for name in found.cameras[1:])]
     action = found.statistics["action"]
     return {
@@ -384,6 +380,5 @@ def describe_source(source: OpenedSource, found: SurveyedSource) -> dict[str, An
             "names": list(found.action_names),
             "mask": action["mask"],
         },
-        "state_statistics": found.state_statistics,
         "layout": asdict(source.layout),
     }
