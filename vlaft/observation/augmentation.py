@@ -42,12 +42,17 @@ def pixel_values(images: Tensor, means: Sequence[Sequence[float]], stds: Sequenc
 
 
 def center_crop(images: Tensor) -> Tensor:
-    """Return the central 90 % of each image's area at the old size: uint8 `[B, H, W, 3]`, as given.
+    """Return the central 90 % of each image's area at the old size: uint8, of the same shape.
 
     For a model trained with random crops of that area (openvla.md, section 4.4).
+
+    Args:
+        images: uint8 `[B, H, W, 3]`, or `[B, N, H, W, 3]` of N cameras.
     """
     import torch
 
+    if images.ndim == _WITH_CAMERAS:
+        return center_crop(images.flatten(0, 1)).unflatten(0, images.shape[:2])
     offset = torch.full((len(images),), (1.0 - CROP_AREA**0.5) / 2.0, device=images.device)
     return _to_uint8(_crop_and_resize(_to_float(images), offset))
 
