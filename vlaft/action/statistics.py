@@ -1,8 +1,8 @@
 """Dataset statistics in OpenVLA's layout: `dataset_statistics.json`, and `norm_stats` of a checkpoint's config.
 
-`{name: {"action": {mean, std, max, min, q01, q99, mask}, "proprio": {the same without mask, all zero},
-"num_transitions", "num_trajectories"}}`. Lists hold one number per dimension, in the units of the standardized
-action; `mask` is True where q01/q99 normalisation applies.
+`{name: {"action": {mean, std, max, min, q01, q99, mask}, "proprio": {the same without mask, of the
+state}, "num_transitions", "num_trajectories"}}`. Lists hold one number per dimension, in the units of the standardized
+action; `mask` is True where normalisation applies. Where there is no state, `proprio` is zeros, as OpenVLA writes.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ STATISTICS_FILE = "dataset_statistics.json"
 def compute_statistics(
     actions: Sequence[NDArray[np.float32]],
     mask: Sequence[bool] = (),
+    states: Sequence[NDArray[np.float32]] = (),
 ) -> DatasetStatistics:
     """Return the statistics over all steps of all episodes.
 
-    As OpenVLA: standard deviation with ddof 0, 1 % and 99 % quantiles by linear interpolation, and zeros shaped
-    like the action for `proprio`, whether there are states or not, because its fine-tuning loads none. Sums run in
-    float64 (upstream's run in float32, which loses digits over millions of steps and agrees to 1e-6 over thousands);
-    results are rounded to float32.
+    As OpenVLA: standard deviation with ddof 0, 1 % and 99 % quantiles by linear interpolation, and without states
+    zeros shaped like the action for `proprio`. Sums run in float64 (upstream's run in float32, which loses digits over
+    millions of steps and agrees to 1e-6 over thousands); results are rounded to float32.
 
     Args:
         actions: per episode `[T, A]` float32, standardized.
         mask: one per action dimension; empty means that all are normalised.
+        states: per episode `[T, S]` float32; empty where there are none.
 
     Raises:
         DataError: no steps, differing dimensions, values that are not finite, or a mask of another length.
@@ -52,19 +53,15 @@ def compute_statistics(
     action["mask"] = [bool(entry) for entry in mask] if mask else [True] * size
     return {
         "action": action,
-        "proprio": {name: [0.0] * size for name in FIELDS},
+        "proprio": _moments(_join(states, "state")) if states else {name: [0.0] * size for name in FIELDS},
         "num_transitions": len(joined),
         "num_trajectories": len(actions),
     }
 
 
-def state_statistics(states: Sequence[NDArray[np.float32]]) -> dict[str, list[float]]:
-    """Return mean, std, max, min, q01 and q99 of the states `[T, S]` over all steps of all episodes.
-
-    Raises:
-        DataError: no steps, differing dimensions, or values that are not finite.
-    """
-    return _moments(_join(states, "state"))
+def tells_of_state(statistics: Mapping[str, Any]) -> bool:
+    """Say whether `proprio` of a dataset's statistics is of real states, not the zeros that stand for none."""
+    return any(any(values) for values in (statistics.get("proprio") or {}).values())
 
 
 def _join(episodes: Sequence[NDArray[np.float32]], what: str) -> NDArray[np.float32]:

@@ -203,6 +203,20 @@ def example_schema(cameras: Sequence[str]) -> pa.Schema:
     return pa.schema(fields, metadata={b"huggingface": json.dumps({"info": {"features": features}}).encode()})
 
 
+def camera_columns(columns: Sequence[str]) -> dict[str, str]:
+    """Return image columns by the names that `policy.cameras` has for them, in their order.
+
+    >>> camera_columns(["image", "image_wrist"])
+    {'main': 'image', 'wrist': 'image_wrist'}
+    """
+    names = {}
+    for column in columns:
+        name = column.removeprefix(f"{MAIN_CAMERA}_")
+        # a further camera that is called `main` itself keeps its column's name
+        names["main" if column == MAIN_CAMERA else column if name == "main" else name] = column
+    return names
+
+
 def write_shard(path: Path, split: str, schema: pa.Schema, episodes: Iterable[Sequence[Mapping[str, Any]]]) -> Shard:
     """Write one shard from the rows of its episodes and return its entry in `dataset.json`.
 
@@ -294,6 +308,11 @@ class ConvertedDataset:
         self._checked: set[str] = set()  # files of the shards that match their checksums
         for split in SPLITS:
             self._index(split)
+
+    @property
+    def camera_columns(self) -> dict[str, str]:
+        """The image columns by the cameras' names."""
+        return camera_columns(self.cameras)
 
     def rows(self, split: str) -> int:
         """Return the number of examples of a split."""

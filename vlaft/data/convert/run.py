@@ -352,11 +352,7 @@ def _describe(
 
 
 def describe_source(source: OpenedSource, surveyed: SurveyedSource) -> dict[str, Any]:
-    """Return how a source was read and what was found in it, as plain values.
-
-    `state_statistics` are the state's real ones: `dataset_statistics.json` has zeros in their place (`proprio`), as
-    OpenVLA's fine-tuning writes.
-    """
+    """Return how a source was read and what was found in it, as plain values."""
     columns = [MAIN_CAMERA, *(camera_column(name) for name in surveyed.cameras[1:])]
     action = surveyed.statistics["action"]
     return {
@@ -375,6 +371,5 @@ def describe_source(source: OpenedSource, surveyed: SurveyedSource) -> dict[str,
             "names": list(surveyed.action_names),
             "mask": action["mask"],
         },
-        "state_statistics": surveyed.state_statistics,
         "layout": asdict(source.layout),
     }
