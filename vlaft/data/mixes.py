@@ -13,7 +13,6 @@ The name is the dataset's key in the statistics. A weight multiplies its number 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 from vlaft.data.layout import separate_options
 from vlaft.data.presets import find_file, known_datasets, layout_fields, preset_of_dataset, read_yaml
 from vlaft.data.source import SourceRequest
+from vlaft.documents import fits
 from vlaft.errors import ConfigError, DataError, did_you_mean
 from vlaft.recipe.resolve import recipes_folder
 
@@ -110,12 +110,12 @@ def _check_root(mix: str | Path, root: Path | None, names: Sequence[str]) -> Non
 
 def _mixed(name: str, entry: object, file: Path, problems: list[str]) -> MixedDataset:
     """Return one dataset; what is wrong with it is added to `problems`."""
-    content = dict(entry) if isinstance(entry, Mapping) else {"weight": entry}
+    content: dict[str, Any] = dict(entry) if isinstance(entry, Mapping) else {"weight": entry}
     weight, preset, path = content.get("weight", 1.0), content.get("preset"), content.get("path")
     known = known_datasets()
     if not isinstance(entry, Mapping) and name not in known:
         problems.append(f"{file}: no preset for dataset '{name}'{did_you_mean(name, known)}")
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+    if not fits(weight, float) or weight <= 0:
         problems.append(f"{file}: the weight of '{name}' is {weight!r}; it has to be a positive number")
         weight = 1.0
     for key, value in (("preset", preset), ("path", path)):

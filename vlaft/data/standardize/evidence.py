@@ -152,10 +152,10 @@ def check_gripper(
         if not _is_claimed(opened, dim, size):
             continue
         commands = [action[:, dim].astype(np.float64) for action in actions]
-        found = _contradiction(commands, openings)
-        if found is None:
+        contradiction = _contradiction(commands, openings)
+        if contradiction is None:
             continue
-        measured, said, ends = found
+        measured, said, ends = contradiction
         steps = opened.layout.steps
         turned = _turned(steps, dim, size) if ends is None else _scaled(steps, ends, dim, size)
         intro = f"{opened.request.path}: {_rule(opened)} would make the gripper (dimension {dim}) 1 = open, 0 = closed"
