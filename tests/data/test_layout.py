@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from array_frames import ArrayFrames
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlaft.data.episode import ArrayFrames, Episode
+from vlaft.data.episode import Episode
 from vlaft.data.layout import Layout, apply_layout, read_reference
 from vlaft.errors import DataError
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from array_frames import ArrayFrames
 
-from vlaft.data.episode import ArrayFrames, Episode
+from vlaft.data.episode import Episode
 from vlaft.data.layout import Layout, apply_layout
 from vlaft.data.mixes import load_mix
 from vlaft.data.presets import load_preset, preset_names, preset_of_dataset
@@ -135,16 +136,16 @@ def test_all_problems_of_a_preset_are_told_together(tmp_path: Path) -> None:
         load_preset(file)
     assert [problem.removeprefix(f"{file}: ") for problem in caught.value.problems] == [
         "unknown key 'acton'; did you mean 'action'?",
-        "'state' has to be a list of texts",
+        "'state' has to be a list of texts, such as [a, b]",
         "step 1: unknown standardizing step 'drop_frist'; did you mean 'drop_first'?",
         "step 2 (resample): the argument 'fps' is missing",
-        "'action_mask' has to be a list of true or false",
+        "'action_mask' has to be a list of (true or false)",
         "'fps' has to be a positive number (Hz)",
         "'cameras' has to map our camera names to the source's",
-        "'instruction' has to be a text",
+        "'instruction' has to be a text or null",
         "'options' has to be a mapping",
         "'datasets' has to be a list of names",
-        "'action_names' has to be a list of texts",
+        "'action_names' has to be a list of texts, such as [a, b]",
     ]
     file.write_text("action: []\n")
     with pytest.raises(ConfigError, match="at least one array"):

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from array_frames import ArrayFrames
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from vlaft.data.episode import ArrayFrames
 from vlaft.data.layout import Layout
 from vlaft.data.standardize.evidence import gripper_dims
 from vlaft.data.standardize.steps import parse_steps

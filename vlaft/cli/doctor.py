@@ -83,7 +83,7 @@ def _readings(folder: Path) -> list[Finding]:
     from vlaft.inspection.integrity import check_folder
 
     states: dict[bool | None, Literal["ok", "note", "problem"]] = {True: "ok", None: "note", False: "problem"}
-    return [Finding(str(one.subject), states[one.whole], one.found) for one in check_folder(folder)]
+    return [Finding(str(one.subject), states[one.intact], one.told) for one in check_folder(folder)]
 
 
 def _python() -> Finding:

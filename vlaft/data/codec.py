@@ -20,6 +20,8 @@ CODECS: tuple[ImageCodec, ...] = get_args(ImageCodec)
 MAX_PIXELS = 2**26  # a frame of 8192 x 8192; more is a damaged header or an attack, not a robot's camera
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _FORMATS = ("PNG", "WEBP", "JPEG", "BMP", "GIF")
+SMALL = 2**26  # bytes that anything may unfold to: a million steps of 16 float32
+_LARGEST_RATIO = 100
 
 
 def decode_image(data: bytes, where: str, accurate_dct: bool = False, swap_rb: bool = False) -> Image:
@@ -108,10 +110,6 @@ def _check_size(height: int, width: int, where: str) -> None:
 
 def _reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:120] or type(error).__name__
-
-
-SMALL = 2**26  # bytes that anything may unfold to: a million steps of 16 float32
-_LARGEST_RATIO = 100
 
 
 def largest_unfolded(stored: int) -> int:

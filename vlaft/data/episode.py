@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,21 +33,6 @@ class Frames(Protocol):
         Raises:
             DataError: a frame is damaged; the sentence names the file, episode and step.
         """
-
-
-@dataclass(frozen=True)
-class ArrayFrames:
-    """Frames that lie in memory (or in an array that reads slices lazily): uint8 `[T, height, width, 3]`."""
-
-    array: Sequence[Image] | NDArray[np.uint8]
-
-    def __len__(self) -> int:
-        return len(self.array)
-
-    def read(self, indices: Sequence[int]) -> Iterator[Image]:
-        """Yield the frames of `indices` as they lie in memory."""
-        for index in indices:
-            yield np.asarray(self.array[index])
 
 
 @dataclass(frozen=True)
@@ -151,33 +136,28 @@ class _SelectedArrays(Mapping[str, NDArray[np.generic]]):
         return len(self.arrays)
 
 
-class StepInstructions(NamedTuple):
-    """What an `Episode` holds as `instruction` and `instructions`, and a warning, which may be empty."""
+def gather(texts: Sequence[str], where: str, warnings: list[str]) -> tuple[str, tuple[str, ...]]:
+    """Return an `Episode`'s `instruction` and `instructions`: the most frequent text; each one's own where they differ.
 
-    most: str
-    own: tuple[str, ...]
-    told: str
-
-
-def gather(texts: Sequence[str], where: str) -> StepInstructions:
-    """Return the most frequent of the steps' texts (the earliest of equals), and each step's own where they differ.
-
-    A step without one gets the only one that there is, else the most frequent, with a warning.
+    The earliest counts as the most frequent of equals. A step without a text gets the only one that there is, else the
+    most frequent, with a warning.
 
     Args:
-        texts: T of them, blank where the step has none.
+        texts: of the T steps, blank where one has none.
         where: names the episode in the warning.
+        warnings: gets it, once.
     """
     counts = Counter(text for text in texts if text.strip())
     if not counts:
-        return StepInstructions("", (), "")
+        return "", ()
     most = counts.most_common(1)[0][0]
     if len(counts) == 1:
-        return StepInstructions(most, (), "")
+        return most, ()
     blank = len(texts) - counts.total()
     told = (
         f"{where}: the rows name {len(counts)} instructions, and {blank} of {len(texts)} none; those get the most"
         f" frequent: '{most[:80]}'"
     )
-    own = tuple(text if text.strip() else most for text in texts)
-    return StepInstructions(most, own, told if blank else "")
+    if blank and told not in warnings:
+        warnings.append(told)
+    return most, tuple(text if text.strip() else most for text in texts)

@@ -26,10 +26,24 @@ from vlaft.errors import DataError, did_you_mean
 
 StepSpec = str | Mapping[str, object]  # "drop_first", or {"resample": {"fps": 5}}
 
-
 _REFERENCE = re.compile(
     r"(?P<path>[^\[\]]+)(?:\[(?:(?P<column>-?\d{1,9})|(?P<start>-?\d{1,9})?(?P<colon>:)(?P<stop>-?\d{1,9})?)\])?"
 )
+ADDED_STEPS = "steps+"  # the key that adds standardizing steps instead of replacing them
+_MAPPED = ("action", "state", "cameras", "instruction", "fps")  # what an HDF5 mapping says beside `episodes`
+# names that tell of an action, and those beside them
+_SAYING = {"act", "action", "cmd", "command", "control", "ctrl", "delta", "target"}
+_BESIDE = re.compile(
+    r"time|stamp|index|done|terminat|truncat|reward|discount|valid|mask|_id$|(^|[/._])(is|next|obs)", re.I
+)
+_ALONE = re.compile(r"(?:.*[/.])?actions?([/_]?\{i\})?", re.I)
+_TRIPLE = (  # OpenVLA's order, the most telling names first
+    (r"action.*(world_vector|delta_(eef|ee|tcp)_pos)", r"action.*(pos|xyz|translation)"),
+    (r"action.*(rotation_delta|delta_(eef|ee|tcp)_rot)", r"action.*(rot|euler|axis_angle)"),
+    (r"action.*grip.*(clos|open)", r"action.*grip"),
+)
+_HAND = re.compile(r"grip|hand", re.I)
+_ROTATION = re.compile(r"rot|euler|quat|axis|orient|rpy", re.I)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,9 +174,7 @@ def apply_layout(episode: Episode, layout: Layout) -> Episode:
     )
 
 
-ADDED_STEPS = "steps+"  # the key that adds standardizing steps instead of replacing them
 _KNOWN = [*(field.name for field in fields(Layout)), ADDED_STEPS, "datasets"]
-_MAPPED = ("action", "state", "cameras", "instruction", "fps")  # what an HDF5 mapping says beside `episodes`
 
 
 def separate_options(settings: Mapping[str, Any], mapped: bool = False) -> dict[str, Any]:
@@ -180,13 +192,13 @@ def separate_options(settings: Mapping[str, Any], mapped: bool = False) -> dict[
     >>> separate_options({"fps": {"attribute": "hz"}})
     {'options': {'fps': {'attribute': 'hz'}}}
     """
-    whole = "episodes" in settings
+    maps_episodes = "episodes" in settings
     options: dict[str, Any] = {}
     for key, value in settings.items():
         nested = value.values() if key == "cameras" and isinstance(value, dict) else [value]
         rule = key in ("cameras", "instruction", "fps") and any(isinstance(inner, dict) for inner in nested)
         foreign = key not in _KNOWN and not get_close_matches(str(key), _KNOWN, n=1, cutoff=0.8)
-        if foreign or rule or (whole and key in _MAPPED) or (mapped and key == "cameras"):
+        if foreign or rule or (maps_episodes and key in _MAPPED) or (mapped and key == "cameras"):
             options[key] = value
     rest = {key: value for key, value in settings.items() if key not in options}
     given = rest.get("options", {})
@@ -221,20 +233,6 @@ def _as_fields(camera: object) -> dict[str, Any] | None:
     if isinstance(camera, str):
         return {"path": camera}
     return dict(camera) if isinstance(camera, Mapping) else None
-
-
-_SAYING = {"act", "action", "cmd", "command", "control", "ctrl", "delta", "target"}
-_BESIDE = re.compile(
-    r"time|stamp|index|done|terminat|truncat|reward|discount|valid|mask|_id$|(^|[/._])(is|next|obs)", re.I
-)
-_ALONE = re.compile(r"(?:.*[/.])?actions?([/_]?\{i\})?", re.I)
-_TRIPLE = (  # OpenVLA's order, the most telling names first
-    (r"action.*(world_vector|delta_(eef|ee|tcp)_pos)", r"action.*(pos|xyz|translation)"),
-    (r"action.*(rotation_delta|delta_(eef|ee|tcp)_rot)", r"action.*(rot|euler|axis_angle)"),
-    (r"action.*grip.*(clos|open)", r"action.*grip"),
-)
-_HAND = re.compile(r"grip|hand", re.I)
-_ROTATION = re.compile(r"rot|euler|quat|axis|orient|rpy", re.I)
 
 
 def likely_action(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -8,19 +8,23 @@ dataset is published by.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from vlaft.data.layout import ADDED_STEPS, Layout, separate_options
 from vlaft.data.standardize.steps import parse_steps
-from vlaft.documents import NotYaml, fits, parse_yaml
+from vlaft.documents import NotYaml, fits, in_words, parse_yaml
 from vlaft.errors import ConfigError, did_you_mean
 from vlaft.recipe.resolve import recipes_folder
 
-_KEYS = [field.name for field in fields(Layout)]
-_TEXTS = ("action", "state", "action_names")
+_HAS_TO = {  # where the kind of a field does not say it all
+    "cameras": "map our camera names to the source's",
+    "fps": "be a positive number (Hz)",
+    "options": "be a mapping",
+    "datasets": "be a list of names",
+}
 _LARGEST_FILE = 2**20  # bytes
 
 
@@ -130,47 +134,25 @@ def layout_fields(content: Mapping[str, Any], path: Path | str) -> dict[str, Any
     """
     problems: list[str] = []
     values: dict[str, Any] = {}
+    hints = {**get_type_hints(Layout), "datasets": tuple[str, ...]}
     for key, value in content.items():
-        problem = None
-        if key == "datasets":
-            problem = None if _is_texts(value) else "has to be a list of names"
-        elif key not in _KEYS and key != ADDED_STEPS:
-            problems.append(f"{path}: unknown key '{key}'{did_you_mean(str(key)[:100], [*_KEYS, 'datasets'])}")
-        elif key in _TEXTS:
-            problem = None if _is_texts(value) else "has to be a list of texts"
-            values[key] = tuple(value or ()) if problem is None else ()
-        elif key == "action_mask":
-            is_mask = isinstance(value, list) and all(isinstance(entry, bool) for entry in value)
-            problem = None if is_mask else "has to be a list of true or false"
-            values[key] = tuple(value) if is_mask else ()
-        elif key in ("steps", ADDED_STEPS):
+        if key in ("steps", ADDED_STEPS):
             try:
                 parse_steps(value or [])
                 values[key] = tuple(value or ())
             except ConfigError as error:
                 problems += [f"{path}: {line}" for line in error.problems]
-        elif key == "cameras":
-            is_names = isinstance(value, dict) and _is_texts([*value.keys(), *value.values()])
-            problem = None if is_names else "has to map our camera names to the source's"
-            values[key] = value
-        elif key == "instruction":
-            problem = None if value is None or isinstance(value, str) else "has to be a text"
-            values[key] = value
-        elif key == "fps":
-            is_rate = fits(value, float) and value > 0
-            problem = None if value is None or is_rate else "has to be a positive number (Hz)"
-            values[key] = None if value is None else float(value) if is_rate else None
-        else:
-            problem = None if isinstance(value, dict) else "has to be a mapping"
-            values[key] = value
-        if problem:
-            problems.append(f"{path}: '{key}' {problem}")
+        elif key not in hints:
+            problems.append(f"{path}: unknown key '{key}'{did_you_mean(str(key), list(hints))}")
+        elif not (isinstance(value, dict) if key == "options" else fits(value, hints[key])) or (
+            key == "fps" and value is not None and value <= 0
+        ):
+            problems.append(f"{path}: '{key}' has to {_HAS_TO.get(key) or 'be ' + in_words(hints[key])}")
+        elif key != "datasets":
+            kind = {list: tuple, int: float}.get(type(value))  # a rate may be written without its point
+            values[key] = kind(value) if kind else value
     if "action" in values and not values["action"] and not problems:
         problems.append(f"{path}: 'action' has to name at least one array")
     if problems:
         raise ConfigError(problems)
     return values
-
-
-def _is_texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)

@@ -221,7 +221,7 @@ def write_shard(path: Path, split: str, schema: pa.Schema, episodes: Iterable[Se
     """Write one shard from the rows of its episodes and return its entry in `dataset.json`.
 
     The same rows always give the same bytes. At most one episode and one row group are held in memory. The file is
-    not synced: whoever makes the dataset whole does so for all files (see `output_folder.publish`).
+    not synced: whoever makes the dataset whole does so for all files (see `vlaft.files.publish`).
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     count = 0
@@ -378,20 +378,20 @@ class ConvertedDataset:
             return
         path = self.path / shard.file
         try:
-            whole = holds(path, shard.crc32c, fresh=fresh)
+            intact = holds(path, shard.crc32c, fresh=fresh)
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error.strerror or error}); convert the source again") from error
-        if not whole:
+        if not intact:
             raise DataError(f"{path} does not match its checksum; convert the source again")
         self._checked.add(shard.file)
 
     def _check_documents(self) -> None:
         """Hold `dataset.json` against its own checksum, and the statistics against the one that it has of them."""
         document = self.path / DATASET_FILE
-        whole = seal_holds(self.info)
-        if whole is False:
+        intact = seal_holds(self.info)
+        if intact is False:
             raise DataError(f"{document} does not match its checksum; convert the source again ({UNSEALED})")
-        self.has_checksum = whole is not None
+        self.has_checksum = intact is not None
         self.info = unsealed(self.info)
         recorded = self.info.pop(STATISTICS_CHECKSUM, None)
         if recorded not in (None, content_checksum(self.statistics)):

@@ -34,6 +34,11 @@ EPISODES_LOOKED_AT = 48  # of which frames are decoded: a video has to be decode
 
 # What readers put before a camera's own name, by format: RLDS, robomimic and LIBERO, ALOHA.
 _CAMERA_PREFIX = re.compile(r"^(observations/images/|observation/|obs/)")
+FRAMES_PER_EPISODE = 8
+THUMBNAIL_HEIGHT = 96  # pixels
+_DARK = 8.0  # mean level of 0..255 below which a frame counts as black; a lens cap in a dim room stays below
+_FLAT = 1.0  # standard deviation in levels below which a frame is of one colour
+_STILL = 0.25  # mean difference in levels; a still scene through a lossy codec differs by more than a frozen one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,8 +163,8 @@ class Inspection:
 
 def instructions_of(episodes: Sequence[EpisodeFacts]) -> list[str]:
     """Return the instructions in order of appearance; an empty one only beside others."""
-    found = list(dict.fromkeys(text for each in episodes for text in each.instructions or (each.instruction,)))
-    return found if any(text.strip() for text in found) else []
+    texts = list(dict.fromkeys(text for each in episodes for text in each.instructions or (each.instruction,)))
+    return texts if any(text.strip() for text in texts) else []
 
 
 def inspect_source(
@@ -359,14 +364,6 @@ def _which_action(episode: Episode, opened: OpenedSource, missing: Sequence[str]
     example = likely_action(shapes)
     typed = f"type for example {word('action', example)}" if example else "name them with action='[...]'"
     return f"{opened.request.path}: it is not known which arrays are the action ({lacking}; {told}); {typed}"
-
-
-FRAMES_PER_EPISODE = 8
-THUMBNAIL_HEIGHT = 96  # pixels
-
-_DARK = 8.0  # mean level of 0..255 below which a frame counts as black; a lens cap in a dim room stays below
-_FLAT = 1.0  # standard deviation in levels below which a frame is of one colour
-_STILL = 0.25  # mean difference in levels; a still scene through a lossy codec differs by more than a frozen one
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,13 @@ class Reading:
 
     Attributes:
         subject: the dataset, checkpoint, document or base.
-        found: what was found, in a sentence.
-        whole: whether all checksums hold; None where there are none.
+        told: what came of it, in a sentence.
+        intact: whether all checksums hold; None where there are none.
     """
 
     subject: Path
-    found: str
-    whole: bool | None
+    told: str
+    intact: bool | None
 
 
 def check_folder(folder: Path) -> list[Reading]:

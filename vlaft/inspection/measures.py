@@ -24,6 +24,7 @@ _IDLE = 0.01  # share of a usual large motion (99 % quantile) below which a step
 _ZERO = 1e-5  # likewise, below which it is a zero with rounding errors: BridgeData has 5e-7 where 0 is meant
 
 Actions = NDArray[np.floating]  # [T, A] or [N, A]
+Kind = Literal["binary", "nearly binary", "continuous", "relative", "constant"]
 
 
 def statistics(values: Actions) -> dict[str, list[float]]:
@@ -55,15 +56,15 @@ class Histogram:
 
 def histograms(values: Actions) -> list[Histogram]:
     """Return one histogram per column, from its least to its greatest finite value."""
-    found = []
+    drawn = []
     for column in np.asarray(values, dtype=np.float64).T:
         finite = column[np.isfinite(column)]
         low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
         if high - low < 1e-12 * max(1.0, abs(high)):  # one value: give it a bin of its own
             low, high = low - 0.5, high + 0.5
         counts, edges = np.histogram(finite, bins=HISTOGRAM_BINS, range=(low, high))
-        found.append(Histogram(tuple(edges.tolist()), tuple(counts.tolist())))
-    return found
+        drawn.append(Histogram(tuple(edges.tolist()), tuple(counts.tolist())))
+    return drawn
 
 
 def clipped_shares(values: Actions, mask: Sequence[bool] = ()) -> list[float]:
@@ -182,9 +183,6 @@ def _correlation(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArr
         return np.divide(centred, size, out=np.zeros_like(centred), where=size > 1e-9)
 
     return np.abs(scaled(left).T @ scaled(right)).max(axis=1, initial=0.0)
-
-
-Kind = Literal["binary", "nearly binary", "continuous", "relative", "constant"]
 
 
 @dataclass(frozen=True)

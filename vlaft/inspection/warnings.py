@@ -25,6 +25,11 @@ from vlaft.inspection.measures import (
     statistics,
 )
 
+_MOST = 0.8  # share of the episodes that makes a habit of the recorder
+_IDLE_WARNED = 0.05  # share of idle steps
+_FAR = 2.0  # how far a motion may lie beyond q01/q99, in widths of that range
+_NAMED = 5  # episodes named one by one in a sentence
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -55,30 +60,30 @@ def find(inspection: Inspection) -> Findings:
     absolute = looks_absolute(actions, [episode.state for episode in usable], grippers)
     moved = motion(actions, grippers, bool(absolute))
     raw = _raw_grippers(inspection)
-    steps = ProposedSteps(inspection)
+    steps = _ProposedSteps(inspection)
     asked = [inspection.question] if inspection.question else []
     warnings = [*asked, *folded(inspection.told), *_damaged(inspection), *_instructions(inspection), *_rate(inspection)]
     if actions:
         if not absolute:  # targets, of joints or of two arms, are carried as they are, grippers included
-            warnings += gripper_warnings(steps, raw, actions, grippers)
-        warnings += absolute_warnings(inspection, absolute, size, grippers)
-        warnings += end_warnings(steps, actions, moved, bool(absolute))
-        warnings += idle_warnings(steps, moved, bool(absolute), grippers, size)
-        warnings += dimension_warnings(inspection, usable, actions, names, grippers)
+            warnings += _gripper_warnings(steps, raw, actions, grippers)
+        warnings += _absolute_warnings(inspection, absolute, size, grippers)
+        warnings += _end_warnings(steps, actions, moved, bool(absolute))
+        warnings += _idle_warnings(steps, moved, bool(absolute), grippers, size)
+        warnings += _dimension_warnings(inspection, usable, actions, names, grippers)
     warnings += _copies(inspection)
     warnings += _lengths(inspection)
     warnings += _frames(inspection)
     warnings += steps.together()
     joined = np.concatenate(actions) if actions else np.zeros((0, 0), np.float32)
-    clipped = clipped_shares(joined, full_mask(inspection, size)) if actions else []
+    clipped = clipped_shares(joined, _full_mask(inspection, size)) if actions else []
     return Findings(raw, absolute, moved.idle_share, tuple(clipped), tuple(dict.fromkeys(warnings)))
 
 
 def _damaged(inspection: Inspection) -> list[str]:
-    found = []
+    sentences = []
     count = len(inspection.episodes)
     if inspection.unreadable:
-        found.append(
+        sentences.append(
             f"{len(inspection.unreadable)} of {len(inspection.unreadable) + count} episodes cannot be read (the first:"
             f" {inspection.unreadable[0][1]}): repair them, or type --on-error skip when converting"
         )
@@ -86,13 +91,13 @@ def _damaged(inspection: Inspection) -> list[str]:
     told = {*bad, *(e.name for e in inspection.episodes for facts in e.cameras.values() if facts.error)}
     refused = [episode for episode in inspection.episodes if episode.refused and episode.name not in told]
     if refused:
-        found.append(
+        sentences.append(
             f"{len(refused)} of {count} episodes would be refused by a conversion (the first: {refused[0].refused}):"
             " mend the cause, or type --on-error skip when converting"
         )
     if bad:
-        found.append(
-            f"actions hold values that are not finite, in {some_of(bad)}; these steps are left out of the statistics:"
+        sentences.append(
+            f"actions hold values that are not finite, in {_some_of(bad)}; these steps are left out of the statistics:"
             " repair these episodes, or type --on-error skip when converting"
         )
     broken = [
@@ -102,22 +107,22 @@ def _damaged(inspection: Inspection) -> list[str]:
         if facts.error
     ]
     if broken:
-        found.append(
-            f"frames cannot be decoded in {some_of(list(dict.fromkeys(name for name, _ in broken)))} (the first:"
+        sentences.append(
+            f"frames cannot be decoded in {_some_of(list(dict.fromkeys(name for name, _ in broken)))} (the first:"
             f" {broken[0][1]}): repair them, or type --on-error skip when converting"
         )
-    return found
+    return sentences
 
 
 def _instructions(inspection: Inspection) -> list[str]:
     empty = [episode.name for episode in inspection.episodes if not episode.instruction.strip()]
     if not empty:
         return []
-    give = type_words(inspection, _own_instruction(inspection) or "instruction='what the robot does'")
+    give = _type_words(inspection, _own_instruction(inspection) or "instruction='what the robot does'")
     if len(empty) == len(inspection.episodes):
         return [f"no episode has an instruction: {give}"]
     return [
-        f"{len(empty)} of {len(inspection.episodes)} episodes have no instruction ({some_of(empty)}): {give} to give"
+        f"{len(empty)} of {len(inspection.episodes)} episodes have no instruction ({_some_of(empty)}): {give} to give"
         " all the same, or --on-error skip when converting"
     ]
 
@@ -135,11 +140,11 @@ def _own_instruction(inspection: Inspection) -> str:
 def _rate(inspection: Inspection) -> list[str]:
     rates = sorted({episode.fps for episode in inspection.episodes if episode.fps is not None})
     if not rates:
-        return [f"the control rate is not known: {type_words(inspection, 'fps=10')} (in Hz, of these recordings)"]
+        return [f"the control rate is not known: {_type_words(inspection, 'fps=10')} (in Hz, of these recordings)"]
     if len(rates) > 1:
-        listed = ", ".join(f"{rate:g}" for rate in rates[:NAMED])
+        listed = ", ".join(f"{rate:g}" for rate in rates[:_NAMED])
         least = {"resample": {"fps": float(f"{rates[0]:.6g}")}}
-        return [f"episodes differ in their control rate ({listed} Hz): {with_steps(inspection, least)}"]
+        return [f"episodes differ in their control rate ({listed} Hz): {_with_steps(inspection, least)}"]
     return []
 
 
@@ -157,15 +162,15 @@ def _raw_grippers(inspection: Inspection) -> tuple[GripperGuess, ...]:
         None if episode.opening is None else episode.opening[rows]
         for episode, rows in zip(inspection.episodes, finite, strict=True)
     ]
-    found = []
+    guesses = []
     for dim in gripper_dims(size, labels):
         label = labels[dim] if labels else f"dimension {dim}"
         if dim == size - 1 and "grip" in last.lower() and label in ("gripper", f"dimension {dim}"):
             label = last
-        found.append(
+        guesses.append(
             guess_gripper([values[:, dim] for values in commands], dim, label, size, inspection.format, openings)
         )
-    return tuple(found)
+    return tuple(guesses)
 
 
 def _copies(inspection: Inspection) -> list[str]:
@@ -178,7 +183,7 @@ def _copies(inspection: Inspection) -> list[str]:
     across = any(len({episodes[number].split for number in group}) > 1 for group in groups)
     why = "held-out episodes repeat trained ones, so a validation says nothing" if across else "copies count twice"
     return [
-        f"{extra} of {len(episodes)} episodes repeat the actions of another ({some_of(pairs)}); {why}:"
+        f"{extra} of {len(episodes)} episodes repeat the actions of another ({_some_of(pairs)}); {why}:"
         " take the copies out of the source" + (" or do not trust figures of its validation split" if across else "")
     ]
 
@@ -186,24 +191,24 @@ def _copies(inspection: Inspection) -> list[str]:
 def _lengths(inspection: Inspection) -> list[str]:
     lengths = [episode.steps for episode in inspection.episodes]
     short = [episode.name for episode in inspection.episodes if episode.steps < 2]
-    found = []
+    sentences = []
     if short:
-        found.append(f"fewer than two steps: {some_of(short)}; take them out of the source")
+        sentences.append(f"fewer than two steps: {_some_of(short)}; take them out of the source")
     odd = [number for number in odd_lengths(lengths) if lengths[number] >= 2]
     if odd:
         named = [f"{inspection.episodes[number].name} with {lengths[number]}" for number in odd]
-        found.append(
-            f"far from the usual {np.median(lengths):.0f} steps: {some_of(named)}; look at them with --html page.html,"
+        sentences.append(
+            f"far from the usual {np.median(lengths):.0f} steps: {_some_of(named)}; look at them with --html page.html,"
             " and take failures out of the source"
         )
-    return found
+    return sentences
 
 
 def _frames(inspection: Inspection) -> list[str]:
     """Look for black, one-coloured and frozen frames, of the cameras that the layout keeps."""
-    found = []
+    sentences = []
     if not inspection.references:
-        found.append(
+        sentences.append(
             "there are no images at all, and examples need images, so a conversion will be refused: fetch the videos or"
             " pictures that belong to the rows, or record with cameras"
         )
@@ -218,29 +223,29 @@ def _frames(inspection: Inspection) -> list[str]:
         dull = max(flat, black)
         what = "black" if black == dull else "of one colour"
         if dull == looked:
-            found.append(f"camera '{camera}' is {what} in every frame looked at: {_without(inspection, camera)}")
+            sentences.append(f"camera '{camera}' is {what} in every frame looked at: {_without(inspection, camera)}")
         elif dull:
             where = [name for name, facts in seen if max(facts.flat, facts.black)]
-            found.append(
-                f"camera '{camera}' is {what} in {dull} of {looked} frames looked at ({some_of(where)}):"
+            sentences.append(
+                f"camera '{camera}' is {what} in {dull} of {looked} frames looked at ({_some_of(where)}):"
                 " look at them with --html page.html, and take the episodes out of the source if the camera failed"
             )
         if frozen and len(frozen) == len(seen):
-            found.append(f"camera '{camera}' always shows the same picture: {_without(inspection, camera)}")
+            sentences.append(f"camera '{camera}' always shows the same picture: {_without(inspection, camera)}")
         elif frozen:
-            found.append(
-                f"camera '{camera}' shows one and the same picture throughout {some_of(frozen)}: take them out of the"
+            sentences.append(
+                f"camera '{camera}' shows one and the same picture throughout {_some_of(frozen)}: take them out of the"
                 " source if the camera had stopped"
             )
-    steps = step_names(inspection)
+    steps = _step_names(inspection)
     proposed = [step if isinstance(step, str) else next(iter(step), "") for step in inspection.source_steps]
     for step, name in zip(inspection.source_steps, proposed, strict=True):
         if name in FRAME_STEPS and not any(own in FRAME_STEPS for own in steps):
-            found.append(
+            sentences.append(
                 f"frames of this format are stored upside down or mirrored, and no step turns them:"
-                f" {with_steps(inspection, step)} if the pictures of --html page.html are wrong"
+                f" {_with_steps(inspection, step)} if the pictures of --html page.html are wrong"
             )
-    return found
+    return sentences
 
 
 def _without(inspection: Inspection, camera: str) -> str:
@@ -249,21 +254,16 @@ def _without(inspection: Inspection, camera: str) -> str:
         return "no other camera is there to train on; record again"
     if inspection.kind == "converted":
         return "convert the source again without it (cameras='{name: path, ...}' lists those to keep)"
-    return type_words(inspection, word("cameras", rest))
+    return _type_words(inspection, word("cameras", rest))
 
 
-_MOST = 0.8  # share of the episodes that makes a habit of the recorder
-_IDLE_WARNED = 0.05  # share of idle steps
-_FAR = 2.0  # how far a motion may lie beyond q01/q99, in widths of that range
-
-
-def gripper_warnings(
-    steps: ProposedSteps, raw: Sequence[GripperGuess], actions: Sequence[NDArray[np.float32]], dims: Sequence[int]
+def _gripper_warnings(
+    steps: _ProposedSteps, raw: Sequence[GripperGuess], actions: Sequence[NDArray[np.float32]], dims: Sequence[int]
 ) -> list[str]:
     """Warn where the standardized gripper is not 1 = open, 0 = closed; raw ones may be anything."""
-    found = []
+    sentences = []
     inspection = steps.inspection
-    handled = any("gripper" in name for name in step_names(inspection))
+    handled = any("gripper" in name for name in _step_names(inspection))
     size = actions[0].shape[1]
     for dim in dims:
         values = np.concatenate([action[:, dim] for action in actions])
@@ -273,26 +273,26 @@ def gripper_warnings(
         said = f"the gripper (dimension {dim}) runs from {low:.3g} to {high:.3g}"
         if handled:
             if not inside:
-                found.append(
+                sentences.append(
                     f"{said} after the standardizing steps, where 0 (closed) to 1 (open) is expected:"
-                    f" {with_steps(inspection, 'clip_gripper')}, or correct the steps"
+                    f" {_with_steps(inspection, 'clip_gripper')}, or correct the steps"
                 )
         elif guess is None or guess.kind == "constant":
             if guess is not None:
-                found.append(
+                sentences.append(
                     f"the gripper (dimension {dim}) is always {low:.3g}: if the action should have none,"
-                    f" {with_steps(inspection, {'select_action': {'dims': [d for d in range(size) if d != dim]}})}"
+                    f" {_with_steps(inspection, {'select_action': {'dims': [d for d in range(size) if d != dim]}})}"
                 )
         elif guess.steps is None and guess.kind == "relative":
             close = [*inspection.layout.steps, gripper_step("relative_gripper_to_absolute", dim, size)]
-            found.append(
-                f"{said}, and {guess.why}: {type_words(inspection, steps_word(close))} if + closes, or"
+            sentences.append(
+                f"{said}, and {guess.why}: {_type_words(inspection, steps_word(close))} if + closes, or"
                 f" {steps_word([*close, gripper_step('invert_gripper', dim, size)])} if + opens"
             )
         elif guess.steps is None and inside:
-            found.append(
+            sentences.append(
                 f"{said}, and {guess.why}: nothing to type if {high:.3g} is open, else"
-                f" {with_steps(inspection, gripper_step('invert_gripper', dim, size))}"
+                f" {_with_steps(inspection, gripper_step('invert_gripper', dim, size))}"
             )
         elif guess.steps is None:
             ends = [float(f"{low:.4g}"), float(f"{high:.4g}")]
@@ -300,20 +300,20 @@ def gripper_warnings(
             downwards = gripper_step("scale_gripper", dim, size, from_range=ends[::-1])
             up = steps_word([*inspection.layout.steps, upwards])
             down = steps_word([*inspection.layout.steps, downwards])
-            found.append(
+            sentences.append(
                 f"{said} where 0 (closed) to 1 (open) is expected, and {guess.why}:"
-                f" {type_words(inspection, up)} if {high:.3g} is open, or {down} if {low:.3g} is open"
+                f" {_type_words(inspection, up)} if {high:.3g} is open, or {down} if {low:.3g} is open"
             )
         elif guess.steps:
             where = f"{guess.open_at:.3g} is probably open" if guess.open_at is not None else "commands are relative"
-            found.append(
+            sentences.append(
                 f"{said} and {where} ({guess.why}), where 1 = open, 0 = closed is expected:"
                 f" {steps.propose(*guess.steps)}"
             )
-    return found
+    return sentences
 
 
-def absolute_warnings(inspection: Inspection, absolute: bool | None, size: int, grippers: Sequence[int]) -> list[str]:
+def _absolute_warnings(inspection: Inspection, absolute: bool | None, size: int, grippers: Sequence[int]) -> list[str]:
     """Say what absolute targets mean for training."""
     if not absolute:
         return []
@@ -321,17 +321,17 @@ def absolute_warnings(inspection: Inspection, absolute: bool | None, size: int, 
     if size in (6, 7) and list(grippers) in ([], [6]):
         step: StepSpec = {"delta_from_absolute": {"against": "previous"}}
         return [
-            f"{intro}if they are end-effector poses, {with_steps(inspection, step, first=True)}; keep them if the robot"
-            " is to receive targets"
+            f"{intro}if they are end-effector poses, {_with_steps(inspection, step, first=True)}; keep them if the"
+            " robot is to receive targets"
         ]
     return [f"{intro}keep them if the robot is to receive targets, as ALOHA's do (nothing to type)"]
 
 
-def end_warnings(
-    steps: ProposedSteps, actions: Sequence[NDArray[np.float32]], moved: Motion, absolute: bool
+def _end_warnings(
+    steps: _ProposedSteps, actions: Sequence[NDArray[np.float32]], moved: Motion, absolute: bool
 ) -> list[str]:
     """Look for recorders that begin with an empty action, or pad the end."""
-    found = []
+    sentences = []
     long = [number for number, action in enumerate(actions) if len(action) >= 3]
     if len(long) < 2 or moved.zero_below == 0:
         return []
@@ -339,30 +339,32 @@ def end_warnings(
     elsewhere = float(np.concatenate([still[number][1:-1] for number in long]).mean())
     first = 0.0 if absolute else float(np.mean([still[number][0] for number in long]))
     if first >= _MOST and elsewhere < 0.5:
-        found.append(
+        sentences.append(
             f"the first action is zero in {round(first * len(long))} of {len(long)} episodes, a habit of the recorder:"
             f" {steps.propose('drop_first', first=True)}"
         )
     padded = float(np.mean([_repeats(actions[number]) or bool(still[number][-1]) for number in long]))
     usual = float(np.mean([(np.diff(actions[number], axis=0) == 0).all(axis=1)[:-1].mean() for number in long]))
     if padded >= _MOST and usual < 0.2 and elsewhere < 0.5:
-        found.append(
+        sentences.append(
             f"the last action is zero or repeats the one before in {round(padded * len(long))} of {len(long)}"
             f" episodes, which looks like padding: {steps.propose('drop_last', first=True)}"
         )
-    return found
+    return sentences
 
 
 def _repeats(action: NDArray[np.float32]) -> bool:
     return bool((action[-1] == action[-2]).all())
 
 
-def idle_warnings(steps: ProposedSteps, moved: Motion, absolute: bool, grippers: Sequence[int], size: int) -> list[str]:
+def _idle_warnings(
+    steps: _ProposedSteps, moved: Motion, absolute: bool, grippers: Sequence[int], size: int
+) -> list[str]:
     """Say how many steps do nothing."""
     # first steps that are to be dropped anyway count no more
     idle = [flags[1:] if "drop_first" in steps.before else flags for flags in moved.idle]
     share = float(np.concatenate(idle).mean()) if any(len(flags) for flags in idle) else 0.0
-    if share < _IDLE_WARNED or "filter_noops" in step_names(steps.inspection):
+    if share < _IDLE_WARNED or "filter_noops" in _step_names(steps.inspection):
         return []
     said = f"{share:.0%} of the steps are idle (the arm hardly moves and the gripper is held)"
     if absolute:
@@ -375,7 +377,7 @@ def idle_warnings(steps: ProposedSteps, moved: Motion, absolute: bool, grippers:
     return [f"{said}, which teaches a model to wait: {steps.propose({'filter_noops': place})}"]
 
 
-def dimension_warnings(
+def _dimension_warnings(
     inspection: Inspection,
     usable: Sequence[EpisodeFacts],
     actions: Sequence[NDArray[np.float32]],
@@ -383,10 +385,10 @@ def dimension_warnings(
     grippers: Sequence[int],
 ) -> list[str]:
     """Look at every dimension's spread: constant, hardly ever moving, or with single motions far out."""
-    found = []
+    sentences = []
     joined = np.concatenate(actions)
     size = joined.shape[1]
-    mask = full_mask(inspection, size)
+    mask = _full_mask(inspection, size)
     figures = {name: np.asarray(values) for name, values in statistics(joined).items()}
     width = figures["q99"] - figures["q01"]
     called = [f"{dim} ({names[dim]})" if names else str(dim) for dim in range(size)]
@@ -394,18 +396,18 @@ def dimension_warnings(
     constant = [dim for dim in constant if dim not in grippers]  # these have a sentence of their own
     if constant and len(constant) < size - len(grippers):
         kept = [dim for dim in range(size) if dim not in constant]
-        found.append(
-            f"action dimensions {some_of([called[dim] for dim in constant])} never change, training sees 0: nothing"
-            f" to type if the robot takes them, else {with_steps(inspection, {'select_action': {'dims': kept}})}"
+        sentences.append(
+            f"action dimensions {_some_of([called[dim] for dim in constant])} never change, training sees 0: nothing"
+            f" to type if the robot takes them, else {_with_steps(inspection, {'select_action': {'dims': kept}})}"
         )
     elif constant:
-        found.append("no dimension of the arm's action ever changes: name other arrays with action='[...]'")
+        sentences.append("no dimension of the arm's action ever changes: name other arrays with action='[...]'")
     rare = [d for d in range(size) if mask[d] and width[d] <= 0 and figures["min"][d] < figures["max"][d]]
     if rare:
         changed = [mask[dim] and dim not in rare for dim in range(size)]
-        found.append(
-            f"action dimensions {some_of([called[dim] for dim in rare])} change in fewer than 2 % of the steps, so that"
-            f" q01 equals q99 and every change is clipped: {type_words(inspection, word('action_mask', changed))}"
+        sentences.append(
+            f"action dimensions {_some_of([called[dim] for dim in rare])} change in fewer than 2 % of the steps, so"
+            f" that q01 equals q99 and every change is clipped: {_type_words(inspection, word('action_mask', changed))}"
         )
     for dim in range(size):
         if not mask[dim] or width[dim] <= 0:
@@ -416,7 +418,7 @@ def dimension_warnings(
             owner = next(
                 facts.name for facts, action in zip(usable, actions, strict=True) if (action[:, dim] == far).any()
             )
-            found.append(
+            sentences.append(
                 f"action dimension {called[dim]} reaches {far:.3g} in episode {owner} but lies within"
                 f" [{figures['q01'][dim]:.3g}, {figures['q99'][dim]:.3g}] in 98 % of the steps, and is clipped to that:"
                 " look at the episode with --html page.html, and take it out of the source if it is a mistake"
@@ -425,14 +427,11 @@ def dimension_warnings(
         inside = figures["min"][dim] >= -0.01 and figures["max"][dim] <= 1.01
         if len(grippers) == 1 and size == 7 and mask[dim] and inside and dim not in constant:
             changed = [entry != dim for entry in range(size)]
-            found.append(
+            sentences.append(
                 "the gripper would be normalised like a motion, where OpenVLA leaves its 0 to 1 as it is:"
-                f" {type_words(inspection, word('action_mask', changed))}"
+                f" {_type_words(inspection, word('action_mask', changed))}"
             )
-    return found
-
-
-NAMED = 5  # episodes named one by one in a sentence
+    return sentences
 
 
 def steps_word(steps: Sequence[StepSpec]) -> str:
@@ -444,20 +443,20 @@ def steps_word(steps: Sequence[StepSpec]) -> str:
     return word("steps", list(steps))
 
 
-def type_words(inspection: Inspection, *words: str) -> str:
+def _type_words(inspection: Inspection, *words: str) -> str:
     """Say what to type."""
     verb = "type" if inspection.kind == "source" else "convert the source again with"
     return f"{verb} {' '.join(words)}"
 
 
-def with_steps(inspection: Inspection, *steps: StepSpec, first: bool = False) -> str:
+def _with_steps(inspection: Inspection, *steps: StepSpec, first: bool = False) -> str:
     """Say how to add steps to the layout's own, which the word would replace otherwise."""
     known = list(inspection.layout.steps)
-    return type_words(inspection, steps_word([*steps, *known] if first else [*known, *steps]))
+    return _type_words(inspection, steps_word([*steps, *known] if first else [*known, *steps]))
 
 
 @dataclass
-class ProposedSteps:
+class _ProposedSteps:
     """Steps that several sentences propose, so that one word can take them all."""
 
     inspection: Inspection
@@ -467,28 +466,28 @@ class ProposedSteps:
     def propose(self, *steps: StepSpec, first: bool = False) -> str:
         """Remember the steps and say how to add them alone."""
         (self.before if first else self.after).extend(steps)
-        return with_steps(self.inspection, *steps, first=first)
+        return _with_steps(self.inspection, *steps, first=first)
 
     def together(self) -> list[str]:
         """Return a sentence with all of them, where there is more than one."""
         if len(self.before) + len(self.after) < 2:
             return []
         steps = [*self.before, *self.inspection.layout.steps, *self.after]
-        return [f"all steps proposed here, in one word: {type_words(self.inspection, steps_word(steps))}"]
+        return [f"all steps proposed here, in one word: {_type_words(self.inspection, steps_word(steps))}"]
 
 
-def some_of(names: Sequence[str]) -> str:
+def _some_of(names: Sequence[str]) -> str:
     """List the first few names and say how many more there are."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
-def full_mask(inspection: Inspection, size: int) -> tuple[bool, ...]:
+def _full_mask(inspection: Inspection, size: int) -> tuple[bool, ...]:
     """Return the layout's mask, or all True where it says nothing about `size` dimensions."""
     mask = inspection.layout.action_mask
     return tuple(mask) if len(mask) == size else (True,) * size
 
 
-def step_names(inspection: Inspection) -> list[str]:
+def _step_names(inspection: Inspection) -> list[str]:
     """Return the names of the layout's standardizing steps."""
     return [step if isinstance(step, str) else next(iter(step), "") for step in inspection.layout.steps]

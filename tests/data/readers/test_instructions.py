@@ -19,13 +19,15 @@ from vlaft.data.readers.rlds.source import RldsReader
 
 
 def test_gather() -> None:
-    assert gather(["open", "open"], "x") == ("open", (), "")
-    assert gather(["open", ""], "x") == ("open", (), "")  # one text in all: it is the episode's
-    assert gather(["", " "], "x") == gather([], "x") == ("", (), "")
-    assert gather(["open", "close", "close"], "x") == ("close", ("open", "close", "close"), "")
-    text, own, told = gather(["open", "close", "", "open"], "x")
-    assert (text, own) == ("open", ("open", "close", "open", "open"))
-    assert told == "x: the rows name 2 instructions, and 1 of 4 none; those get the most frequent: 'open'"
+    warnings: list[str] = []
+    assert gather(["open", "open"], "x", warnings) == ("open", ())
+    assert gather(["open", ""], "x", warnings) == ("open", ())  # one text in all: it is the episode's
+    assert gather(["", " "], "x", warnings) == gather([], "x", warnings) == ("", ())
+    assert gather(["open", "close", "close"], "x", warnings) == ("close", ("open", "close", "close"))
+    assert warnings == []
+    for _ in range(2):  # reading an episode again repeats nothing
+        assert gather(["open", "close", "", "open"], "x", warnings) == ("open", ("open", "close", "open", "open"))
+    assert warnings == ["x: the rows name 2 instructions, and 1 of 4 none; those get the most frequent: 'open'"]
 
 
 def test_lerobot_rows(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from array_frames import ArrayFrames
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from vlaft.data.episode import ArrayFrames, Episode
+from vlaft.data.episode import Episode
 from vlaft.data.standardize.actions import append_constant, relabel_from_state, scale_action, select_action, take_from
 from vlaft.data.standardize.steps import (
     STEPS,

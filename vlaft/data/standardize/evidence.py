@@ -25,7 +25,7 @@ MOST_EPISODES = 0.8  # share of them that have to begin alike
 _FINGERS = re.compile(
     r"(^|/|_)(gripper|finger)_(qpos|pos|positions?|states?|joint_pos)$"
 )  # robosuite, LIBERO, Isaac Lab
-_MIRRORED = 0.25  # largest spread of two mirrored positions' sum, over that of their difference
+_MIRRORED = 0.25  # largest sum of two mirrored positions, over their distance
 _METRES = 0.1  # greatest position of a finger that slides; knuckles turn by more radians
 _STROKE = 1e-3  # least spread of the opening that counts as motion: metres, or radians
 _FOLLOWS = 0.6  # least share of the fingers' way that agrees with the commands (1: all of it, -1: all against)
@@ -76,7 +76,8 @@ def _mirrored(pair: NDArray[np.float64]) -> Opening | None:
     apart = pair[:, 0] - pair[:, 1]
     if not len(pair) or not np.isfinite(pair).all():
         return None
-    if np.ptp(pair.sum(axis=1)) > max(_MIRRORED * np.ptp(apart), _STROKE):  # fingers at rest tremble
+    # two knuckles that close together are no mirror, however little they move; fingers at rest tremble
+    if np.abs(pair.sum(axis=1)).max() > max(_MIRRORED * np.abs(apart).max(), _STROKE):
         return None
     # fingers part further than they ever cross, whichever of the two has the positive axis
     return apart if apart.max() >= -apart.min() else -apart
@@ -152,10 +153,10 @@ def check_gripper(
         if not _is_claimed(opened, dim, size):
             continue
         commands = [action[:, dim].astype(np.float64) for action in actions]
-        found = _contradiction(commands, openings)
-        if found is None:
+        contradiction = _contradiction(commands, openings)
+        if contradiction is None:
             continue
-        measured, said, ends = found
+        measured, said, ends = contradiction
         steps = opened.layout.steps
         turned = _turned(steps, dim, size) if ends is None else _scaled(steps, ends, dim, size)
         intro = f"{opened.request.path}: {_rule(opened)} would make the gripper (dimension {dim}) 1 = open, 0 = closed"

@@ -256,9 +256,9 @@ def parse_steps(steps: Sequence[StepSpec]) -> list[Step]:
             hint = did_you_mean(str(name), list(STEPS)) or f" (known: {', '.join(STEPS)})"
             problems.append(f"step {number}: unknown standardizing step '{name}'{hint}")
             continue
-        found = _argument_problems(STEPS[name], arguments)
-        problems += [f"step {number} ({name}): {problem}" for problem in found]
-        if not found:
+        wrong = _argument_problems(STEPS[name], arguments)
+        problems += [f"step {number} ({name}): {problem}" for problem in wrong]
+        if not wrong:
             parsed.append(Step(name, arguments))
     if problems:
         raise ConfigError(problems)

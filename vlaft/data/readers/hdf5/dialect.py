@@ -245,9 +245,7 @@ class Hdf5Reader:
                     paths[name] = str(dataset.name)
         commands = [name for name in paths if name.startswith(("action", "base_action"))]
         shifts = dict.fromkeys(commands, self.options.shift) if self.options.shift else {}
-        instruction, own, told = gather(texts, where)
-        if told and told not in self.warnings:  # an episode may be read again
-            self.warnings.append(told)
+        instruction, own = gather(texts, where, self.warnings)
         return Episode(
             index=ref.index,
             name=ref.name,

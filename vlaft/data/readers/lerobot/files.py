@@ -26,6 +26,7 @@ _FIELD = re.compile(r"\{(\w+)(?::0?(\d{1,2})d)?\}")
 _MAX_POINTER_BYTES = 1024  # git-LFS pointers are about 130 bytes
 
 Number = tuple[int, int]  # v2: (0, episode); v3: (chunk, file)
+_MAX_BYTES = 2**29
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,8 @@ def list_files(root: Path) -> Files:
         number = _number(path, by_episode)
         camera = "/".join(part for part in path.split("/")[1:-1] if not _CHUNK.match(part))
         if number is not None and camera and path not in unfetched:
-            found = files.videos.setdefault(camera, {})
-            found[number] = (*found.get(number, ()), path)
+            of_camera = files.videos.setdefault(camera, {})
+            of_camera[number] = (*of_camera.get(number, ()), path)
     return files
 
 
@@ -106,7 +107,7 @@ def fill_template(template: object, fields: Mapping[str, int | str]) -> str | No
         return None
     if set(re.findall(r"\{(\w+)", template)) - set(fields):
         return None
-    path = _FIELD.sub(lambda found: str(fields[found[1]]).zfill(int(found[2] or 0)), template)
+    path = _FIELD.sub(lambda match: str(fields[match[1]]).zfill(int(match[2] or 0)), template)
     return None if "{" in path or "\0" in path else inside(path, f"meta/info.json: the template '{template}'")
 
 
@@ -156,20 +157,20 @@ def _chunk_of(path: str) -> int | None:
 
 
 def _walk(root: Path, folder: str, suffix: str) -> list[str]:
-    found = []
+    paths = []
     for parent, folders, names in os.walk(root / folder):
         folders.sort()
         relative = Path(parent).relative_to(root).as_posix()
-        found += [f"{relative}/{name}" for name in sorted(names) if name.endswith(suffix) and name[0] != "."]
-    return found
+        paths += [f"{relative}/{name}" for name in sorted(names) if name.endswith(suffix) and name[0] != "."]
+    return paths
 
 
 def _number(path: str, by_episode: bool) -> Number | None:
     parts = path.split("/")
-    found = (_EPISODE_FILE if by_episode else _CHUNK_FILE).match(parts[-1])
-    if not found:
+    match = (_EPISODE_FILE if by_episode else _CHUNK_FILE).match(parts[-1])
+    if not match:
         return None
-    return (0 if by_episode else _chunk_of(path) or 0, int(found[1]))
+    return (0 if by_episode else _chunk_of(path) or 0, int(match[1]))
 
 
 def _is_pointer(path: Path) -> bool:
@@ -178,9 +179,6 @@ def _is_pointer(path: Path) -> bool:
     except OSError:
         return False
     return small and is_lfs_pointer(path)
-
-
-_MAX_BYTES = 2**29
 
 
 def read_json(path: Path) -> object:

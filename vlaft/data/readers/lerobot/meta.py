@@ -136,15 +136,17 @@ def _version(info: Mapping[str, Any], files: Files, root: Path, warnings: list[s
     """Return "v2.0", "v2.1" or "v3.0"; how the files lie decides between 2 and 3."""
     said = info.get("codebase_version")
     if files.by_episode:
-        found = "v2.1" if (root / "meta" / "episodes_stats.jsonl").is_file() else "v2.0"
+        lie_as = "v2.1" if (root / "meta" / "episodes_stats.jsonl").is_file() else "v2.0"
         if said in ("v2.0", "v2.1"):
             return str(said)
     else:
-        found = "v3.0"
+        lie_as = "v3.0"
         if isinstance(said, str) and said.startswith("v3."):
             return said[:8]
-    warnings.append(f"info.json says codebase_version {str(said)[:20]!r}, the files lie as in {found}; read as {found}")
-    return found
+    warnings.append(
+        f"info.json says codebase_version {str(said)[:20]!r}, the files lie as in {lie_as}; read as {lie_as}"
+    )
+    return lie_as
 
 
 def _fps(info: Mapping[str, Any], warnings: list[str]) -> float | None:
@@ -209,15 +211,7 @@ def _episodes_v2(root: Path, info: Mapping[str, Any], files: Files, warnings: li
                 named = {**fields, "video_key": camera}
                 videos[camera] = Span(_find_video(info, files, paths[0, number], (data, said), named, warnings))
         row = listed.get(number, {})
-        episodes.append(
-            EpisodeMeta(
-                number=number,
-                data=data,
-                tasks=_texts(row.get("tasks")),
-                length=as_int(row.get("length")),
-                videos=videos,
-            )
-        )
+        episodes.append(_episode(number, row, data, videos))
     return episodes
 
 
@@ -257,15 +251,7 @@ def _episodes_v3(root: Path, info: Mapping[str, Any], files: Files, warnings: li
                 stop = row.get(f"videos/{camera}/to_timestamp")
                 good = isinstance(stop, int | float) and start < stop < math.inf
                 videos[camera] = Span(path, float(start), float(stop) if good and stop is not None else None)
-        episodes.append(
-            EpisodeMeta(
-                number=number,
-                data=data,
-                tasks=_texts(row.get("tasks")),
-                length=as_int(row.get("length")),
-                videos=videos,
-            )
-        )
+        episodes.append(_episode(number, row, data, videos))
     episodes = _with_places(episodes)  # those without data too: their frames lie between those of the others
     lost = [episode.number for episode in episodes if not episode.data]
     if lost:
@@ -277,16 +263,21 @@ def _episodes_v3(root: Path, info: Mapping[str, Any], files: Files, warnings: li
     return [episode for episode in episodes if episode.data]
 
 
+def _episode(number: int, row: Mapping[str, Any], data: str, videos: Mapping[str, Span]) -> EpisodeMeta:
+    tasks, length = _texts(row.get("tasks")), as_int(row.get("length"))
+    return EpisodeMeta(number=number, data=data, tasks=tasks, length=length, videos=videos)
+
+
 def _place(row: Mapping[str, Any], prefix: str) -> Number:
     chunk, file = as_int(row.get(f"{prefix}chunk_index")), as_int(row.get(f"{prefix}file_index"))
     return (-1, -1) if chunk is None or file is None else (chunk, file)
 
 
-def _said(template: object, fields: Mapping[str, int | str], found: str, warnings: list[str]) -> str | None:
-    """Return the path that a template of info.json gives; a warning says if it is not the one that was found."""
+def _said(template: object, fields: Mapping[str, int | str], actual: str, warnings: list[str]) -> str | None:
+    """Return the path that a template of info.json gives; a warning says if it is not the actual one."""
     path = fill_template(template, fields)
     said = f"the path template '{str(template)[:120]}' of info.json does not fit; files were searched by number instead"
-    if path != found and said not in warnings:
+    if path != actual and said not in warnings:
         warnings.append(said)
     return path
 
@@ -301,9 +292,9 @@ def _find_video(
 ) -> str:
     """Return one of `videos`, which all have an episode's number; `rows` is the file of its rows, found and said."""
     template = info.get("video_path")
-    found = choose_video(files.root, videos, rows[0], (rows[1], fill_template(template, fields)))
-    _said(template, fields, found, warnings)
-    return found
+    chosen = choose_video(files.root, videos, rows[0], (rows[1], fill_template(template, fields)))
+    _said(template, fields, chosen, warnings)
+    return chosen
 
 
 def _with_places(episodes: list[EpisodeMeta]) -> list[EpisodeMeta]:

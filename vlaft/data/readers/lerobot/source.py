@@ -36,6 +36,14 @@ from vlaft.data.sentences import word
 from vlaft.errors import DataError
 
 _RATE_OFF = 0.05  # how far the timestamps' rate may be off the one claimed, as a share of it
+_LABELS = frozenset({"valid", "invalid", "success", "failure", "true", "false"})
+_TEXT_COLUMNS = ("task", "language_instruction", "instruction")
+_TELLING = ("task_description", "task", "instruction", "language", "coarse_action")
+_ACTIONS = ("action", "actions")
+_STATES = ("observation.state", "state")
+_PREFIX = re.compile(r"^(?:observation\.)?(?:images?|video)\.|^observation\.")
+_MAIN = ("top", "ego", "front", "base", "exterior", "high", "main")
+_WRIST = ("wrist", "hand", "gripper")
 
 
 class LeRobotReader:
@@ -224,11 +232,6 @@ def _name(path: Path) -> str:
     return re.sub(r"^datasets--.*--", "", folder.name)
 
 
-_LABELS = frozenset({"valid", "invalid", "success", "failure", "true", "false"})
-_TEXT_COLUMNS = ("task", "language_instruction", "instruction")
-_TELLING = ("task_description", "task", "instruction", "language", "coarse_action")
-
-
 def find_instruction(
     table: pa.Table, meta: Metadata, listed: tuple[str, ...], where: str, warnings: list[str]
 ) -> tuple[str, tuple[str, ...]]:
@@ -244,11 +247,9 @@ def find_instruction(
         warnings: gets a sentence when rows have none beside others that have, or none has one.
     """
     for name in _candidates(table, meta):
-        found = gather(_texts(table.column(name), meta), where)
-        if found.told:
-            warnings.append(found.told)
-        if found.most:
-            return found.most, found.own
+        instruction, own = gather(_texts(table.column(name), meta), where, warnings)
+        if instruction:
+            return instruction, own
     for text in listed:
         if _is_instruction(text):
             return text.strip(), ()
@@ -292,13 +293,6 @@ def _texts(column: pa.ChunkedArray, meta: Metadata) -> list[str]:
 
 def _is_instruction(text: str) -> bool:
     return bool(text.strip()) and text.strip().lower() not in _LABELS
-
-
-_ACTIONS = ("action", "actions")
-_STATES = ("observation.state", "state")
-_PREFIX = re.compile(r"^(?:observation\.)?(?:images?|video)\.|^observation\.")
-_MAIN = ("top", "ego", "front", "base", "exterior", "high", "main")
-_WRIST = ("wrist", "hand", "gripper")
 
 
 def column_widths(schema: pa.Schema, features: Mapping[str, Mapping[str, Any]]) -> dict[str, int | None]:

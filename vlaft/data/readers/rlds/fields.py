@@ -26,6 +26,12 @@ Array = NDArray[np.generic]
 Elements = Array | list[Array] | list[str]
 
 _MAX_FIELD_BYTES = 1 << 30  # of one unpacked field of one episode
+_MAX_DEPTH = 32
+_MAX_ELEMENTS = 1 << 31  # of one element of a feature: more is a lie, and would overflow what numpy can shape
+_FLOATS = ("float16", "float32", "float64", "bfloat16")
+_INTEGERS = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+_TEXTS = ("string", "object", "bytes", "str")
+Shape = tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -306,15 +312,6 @@ def _decode_with_pillow(data: bytes, mode: str, where: str) -> Array:
             return np.array(image)
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise DataError(f"{where}: the image is damaged or no PNG") from error
-
-
-_MAX_DEPTH = 32
-_MAX_ELEMENTS = 1 << 31  # of one element of a feature: more is a lie, and would overflow what numpy can shape
-_FLOATS = ("float16", "float32", "float64", "bfloat16")
-_INTEGERS = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-_TEXTS = ("string", "object", "bytes", "str")
-
-Shape = tuple[int | None, ...]
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ _HEADER = struct.Struct("<QI")
 _CHECKSUM = struct.Struct("<I")
 _OVERHEAD = _HEADER.size + _CHECKSUM.size
 _AGAIN = "download or copy the file again"
+Stored = NDArray[np.float32] | NDArray[np.int64] | list[bytes]
+_PACKAGE = "vlaft.tf_example"
 
 
 def masked_crc32c(data: bytes) -> int:
@@ -119,11 +121,6 @@ def _read_exactly(file: BinaryIO, count: int) -> bytes:
         parts.append(part)
         count -= len(part)
     return b"".join(parts)
-
-
-Stored = NDArray[np.float32] | NDArray[np.int64] | list[bytes]
-
-_PACKAGE = "vlaft.tf_example"
 
 
 def parse_example(payload: bytes, where: str) -> dict[str, Stored]:

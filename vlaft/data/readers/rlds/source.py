@@ -51,6 +51,11 @@ _INSTRUCTION = re.compile(
     r"^(steps/|steps/observation/|episode_metadata/|)"
     r"(language_instruction(_\d+)?|natural_language_instruction|instruction|language|language_text|task)$"
 )
+_MARKS = ("dataset_info.json", "features.json")
+_VERSION = re.compile(r"^(\d{1,9})\.(\d{1,9})\.(\d{1,9})$")
+_DEFAULT_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+_SHARD_NAME = re.compile(r"^.+-(?P<split>[^-]+)\.tfrecord-(?P<index>\d{5})-of-(?P<count>\d{5})$")
+_MAX_JSON_BYTES = 1 << 26
 
 
 class RldsReader:
@@ -120,9 +125,8 @@ class RldsReader:
         stored = [field for field in fields if is_stored(field, example)]
         self._warn_of_absent([field.path for field in fields if field not in stored], ref.name)
         cameras = {_short(field): self._frames(field, example, where, ref.name) for field in stored if field.is_camera}
-        instruction, own, told = gather(_instructions(self.fields, example, length, where), f"episode '{ref.name}'")
-        if told and told not in self.warnings:
-            self.warnings.append(told)
+        texts = _instructions(self.fields, example, length, where)
+        instruction, own = gather(texts, f"episode '{ref.name}'", self.warnings)
         return Episode(
             index=ref.index,
             name=ref.name,
@@ -236,10 +240,10 @@ def _count_steps(fields: Sequence[Field], example: Mapping[str, Stored], where: 
     length = votes.most_common(1)[0][0] if votes else 0
     for field, rows in counts.items():
         if rows != length:
-            found = f"{rows} steps" if rows >= 0 else "no whole number of steps"
+            counted = f"{rows} steps" if rows >= 0 else "no whole number of steps"
             raise DataError(
                 f"{where}: by the shape [{', '.join('?' if size is None else str(size) for size in field.shape)}] that"
-                f" features.json gives '{field.path}', the record holds {found} of it where others have {length}"
+                f" features.json gives '{field.path}', the record holds {counted} of it where others have {length}"
             )
     if length == 0:
         raise DataError(f"{where} has no steps")
@@ -305,13 +309,6 @@ def _camera_rank(path: str) -> int:
         return _MAIN_CAMERAS.index(name)
     on_the_arm = any(word in name for word in ("wrist", "hand", "gripper"))
     return len(_MAIN_CAMERAS) + on_the_arm
-
-
-_MARKS = ("dataset_info.json", "features.json")
-_VERSION = re.compile(r"^(\d{1,9})\.(\d{1,9})\.(\d{1,9})$")
-_DEFAULT_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-_SHARD_NAME = re.compile(r"^.+-(?P<split>[^-]+)\.tfrecord-(?P<index>\d{5})-of-(?P<count>\d{5})$")
-_MAX_JSON_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
