@@ -1,9 +1,9 @@
-# make demo, make test and make lint each do all the set-up on a fresh machine. Needs Python 3.11 or newer.
+# make demo, make test, make lint and make docs each do all the set-up on a fresh machine. Needs Python 3.11 or newer.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow lint format docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -11,11 +11,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
 demo: $(VENV)/.installed
 	$(BIN)/vlaft demo --out demo-out --overwrite
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto vlaft tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --durations=10
 
 test-slow: $(VENV)/.installed
 	$(BIN)/pytest -m slow tests
@@ -29,5 +33,8 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) dist build demo-out
+	rm -rf $(VENV) dist build demo-out site

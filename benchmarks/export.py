@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 
+from vlaft.files import read_json
 from vlaft.model.load import load_model
 from vlaft.observation.images import ImagePipeline
 from vlaft.release.export import ExportResult, export_huggingface, stored_bytes
 from vlaft.release.quantized import export_quantized, linear_weights
 from vlaft.release.verify import compare, data_probe
-from vlaft.weights.layout import read_json, tensor_table
+from vlaft.weights.layout import tensor_table
 
 
 def main() -> None:

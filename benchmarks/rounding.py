@@ -30,12 +30,13 @@ from torch import Tensor
 from vlaft.adapt.rounding import round_to
 from vlaft.evaluation.held_out import HeldOut
 from vlaft.evaluation.offline import evaluate
+from vlaft.files import read_json
 from vlaft.model.load import load_model
 from vlaft.observation.images import ImagePipeline
 from vlaft.release.merge import copy_release_files, merge
 from vlaft.release.record import data_paths
-from vlaft.release.verify import compare, data_inputs
-from vlaft.weights.layout import read_json, resolve_checkpoint, tensor_table
+from vlaft.release.verify import compare, data_probe
+from vlaft.weights.layout import resolve_checkpoint, tensor_table
 from vlaft.weights.stream import read_tensor
 from vlaft.weights.trained import find_trained
 
@@ -91,7 +92,7 @@ def main() -> None:
             base, exact = read(base_folder), read(folder / "exact")
             reference = partial(load_model, folder / "exact", dtype=torch.float32)
             pipeline = ImagePipeline.from_checkpoint(read_json(folder / "exact/config.json"))
-            inputs = data_inputs(data_paths(trained), pipeline, len(held_out.chosen))
+            inputs = data_probe(data_paths(trained), pipeline, len(held_out.chosen))
             print(f"| {run.name} | none (float32) | 1 | 0 | 1 | | | {l1(folder / 'exact'):.4f} |", flush=True)
             print(f"| {run.name} | (base) | | | | | | {l1(write(folder / 'exact', folder / 'base', base)):.4f} |")
             rounded = {"nearest": [{name: tensor.bfloat16() for name, tensor in exact.items()}]}

@@ -40,8 +40,11 @@ def write_small_base(folder: Path, name: str = "single") -> Path:
     return folder
 
 
-def write_demonstrations(file: Path, episodes: int = 6, steps: int = 8, seed: int = 0) -> Path:
-    """Write robomimic demonstrations of 64-pixel frames whose colour tells the action."""
+def write_demonstrations(file: Path, episodes: int = 6, steps: int = 8, seed: int = 0, rich: bool = False) -> Path:
+    """Write robomimic demonstrations of 64-pixel frames whose colour tells the action.
+
+    Rich ones have a wrist camera, and a state of three numbers, of which the last never changes.
+    """
     generator = np.random.default_rng(seed)
     with h5py.File(file, "w") as root:
         data = root.create_group("data")
@@ -56,19 +59,27 @@ def write_demonstrations(file: Path, episodes: int = 6, steps: int = 8, seed: in
             frames[:] = np.clip((actions[:, None, None, :3] + 1) * 127, 0, 255)
             frames[:, : 8 * (number % 8), :32] = 255
             demo["obs/agentview_image"] = frames
+            if rich:
+                demo["obs/wrist_image"] = 255 - frames
+                demo["obs/joints"] = np.stack([np.cos(np.arange(steps)), actions[:, 0], np.full(steps, 0.5)], axis=1)
     return file
 
 
 def convert_small(base: Path, out: Path, **changes: Any) -> Path:
-    """Convert small demonstrations for `base` into `out`: 40 training and 8 held-out examples."""
+    """Convert small demonstrations for `base` into `out`: 40 training and 8 held-out examples.
+
+    `changes` are those of `write_demonstrations`; of rich ones the wrist camera and the state are kept.
+    """
     file = write_demonstrations(out.with_suffix(".hdf5"), **changes)
-    layout = {
+    layout: dict[str, Any] = {
         "action": ["actions"],
         "cameras": {"primary": "obs/agentview_image"},
         "steps": [{"scale_gripper": {"from_range": [1, -1], "to_range": [0, 1]}}],
         "action_mask": [True] * 6 + [False],
         "instruction": INSTRUCTION,
     }
+    if changes.get("rich"):
+        layout |= {"cameras": {**layout["cameras"], "wrist": "obs/wrist_image"}, "state": ["obs/joints"], "fps": 5}
     source = SourceRequest(path=file, layout=layout, name="small")
     convert(ConvertRequest(sources=[source], base=str(base), out=out, workers=1, val_fraction=0.17))
     return out

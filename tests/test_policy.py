@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from small_base import write_small_base
 
 import vlaft
+from vlaft.action.statistics import STATISTICS_FILE
 from vlaft.action.tokens import unnormalize
 from vlaft.adapt.methods import attach_lora
 from vlaft.errors import CheckpointError, DataError, UsageError
@@ -27,7 +29,7 @@ from vlaft.recipe.settings import LoraConfig
 from vlaft.release.merge import merge
 from vlaft.release.quantized import export_quantized
 from vlaft.weights.layout import INDEX_FILE, SINGLE_FILE, fingerprint
-from vlaft.weights.trained import RUN_FILE, STATISTICS_FILE, TRAINED_FILE, find_trained
+from vlaft.weights.trained import RUN_FILE, TRAINED_FILE, find_trained
 
 TEXTS = ["push the red cube", "take the cube", "push cube to the red robot", "out"]  # of different lengths
 
@@ -181,11 +183,45 @@ def test_trained_tensors_answer_as_what_they_are_merged_into(frames: list[np.nda
     ours, theirs = (load(tmp_path / folder, dtype="float32", device="cpu") for folder in ("run", "merged"))
     assert torch.equal(ours.model.language_model.lm_head.weight, theirs.model.language_model.lm_head.weight)
     assert ids_of(ours.predict(frames, TEXTS)) == ids_of(theirs.predict(frames, TEXTS))
-    with pytest.raises(CheckpointError, match="merge it first"):
-        load(tmp_path / "run", dtype="nf4", device="cpu")
     other = write_small_base(tmp_path / "other", "single")
     with pytest.raises(CheckpointError, match="another base"):
         load(tmp_path / "run", base=str(other), device="cpu")
+
+
+def test_an_adapter_and_whole_tensors_answer_as_what_they_are_merged_into(
+    frames: list[np.ndarray], tmp_path: Path
+) -> None:
+    base = in_bfloat16(tmp_path / "base", "single")
+    weights = Path(shutil.copytree(MINI / "single/adapter_trained", tmp_path / "run/checkpoints/step-000001"))
+    name = "language_model.model.norm.weight"
+    norm = torch.linspace(-2, 2, len(base_tensors(base)[name]))
+    save_file({name: norm}, weights / TRAINED_FILE)
+    run = {"base": str(base), "base_fingerprint": fingerprint(base), "last": "step-000001", "inference": {}}
+    (tmp_path / "run" / RUN_FILE).write_text(json.dumps(run))
+    merge(find_trained(tmp_path / "run"), base, tmp_path / "merged")
+    ours, theirs = (load(tmp_path / folder, dtype="float32", device="cpu") for folder in ("run", "merged"))
+    for policy in (ours, theirs):
+        assert torch.equal(policy.model.language_model.model.norm.weight, norm.bfloat16().float())
+    assert torch.equal(ours.model.language_model.lm_head.weight, theirs.model.language_model.lm_head.weight)
+    assert ids_of(ours.predict(frames, TEXTS)) == ids_of(theirs.predict(frames, TEXTS))
+    quantised = dict(load(tmp_path / "run", dtype="nf4", device="cpu").model.named_parameters())
+    assert any("lora_A" in key for key in quantised)
+    assert torch.equal(quantised[f"base_model.model.{name}"], norm.bfloat16().float())
+
+
+def test_whole_tensors_do_not_go_into_quantised_weights(tmp_path: Path) -> None:
+    base = in_bfloat16(tmp_path / "base", "single")
+    weights = tmp_path / "run/checkpoints/step-000001"
+    weights.mkdir(parents=True)
+    (tmp_path / "run" / RUN_FILE).write_text(json.dumps({"base": str(base), "last": "step-000001"}))
+    save_file({"projector.fc1.weight": base_tensors(base)["projector.fc1.weight"]}, weights / TRAINED_FILE)
+    for kind in ("nf4", "int8"):
+        with pytest.raises(CheckpointError, match=r"projector\.fc1\.weight.* merge it first"):
+            load(tmp_path / "run", dtype=kind, device="cpu")
+    head = {"language_model.lm_head.weight": -base_tensors(base)["language_model.lm_head.weight"]}
+    save_file(head, weights / TRAINED_FILE)  # is not quantised
+    loaded = load(tmp_path / "run", dtype="nf4", device="cpu").model.language_model.lm_head.weight
+    assert torch.equal(loaded, head["language_model.lm_head.weight"].float())
 
 
 def test_an_adapter_of_another_base_is_refused(base: Path) -> None:

@@ -41,7 +41,7 @@ from vlaft.model import OpenVLAConfig, OpenVLAForActionPrediction
 from vlaft.observation.augmentation import augment, pixel_values
 from vlaft.observation.images import ImagePipeline
 from vlaft.observation.prompts import BaseFiles, load_base_files
-from vlaft.release.files import preprocessor_config
+from vlaft.release.layout import preprocessor_config
 
 BATCH = 48  # frames per update; each has three prompts
 BINS, PADDING = 256, 64

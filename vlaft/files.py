@@ -1,12 +1,12 @@
-"""Checksums: whether what is read is what was written.
+"""How things come to lie on a disk, whole, and how it is seen that they are still as they were written.
 
-All are CRC-32C (Castagnoli), which x86 and ARM compute in hardware: a gigabyte takes about as long as reading it from
-memory (`benchmarks/checksums.py`), and every flip of up to 32 neighbouring bits is found.
-
-* Binary files are summed as they lie. JSON documents are summed by their content and carry the sum themselves, under
-  `crc32c`: whoever changes one on purpose deletes that line.
-* A large file is read once: its sum is kept in the user's cache beside a stamp (size, times, inode), and the file is
-  read again when the stamp is another.
+* JSON documents: one way to read them, one to write them.
+* Sums are CRC-32C (Castagnoli), which x86 and ARM compute in hardware: a gigabyte takes about as long as reading it
+  from memory (`benchmarks/checksums.py`), and every flip of up to 32 neighbouring bits is found. Binary files are
+  summed as they lie. JSON documents are summed by their content and carry the sum themselves, under `crc32c`: whoever
+  changes one on purpose deletes that line. A large file is read once: its sum is kept in the user's cache beside a
+  stamp (size, times, inode), and the file is read again when the stamp is another.
+* Outputs appear whole or not at all: they are written beside their place, under a lock, and renamed into it.
 """
 
 from __future__ import annotations
@@ -34,9 +34,72 @@ from vlaft.errors import ConfigError, DataError, VlaftError
 
 SEAL = "crc32c"  # key of a document's own checksum
 UNSEALED = f'if the change is meant, delete the line "{SEAL}" in it'
+_LARGEST_JSON = 256 * 2**20  # bytes; what is larger is no document, and would be held in memory several times over
 _CHUNK = 2**20
 _WORTH_REMEMBERING = 64 * 2**20  # bytes; less is read in a hundredth of a second
 _SETTLED = 2 * 10**9  # ns; a file changed later than that before it was read may change again within one tick
+_HOLDER = re.compile(r"(\d+) ([\w.-]+)")
+Listing = Mapping[str, tuple[int, ...]]  # path within a folder to what changes when it is written
+
+
+def read_json(path: Path, error: type[VlaftError] = DataError) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Args:
+        path: the file.
+        error: what to raise: `CheckpointError` for a file of a checkpoint or a run.
+
+    Raises:
+        VlaftError: of the kind asked for, when the file is missing, cannot be read, or holds no JSON object.
+    """
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise error(f"{path} is too large for what it should be ({path.stat().st_size} bytes)")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path} is missing") from None
+    except (OSError, ValueError, RecursionError) as reason:
+        raise error(f"{path} cannot be read as JSON ({' '.join(str(reason).split())[:100]})") from None
+    if not isinstance(value, dict):
+        raise error(f"{path} must hold a JSON object")
+    return value
+
+
+def write_json(path: Path, value: Any, *, indent: int = 2, durable: bool = True) -> None:
+    """Write JSON aside and rename it into place.
+
+    Args:
+        path: the file.
+        value: what it shall hold.
+        indent: blanks per level.
+        durable: wait until it is on the disk.
+
+    Raises:
+        VlaftError: a number is not finite; JSON has no way to say so.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise VlaftError(f"{path}: a number that is not finite would have to be written, which JSON cannot") from error
+    try:
+        aside.write_text(text, encoding="utf-8")
+        if durable:
+            sync(aside)
+        aside.replace(path)
+        if durable:
+            sync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def checksum(path: Path) -> str:
@@ -86,10 +149,10 @@ def remembered(path: Path, compute: Callable[[Path], Any], *, fresh: bool = Fals
     note = _cache_folder() / f"{name}.json"
     if not fresh:
         try:
-            content = json.loads(note.read_text(encoding="utf-8"))
+            content = read_json(note)
             if seal_holds(content) and content["stamp"] == stamp:
                 return content["value"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (DataError, KeyError, ValueError, RecursionError):
             pass
     value = compute(path)
     if _stamp(path) == stamp and time.time_ns() - stamp[2] > _SETTLED:
@@ -149,10 +212,6 @@ def seal_holds(content: Mapping[str, Any]) -> bool | None:
     (True, False, None)
     """
     return content[SEAL] == content_checksum(unsealed(content)) if SEAL in content else None
-
-
-Listing = Mapping[str, tuple[int, ...]]  # path within a folder to what changes when it is written
-_HOLDER = re.compile(r"(\d+) ([\w.-]+)")
 
 
 @contextmanager
@@ -351,15 +410,6 @@ def free_bytes(out: Path) -> int:
     return shutil.disk_usage(place).free
 
 
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _place(out: Path) -> Path:
     with disk_errors(out):  # the working folder may be gone
         place = Path(os.path.realpath(out))
@@ -503,58 +553,3 @@ def _alive(process: int, host: str) -> bool:
             except (ProcessLookupError, OverflowError):
                 return False
     return True
-
-
-def write_json(path: Path, value: Any, sync: bool = True) -> None:
-    """Write JSON aside, sync it (unless that can wait) and rename it into place.
-
-    Raises:
-        ValueError: a number is not finite; JSON has no way to say so.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-        if sync:
-            sync_file(temporary)
-        temporary.replace(path)
-        if sync:
-            sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
-
-    Raises:
-        DataError: it cannot be read, is no JSON, or holds something else.
-    """
-    try:
-        if path.stat().st_size > _MAX_JSON:
-            raise DataError(f"{path} is too large for what it should be ({path.stat().st_size} bytes)")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read as JSON ({' '.join(str(error).split())[:100]})") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path} must hold a JSON object")
-    return value
-
-
-def sync_file(path: Path) -> None:
-    """Make the content of a file durable."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames within a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-_MAX_JSON = 256 * 2**20

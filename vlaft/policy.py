@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vlaft.action.statistics import BOUNDS, check_statistics, choose_key, read_statistics
+from vlaft.action.statistics import choose_key
 from vlaft.action.tokens import unnormalize
 from vlaft.action.written import Written
 from vlaft.errors import CheckpointError, DataError, UsageError
@@ -31,7 +31,7 @@ from vlaft.observation.batch import Observation
 from vlaft.observation.images import Image, ImagePipeline
 from vlaft.observation.prompts import BaseFiles, load_base_files, prompt_style_of
 from vlaft.weights.layout import check_tensor_checksums, fingerprint, resolve_checkpoint
-from vlaft.weights.trained import STATISTICS_FILE, TRAINED_FILE, Trained, find_trained, is_trained
+from vlaft.weights.trained import Trained, base_name, check_base, find_trained, is_trained, statistics_of
 
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _QUANTIZED = ("int8", "nf4")
@@ -205,7 +205,7 @@ def load(
     quantize = dtype if dtype in _QUANTIZED else None
     path = Path(source)
     trained = find_trained(path, checkpoint) if path.is_dir() and is_trained(path) else None
-    folder = resolve_checkpoint(str(source)) if trained is None else _base_of(trained, path, base)
+    folder = resolve_checkpoint(str(source)) if trained is None else _base_of(trained, base)
     files = load_base_files(str(folder))
     if trained is not None:
         files = replace(files, config={**files.config, **trained.inference})
@@ -215,7 +215,7 @@ def load(
         model = _with_trained(model, trained, folder)
     if place.type == "cpu" and not getattr(model, "is_quantized", False):
         pack_linears(model)
-    statistics = (trained.statistics if trained is not None else None) or _statistics(folder, files.config)
+    statistics = statistics_of(trained, folder, files.config)
     return Policy(model, files, _pipeline(files), statistics, place, _graphs(model, place))
 
 
@@ -247,45 +247,26 @@ def _graphs(model: Any, device: torch.device) -> CudaGraphs | None:
     return CudaGraphs() if device.type == "cuda" and not getattr(model, "is_loaded_in_8bit", False) else None
 
 
-def _base_of(trained: Trained, path: Path, base: str | None) -> Path:
-    name = base or trained.base
-    if name is None:
-        raise CheckpointError(f"{path} does not say on which base it was trained; give it with --base")
-    folder = resolve_checkpoint(name)
+def _base_of(trained: Trained, base: str | None) -> Path:
+    folder = resolve_checkpoint(base_name(trained, base))
     if trained.base_checksums is not None:
         check_tensor_checksums(folder, trained.base_checksums)
-    if trained.base_fingerprint and trained.base_fingerprint != fingerprint(folder):
-        raise CheckpointError(f"{path} was trained on another base than {name}; give the right one with --base")
+    check_base(trained, folder, fingerprint(folder))
     return folder
 
 
 def _with_trained(model: Any, trained: Trained, base: Path) -> Any:
-    quantized = getattr(model, "is_quantized", False)
-    if trained.is_adapter and quantized:
-        from vlaft.adapt.adapter import load_adapter
+    """Fold in what was trained; an adapter on quantised weights stays beside them."""
+    from vlaft.adapt.merging import changes, fold
 
-        return load_adapter(model, trained.weights)
-    if quantized:
-        raise CheckpointError(
-            f"{trained.weights} holds whole tensors, which cannot be put into quantised weights: merge it first,"
-            " then load the merged checkpoint quantised"
-        )
-    from vlaft.adapt.merging import fold_adapter, lay_over
+    beside = trained.has_adapter and getattr(model, "is_quantized", False)
+    fold(model, base, changes(trained, base, adapter=not beside))
+    if not beside:
+        return model
+    from vlaft.adapt.adapter import load_adapter
 
-    if trained.is_adapter:
-        fold_adapter(model, base, trained.weights)
-    else:
-        lay_over(model, base, trained.weights / TRAINED_FILE)
-    return model
+    return load_adapter(model, trained.weights)
 
 
 def _pipeline(files: BaseFiles) -> ImagePipeline:
     return ImagePipeline.from_checkpoint(files.config, files.preprocessor)
-
-
-def _statistics(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The file beside the weights wins: upstream's fine-tuning leaves the base's statistics in `config.json`."""
-    if (folder / STATISTICS_FILE).is_file():
-        return read_statistics(folder / STATISTICS_FILE, BOUNDS)
-    found = config.get("norm_stats")
-    return check_statistics(found, f"{folder / 'config.json'}: norm_stats", BOUNDS) if found else {}

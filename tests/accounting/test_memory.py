@@ -89,18 +89,18 @@ def test_two_traces_give_every_batch_size(mini):
     model = memory_model(recipe, config, tokens=24)
     for batch_size in (1, 3, 16):
         direct = predict_memory(recipe, config, batch_size=batch_size, tokens=24)
-        assert model.predict_memory(batch_size).live == direct.live
+        assert model.predict(batch_size).live == direct.live
         # where two moments are equally high, roundings may choose either
-        assert model.predict_memory(batch_size).allocated == pytest.approx(direct.allocated, rel=0.001)
+        assert model.predict(batch_size).allocated == pytest.approx(direct.allocated, rel=0.001)
 
 
 def test_the_largest_batch_fits_and_one_more_does_not(mini):
     model = memory_model(resolve("lora16"), load_config(mini), tokens=24)
-    memory = model.predict_memory(100).peak
+    memory = model.predict(100).peak
     largest = model.largest_batch(memory)
     # the allocator's segments are coarse for so small a model: a few more may fit into the same ones
     assert 97 <= largest <= 130
-    assert model.predict_memory(largest).peak <= memory < model.predict_memory(2 * largest).peak
+    assert model.predict(largest).peak <= memory < model.predict(2 * largest).peak
     assert model.largest_batch(1000) == 0
 
 

@@ -18,7 +18,6 @@ from vlaft.action.statistics import (
     choose_key,
     compute_statistics,
     read_statistics,
-    state_statistics,
     write_statistics,
 )
 from vlaft.data.layout import apply_layout
@@ -45,7 +44,7 @@ episodes = st.lists(
 @settings(max_examples=80)
 def test_statistics_are_numpys_over_all_steps(actions: list[np.ndarray]) -> None:
     joined = np.concatenate(actions).astype(np.float64)
-    found = compute_statistics(actions, mask=[True, True, False])
+    found = compute_statistics(actions, mask=[True, True, False], states=[action[:, :2] for action in actions])
     expected = {
         "mean": joined.mean(axis=0),
         "std": joined.std(axis=0),
@@ -55,12 +54,11 @@ def test_statistics_are_numpys_over_all_steps(actions: list[np.ndarray]) -> None
         "q99": np.quantile(joined, 0.99, axis=0),
     }
     assert set(found["action"]) == {*FIELDS, "mask"}
-    states = state_statistics([action[:, :2] for action in actions])
     for name, values in expected.items():
         np.testing.assert_allclose(found["action"][name], values, rtol=1e-5, atol=2e-5, err_msg=name)
-        np.testing.assert_allclose(states[name], values[:2], rtol=1e-5, atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(found["proprio"][name], values[:2], rtol=1e-5, atol=2e-5, err_msg=name)
     assert found["action"]["mask"] == [True, True, False]
-    assert set(found["proprio"]) == set(states) == set(FIELDS)
+    assert set(found["proprio"]) == set(FIELDS)
     assert (found["num_transitions"], found["num_trajectories"]) == (len(joined), len(actions))
     for low, high in (("min", "q01"), ("q01", "q99"), ("q99", "max")):
         assert (np.float32(found["action"][low]) <= np.float32(found["action"][high]) + 1e-4).all()
@@ -71,7 +69,7 @@ def test_millions_of_steps_lose_no_digits() -> None:
     assert compute_statistics([ones])["action"]["mean"] == [1.0]
 
 
-def test_proprio_is_zeros_shaped_like_the_action() -> None:
+def test_without_states_proprio_is_zeros_shaped_like_the_action() -> None:
     found = compute_statistics([np.ones((2, 7), np.float32)])
     assert all(found["proprio"][name] == [0.0] * 7 for name in FIELDS)
     assert found["action"]["mask"] == [True] * 7
@@ -88,7 +86,7 @@ def test_what_has_no_statistics_is_refused() -> None:
     with pytest.raises(DataError, match="mask has 6 entries for 7"):
         compute_statistics([seven], mask=[True] * 6)
     with pytest.raises(DataError, match="state dimension 1 is not finite in 2 places"):
-        state_statistics([np.float32([[0, np.nan], [0, np.inf]])])
+        compute_statistics([np.zeros((2, 7), np.float32)], states=[np.float32([[0, np.nan], [0, np.inf]])])
 
 
 def test_a_written_file_is_read_back_the_same(tmp_path: Path) -> None:
@@ -117,7 +115,7 @@ def damaged(key: str, value: object) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ([], "holds no dataset statistics"),
+        ([], "must hold a JSON object"),
         ({}, "holds no dataset statistics"),
         ({"bridge": 3}, r"bridge\.action is missing"),
         (damaged("action.q01", None), r"bridge\.action\.q01 has to be a list of finite numbers"),
@@ -142,12 +140,12 @@ def test_a_wrong_file_is_refused_by_its_key(tmp_path: Path, content: object, sen
 
 
 def test_a_file_that_is_no_json_or_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(DataError, match="is missing; it is written by vlaft convert"):
         read_statistics(tmp_path)
     file = tmp_path / "dataset_statistics.json"
     for content in (b"{", b"\xff\xfe\x00", b"[" * 100_000):
         file.write_bytes(content)
-        with pytest.raises(DataError, match="not valid JSON"):
+        with pytest.raises(DataError, match="cannot be read as JSON"):
             read_statistics(file)
 
 

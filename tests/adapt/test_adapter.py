@@ -13,10 +13,6 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from vlaft.adapt.adapter import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    base_fingerprint,
-    is_adapter,
     load_adapter,
     load_adapter_weights,
     read_adapter_config,
@@ -26,6 +22,7 @@ from vlaft.adapt.adapter import (
 from vlaft.adapt.methods import attach_lora
 from vlaft.errors import CheckpointError
 from vlaft.recipe.settings import LoraConfig
+from vlaft.weights.trained import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_base
 
 EXTRA = "base_model.model.language_model.lm_head.base_layer.weight"
 
@@ -41,9 +38,9 @@ def folder(case: Golden, tmp_path: Path) -> Path:
 
 
 def rewrite(folder: Path, change) -> None:  # type: ignore[no-untyped-def]
-    tensors = load_file(folder / WEIGHTS_FILE)
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
     change(tensors)
-    save_file(tensors, folder / WEIGHTS_FILE)
+    save_file(tensors, folder / ADAPTER_WEIGHTS)
 
 
 def refused(case: Golden, folder: Path) -> str:
@@ -55,12 +52,12 @@ def refused(case: Golden, folder: Path) -> str:
 
 def test_the_frozen_head_that_upstream_stores_is_skipped(case: Golden) -> None:
     folder = case.folder / "adapter_trained"
-    assert EXTRA in load_file(folder / WEIGHTS_FILE)
-    assert set(load_file(folder / WEIGHTS_FILE)) - set(read_adapter_tensors(folder)) == {EXTRA}
+    assert EXTRA in load_file(folder / ADAPTER_WEIGHTS)
+    assert set(load_file(folder / ADAPTER_WEIGHTS)) - set(read_adapter_tensors(folder)) == {EXTRA}
 
 
 def test_configuration_of_an_old_peft_is_read_without_its_remote_code(case: Golden) -> None:
-    content = json.loads((case.folder / "adapter_init" / CONFIG_FILE).read_text())
+    content = json.loads((case.folder / "adapter_init" / ADAPTER_CONFIG).read_text())
     assert "transformers_modules" in content["auto_mapping"]["parent_library"]
     config = read_adapter_config(case.folder / "adapter_init")
     assert config.auto_mapping is None
@@ -70,13 +67,11 @@ def test_configuration_of_an_old_peft_is_read_without_its_remote_code(case: Gold
 
 def test_saved_adapter_comes_back_bit_for_bit(case: Golden, tmp_path: Path) -> None:
     adapted = load_adapter(case.load(), case.folder / "adapter_trained")
-    assert not is_adapter(tmp_path)
     save_adapter(adapted, tmp_path, "0123abcd")
-    assert is_adapter(tmp_path)
-    assert base_fingerprint(tmp_path) == "0123abcd"
-    assert base_fingerprint(case.folder / "adapter_trained") is None
+    assert adapter_base(tmp_path) == ("0123abcd", None)
+    assert adapter_base(case.folder / "adapter_trained") == (None, None)
     ours, theirs = read_adapter_tensors(tmp_path), read_adapter_tensors(case.folder / "adapter_trained")
-    assert set(load_file(tmp_path / WEIGHTS_FILE)) == set(ours) == set(theirs)
+    assert set(load_file(tmp_path / ADAPTER_WEIGHTS)) == set(ours) == set(theirs)
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     again = load_adapter(case.load(), tmp_path)
     with torch.no_grad():
@@ -127,16 +122,16 @@ def test_another_rank_is_refused(case: Golden) -> None:
 
 
 def test_damaged_weights(case: Golden, folder: Path) -> None:
-    data = (folder / WEIGHTS_FILE).read_bytes()
+    data = (folder / ADAPTER_WEIGHTS).read_bytes()
     for size in (0, 5, 100, len(data) // 2, len(data) - 1):
-        (folder / WEIGHTS_FILE).write_bytes(data[:size])
-        assert WEIGHTS_FILE in refused(case, folder)
+        (folder / ADAPTER_WEIGHTS).write_bytes(data[:size])
+        assert ADAPTER_WEIGHTS in refused(case, folder)
         with pytest.raises(CheckpointError, match="adapter_model"):
             read_adapter_tensors(folder)
-    (folder / WEIGHTS_FILE).unlink()
-    assert WEIGHTS_FILE in refused(case, folder)
+    (folder / ADAPTER_WEIGHTS).unlink()
+    assert ADAPTER_WEIGHTS in refused(case, folder)
     with pytest.raises(CheckpointError, match="adapter_model"):
-        base_fingerprint(folder)
+        adapter_base(folder)
 
 
 @pytest.mark.parametrize(
@@ -155,13 +150,13 @@ def test_damaged_weights(case: Golden, folder: Path) -> None:
     ],
 )
 def test_damaged_configuration(case: Golden, folder: Path, content: str) -> None:
-    (folder / CONFIG_FILE).write_text(content)
+    (folder / ADAPTER_CONFIG).write_text(content)
     refused(case, folder)
 
 
 def test_special_initialisation_does_not_alter_the_base_on_loading(case: Golden, folder: Path) -> None:
-    content = json.loads((folder / CONFIG_FILE).read_text()) | {"init_lora_weights": "olora"}
-    (folder / CONFIG_FILE).write_text(json.dumps(content))
+    content = json.loads((folder / ADAPTER_CONFIG).read_text()) | {"init_lora_weights": "olora"}
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(content))
     model = case.load()
     head = model.language_model.lm_head.weight.detach().clone()
     adapted = load_adapter(model, folder)

@@ -85,7 +85,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> ConvertedDataset:
 
 
 def rows_of(batch: Batch) -> list[int]:
-    return batch.images[:, 0, 0, 0].tolist()
+    return batch.images[:, 0, 0, 0, 0].tolist()
 
 
 def take(loader: Any, count: int) -> list[list[int]]:
@@ -99,9 +99,9 @@ def test_a_batch_is_padded_and_labelled(dataset: ConvertedDataset) -> None:
     assert batch.input_ids.tolist() == [[1, 5, 6, 7, *tokens[0], 2], [1, 5, 6, *tokens[1], 2, 3]]
     assert batch.labels.tolist() == [[-100] * 4 + [*tokens[0], 2], [-100] * 3 + [*tokens[1], 2, -100]]
     assert batch.attention_mask.tolist() == [[True] * 7, [True] * 6 + [False]]
-    assert batch.images.shape == (2, 8, 8, 3) and batch.images.dtype == torch.uint8
-    assert batch.action.dtype == torch.float32
-    assert batch.action.tolist() == [first["normalized_action"], second["normalized_action"]]
+    assert batch.images.shape == (2, 1, 8, 8, 3) and batch.images.dtype == torch.uint8
+    assert batch.action.dtype == torch.float32 and batch.state is None
+    assert batch.action.tolist() == [[first["normalized_action"]], [second["normalized_action"]]]
     assert batch.datasets == ("toy", "toy") and len(batch.to("cpu")) == 2
 
 

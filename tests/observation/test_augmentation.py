@@ -65,6 +65,26 @@ def test_augmentation_repeats_with_its_generator_and_differs_per_image() -> None
     assert all(not torch.equal(first[0], other) for other in first[1:])
 
 
+def test_each_camera_has_its_own_parameters_and_a_single_one_those_of_today() -> None:
+    images = noise(3)
+    alone = augment(images, torch.Generator().manual_seed(7))
+    assert torch.equal(augment(images[:, None], torch.Generator().manual_seed(7)), alone[:, None])
+    both = augment(images[:, None].expand(-1, 2, -1, -1, -1), torch.Generator().manual_seed(7))
+    assert both.shape == (3, 2, 24, 24, 3) and both.dtype == torch.uint8
+    assert all(not torch.equal(first, second) for first, second in both)
+    flat = images.repeat_interleave(2, dim=0)
+    assert torch.equal(both.flatten(0, 1), augment(flat, torch.Generator().manual_seed(7)))
+
+
+def test_pixel_values_go_camera_by_camera() -> None:
+    images = noise(6).unflatten(0, (3, 2))
+    means, stds = [[0.1, 0.2, 0.3], [0.5, 0.5, 0.5]], [[1, 2, 3], [0.5, 0.5, 0.5]]
+    values = pixel_values(images, means, stds)
+    assert values.shape == (3, 12, 24, 24)
+    for camera in range(2):
+        assert torch.equal(values[:, 6 * camera : 6 * camera + 6], pixel_values(images[:, camera], means, stds))
+
+
 def test_parameters_stay_in_their_ranges() -> None:
     grey = torch.full((400, 4, 4, 3), 128, dtype=torch.uint8)
     levels = augment(grey, torch.Generator().manual_seed(0)).float() / 255

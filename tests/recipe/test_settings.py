@@ -121,6 +121,8 @@ def test_words_are_yaml() -> None:
         ("adapt.double_quant=true", "adapt.double_quant=true needs adapt.quantize=nf4, not none"),
         ("train.schedule.name=step", "train.schedule.name=step needs train.schedule.step_size"),
         ("adapt.lora.targets=[]", "adapt.lora.targets is empty, so nothing would be trained"),
+        ("policy.cameras=[main,wrist,main]", "policy.cameras names 'main' twice"),
+        ("policy.cameras=[]", "policy.cameras must name at least one camera, such as [main], and no empty one"),
     ],
 )  # fmt: skip
 def test_a_wrong_word_is_one_sentence(word: str, sentence: str) -> None:
@@ -135,12 +137,22 @@ def test_a_wrong_word_is_one_sentence(word: str, sentence: str) -> None:
         (("adapt.lora.init=pissa", "adapt.quantize=int8"), "adapt.lora.init=pissa needs adapt.quantize=none, not int8"),
         (("train.schedule.warmup_steps=9", "train.steps=9"), "must be below train.steps=9"),
         (("train.early_stopping=2", "train.evaluate_every=0"), "needs evaluations"),
+        (("policy.head=l1", "policy.chunk=0"), "policy.chunk must be at least 1, not 0"),
+        (("policy.chunk=2",), "policy.chunk=2 needs all actions written at once: policy.decoding=parallel"),
+        (("policy.state=true",), "policy.state=true needs all actions written at once"),
+        (("policy.film=true", "policy.cameras=[main,wrist]"), "policy.film=true needs all actions written at once"),
         (("train.schedule.step_size=9",), "needs train.schedule.name=step, not constant"),
     ],
 )
 def test_contradictions_are_refused(words: tuple[str, ...], part: str) -> None:
     (problem,) = problems_of(words=words)
     assert part in problem
+
+
+@pytest.mark.parametrize("word", ["policy.head=l1", "policy.decoding=parallel"])
+def test_what_writes_all_at_once_may_have_chunks_state_and_film(word: str) -> None:
+    policy = resolve(words=[word, "policy.chunk=8", "policy.state=true", "policy.film=true"]).policy
+    assert policy.parallel and policy.chunk == 8 and policy.cameras == ["main"]
 
 
 def test_all_problems_are_told_together(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Exports: the release's layout, quantised checkpoints, adapters for upstream's peft, model cards, uploads."""
+"""Exports: the release's layout, quantised checkpoints, adapters for upstream's peft, model cards."""
 
 from __future__ import annotations
 
@@ -9,35 +9,32 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 import yaml
 from golden_models import ADAPTER, base_tensors, copy_checkpoint, golden
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from small_base import write_small_base
 
-from vlaft import push as push_module
 from vlaft.adapt.methods import SKIPPED, quantization_config
 from vlaft.cli.main import main
 from vlaft.data.codec import encode_image
-from vlaft.errors import CheckpointError, UsageError, VlaftError
+from vlaft.errors import CheckpointError
+from vlaft.files import read_json
 from vlaft.model.load import load_model
 from vlaft.model.openvla import OpenVLAForActionPrediction
 from vlaft.policy import load
-from vlaft.push import check_repository, push
 from vlaft.recipe.settings import AdaptConfig
 from vlaft.release import export as export_module
 from vlaft.release import quantized as export_quantized_module
 from vlaft.release.adapter import _KEYS
 from vlaft.release.card import write_model_card
-from vlaft.release.files import preprocessor_config
+from vlaft.release.layout import preprocessor_config
 from vlaft.release.merge import MERGE_FILE
 from vlaft.release.quantized import linear_weights
 from vlaft.release.record import base_licence
-from vlaft.weights.layout import plain_shapes, read_json, tensor_table
+from vlaft.weights.layout import plain_shapes, tensor_table
 
 KINDS = ("nf4", "int8")
 CONFIG_FIELDS = {  # docs/upstream.md, Configuration
@@ -124,8 +121,6 @@ def test_a_release_keeps_its_own_fields(tiny: Path, tmp_path: Path) -> None:
     assert set(after) == set(before)
     assert {path.name for path in source.iterdir()} <= {path.name for path in (tmp_path / "out").iterdir()}
     assert not (tmp_path / "out" / "README.md").exists()  # it comes from no run
-    server = yaml.safe_load((tmp_path / "out" / "vla_eval_server.yaml").read_text())
-    assert server["args"]["model_path"] == "out"
 
 
 def exported(run: Path, tmp_path: Path, strategy: str, crop: bool, base_says: str) -> Path:
@@ -179,13 +174,6 @@ def test_an_export_holds_no_path_of_this_machine(tiny: Path, tmp_path: Path) -> 
     for path in (tmp_path / "out").iterdir():
         if path.suffix in (".json", ".yaml", ".md"):
             assert str(tmp_path) not in path.read_text(), path.name
-
-
-def test_a_pushed_export_is_served_from_the_hub(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.HfApi", FakeApi)
-    assert export(tiny / "checkpoint", tmp_path / "out", "--push", "user/name") == 0
-    server = yaml.safe_load((tmp_path / "out" / "vla_eval_server.yaml").read_text())
-    assert server["args"]["model_path"] == "user/name"
 
 
 def test_another_type(merged: Path, tmp_path: Path) -> None:
@@ -387,6 +375,16 @@ def test_trained_tensors_are_no_adapter(tmp_path: Path, capsys: pytest.CaptureFi
     assert "no adapter" in capsys.readouterr().err
 
 
+def test_an_adapter_with_whole_tensors_beside_it_is_not_exported_alone(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = Path(shutil.copytree(run, tmp_path / "run"))
+    save_file({"x": torch.zeros(1)}, both / "checkpoints/step-000020/trained.safetensors")
+    assert export(both, tmp_path / "out", "--to", "adapter") == 1
+    assert "besides its adapter, which would be lost" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_card_tells_recipe_data_statistics_figures_and_licence(
     run: Path,
     tmp_path: Path,
@@ -431,8 +429,6 @@ def test_the_licence_of_the_base(tmp_path: Path) -> None:
         (["--dtype", "int3"], 2),
         (["--to", "nf4", "--dtype", "float16"], 2),
         (["--checkpoint", "best"], 2),
-        (["--push", "noslash"], 2),
-        (["--push", "../x"], 2),
     ],
 )
 def test_words_that_contradict(merged: Path, tmp_path: Path, words: list[str], code: int) -> None:
@@ -454,63 +450,6 @@ def test_what_is_missing_is_said(merged: Path, run: Path, tmp_path: Path, capsys
     assert export(base, tmp_path / "out", "--to", "nf4") == 1
     assert "its actions have no units" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-class FakeApi:
-    """Remembers what it was asked; raises what it was told to."""
-
-    def __init__(self, error: Exception | None = None) -> None:
-        self.calls: list[tuple[str, Any]] = []
-        self.error = error
-
-    def create_repo(self, repository: str, **options: Any) -> None:
-        self.calls.append((repository, options))
-        if self.error:
-            raise self.error
-
-    def upload_folder(self, **options: Any) -> str:
-        self.calls.append(
-            ("upload", options | {"files": sorted(p.name for p in Path(options["folder_path"]).iterdir())})
-        )
-        return "https://huggingface.co/user/name/commit/1"
-
-
-def test_push_uploads_the_folder_with_its_card(
-    merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    api = FakeApi()
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
-    assert export(merged, tmp_path / "out", "--push", "user/name") == 0
-    assert api.calls[0] == ("user/name", {"private": True, "exist_ok": True})
-    upload = api.calls[1][1]
-    assert upload["repo_id"] == "user/name"
-    assert {"README.md", "config.json", "dataset_statistics.json"} <= set(upload["files"])
-    assert "https://huggingface.co/user/name/commit/1" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        httpx.ConnectError("[Errno -2] Name or service not known"),
-        ConnectionError("no route"),
-        OSError("offline mode is enabled"),
-        HfHubHTTPError("401 Client Error", response=httpx.Response(401, request=httpx.Request("POST", "https://x"))),
-    ],
-)
-def test_a_failed_upload_is_one_sentence_and_keeps_the_folder(tmp_path: Path, error: Exception) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(VlaftError, match="hf upload user/name") as caught:
-        push(tmp_path, "user/name", api=FakeApi(error))
-    assert "\n" not in str(caught.value)
-    assert (tmp_path / "config.json").is_file()
-
-
-@pytest.mark.parametrize("name", ["user", "user/name/x", "/name", "user/", "../x", "a b/c", "user/na..me", ""])
-def test_names_that_are_no_repository(name: str) -> None:
-    with pytest.raises(UsageError, match="user/name"):
-        check_repository(name)
-    check_repository("user/some-Model_1.0")
-    assert push_module.__doc__
 
 
 def test_the_exported_checkpoint_acts_as_the_merged(

@@ -24,15 +24,17 @@ from golden_models import NAMES, Golden, base_tensors, copy_checkpoint, golden, 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlaft.adapt.adapter import WEIGHTS_FILE, read_adapter_tensors
+from vlaft.action.statistics import STATISTICS_FILE
+from vlaft.adapt.adapter import read_adapter_tensors
 from vlaft.cli.main import main
 from vlaft.errors import CheckpointError, ConfigError, VlaftError
+from vlaft.files import read_json
 from vlaft.model.load import load_model
 from vlaft.release import merge as merge_module
 from vlaft.release.merge import MERGE_FILE, merge
-from vlaft.weights.layout import INDEX_FILE, SINGLE_FILE, fingerprint, read_json, resolve_checkpoint, tensor_table
+from vlaft.weights.layout import INDEX_FILE, SINGLE_FILE, fingerprint, resolve_checkpoint, tensor_table
 from vlaft.weights.stream import read_tensor
-from vlaft.weights.trained import STATISTICS_FILE, TRAINED_FILE, Trained, find_trained
+from vlaft.weights.trained import ADAPTER_WEIGHTS, TRAINED_FILE, Trained, find_trained
 
 STATISTICS = {"mine": {"action": {"q01": [0.0], "q99": [1.0], "mask": [True]}, "num_transitions": 3}}
 
@@ -144,9 +146,9 @@ def test_without_statistics_those_of_the_base_stay(case: Golden, adapter: Traine
 def test_the_stored_frozen_head_is_not_merged(case: Golden, adapter: Trained, tmp_path: Path) -> None:
     extra = "base_model.model.language_model.lm_head.base_layer.weight"
     folder = Path(shutil.copytree(adapter.weights, tmp_path / "without"))
-    tensors = load_file(folder / WEIGHTS_FILE)
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
     del tensors[extra]
-    save_file(tensors, folder / WEIGHTS_FILE)
+    save_file(tensors, folder / ADAPTER_WEIGHTS)
     merge(adapter, case.folder, tmp_path / "a")
     merge(find_trained(folder), case.folder, tmp_path / "b")
     one, other = base_tensors(tmp_path / "a"), base_tensors(tmp_path / "b")
@@ -204,12 +206,14 @@ def test_trained_tensors_that_do_not_fit(case: Golden, tmp_path: Path) -> None:
 
 def test_damaged_trained_weights(case: Golden, adapter: Trained, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(adapter.weights, tmp_path / "adapter"))
-    data = (folder / WEIGHTS_FILE).read_bytes()
+    data = (folder / ADAPTER_WEIGHTS).read_bytes()
     for size in (0, 20, len(data) // 2, len(data) - 1):
-        (folder / WEIGHTS_FILE).write_bytes(data[:size])
-        assert WEIGHTS_FILE in refused(lambda: merge(replace(adapter, weights=folder), case.folder, tmp_path / "out"))
-    (folder / WEIGHTS_FILE).unlink()
-    assert WEIGHTS_FILE in refused(lambda: merge(replace(adapter, weights=folder), case.folder, tmp_path / "out"))
+        (folder / ADAPTER_WEIGHTS).write_bytes(data[:size])
+        assert ADAPTER_WEIGHTS in refused(
+            lambda: merge(replace(adapter, weights=folder), case.folder, tmp_path / "out")
+        )
+    (folder / ADAPTER_WEIGHTS).unlink()
+    assert ADAPTER_WEIGHTS in refused(lambda: merge(replace(adapter, weights=folder), case.folder, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -243,8 +247,8 @@ def test_an_interrupted_merge_leaves_nothing(
 
 KILL = """
 import os, pathlib, signal, sys
-from vlaft import merge as module
-from vlaft.trained import find_trained
+from vlaft.release import merge as module
+from vlaft.weights.trained import find_trained
 weights, base, out, moment = sys.argv[1:]
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 options = {}
@@ -398,7 +402,7 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path, kind: str) -> N
         for index in range(count):
             factors[f"base_model.model.layers.{index}.lora_A.weight"] = torch.ones(2, side)
             factors[f"base_model.model.layers.{index}.lora_B.weight"] = torch.ones(side, 2)
-        save_file(factors, weights / WEIGHTS_FILE)
+        save_file(factors, weights / ADAPTER_WEIGHTS)
         config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["0"]}
         (weights / "adapter_config.json").write_text(json.dumps(config))
     del tensors

@@ -22,7 +22,6 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -30,8 +29,7 @@ from repository import ROOT
 from serving_fixtures import FakePolicy, expected_action, raw_exchange, running
 
 from vlaft.cli.main import main
-from vlaft.errors import CheckpointError, DataError, UsageError, VlaftError
-from vlaft.harness import FILE_NAME, server_config, write_server_config
+from vlaft.errors import DataError, UsageError, VlaftError
 from vlaft.serving import json_numpy
 from vlaft.serving.observation import read_observation
 from vlaft.serving.server import bind
@@ -532,47 +530,6 @@ def test_a_wrong_command_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> 
         error = capsys.readouterr().err
         assert says in error
         assert error.count("\n") == 1
-
-
-# The harness's config
-
-
-def test_the_harness_gets_the_config_that_it_reads() -> None:
-    text = server_config("models/it: mine", "my key", center_crop=True)
-    assert yaml.safe_load(text) == {
-        "script": "src/vla_eval/model_servers/openvla.py",
-        "args": {
-            "model_path": "models/it: mine",
-            "unnorm_key": "my key",
-            "center_crop": True,
-            "chunk_size": 1,
-            "port": 8000,
-        },
-    }
-    assert "center_crop" not in server_config("a", "b", center_crop=False)
-    with pytest.raises(CheckpointError, match="would replace"):
-        server_config("${oc.env:HOME}", "b", center_crop=False)
-
-
-def test_the_harness_config_is_written_only_where_its_server_fits(tiny: Path, tmp_path: Path) -> None:
-    source = tiny / "checkpoint"
-    names = ("config.json", "preprocessor_config.json", "dataset_statistics.json")
-    for name in names:
-        (tmp_path / name).write_bytes((source / name).read_bytes())
-    config = json.loads((source / "config.json").read_text())
-    config.pop("image_pipeline", None)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    keys = list(json.loads((source / "dataset_statistics.json").read_text()))
-    path = write_server_config(tmp_path, model_path="me/model", unnorm_key=keys[0])
-    assert path == tmp_path / FILE_NAME
-    assert yaml.safe_load(path.read_text())["args"]["unnorm_key"] == keys[0]
-    for change, says in [
-        ({"quantization_config": {"load_in_4bit": True}}, "quantised"),
-        ({"prompt_style": "vicuna"}, "prompt style is vicuna"),
-    ]:
-        (tmp_path / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(CheckpointError, match=says):
-            write_server_config(tmp_path, unnorm_key=keys[0])
 
 
 def test_fifty_unfinished_bodies_keep_nobody_out() -> None:

@@ -12,12 +12,13 @@ import torch
 from golden_models import MINI
 from safetensors.torch import save_file
 
+from vlaft.action.statistics import STATISTICS_FILE
 from vlaft.adapt.adapter import save_adapter
 from vlaft.adapt.methods import attach_lora
 from vlaft.errors import CheckpointError, DataError
 from vlaft.model.load import load_model
 from vlaft.recipe.settings import LoraConfig
-from vlaft.weights.trained import RUN_FILE, STATISTICS_FILE, TRAINED_FILE, find_trained, is_trained
+from vlaft.weights.trained import RUN_FILE, TRAINED_FILE, find_trained, is_trained
 
 ADAPTER = MINI / "fused" / "adapter_trained"
 STATISTICS = {"mine": {"action": {"q01": [0.0], "q99": [1.0], "mask": [True]}}}
@@ -54,7 +55,7 @@ def refused(folder: Path, checkpoint: str | None = None) -> str:
 def test_checkpoint_of_a_run(run: Path, checkpoint: str | None, name: str) -> None:
     trained = find_trained(run, checkpoint)
     assert trained.weights == run / "checkpoints" / name
-    assert trained.is_adapter
+    assert trained.has_adapter
     assert (trained.base, trained.base_fingerprint, trained.recipe) == ("someone/base", "abc", "lora32")
     assert trained.statistics == STATISTICS
     assert trained.inference == {"prompt_style": "openvla"}
@@ -108,16 +109,25 @@ def test_trained_tensors_need_their_run(run: Path, tmp_path: Path) -> None:
     shutil.rmtree(weights)
     weights.mkdir()
     save_file({"a": torch.zeros(1)}, weights / TRAINED_FILE)
-    assert not find_trained(run).is_adapter
+    found = find_trained(run)
+    assert (found.has_adapter, found.tensors) == (False, weights / TRAINED_FILE)
     alone = Path(shutil.copytree(weights, tmp_path / "alone"))
     assert is_trained(alone)
     assert "give the run's folder" in refused(alone)
 
 
+def test_an_adapter_and_whole_tensors_side_by_side(run: Path) -> None:
+    weights = run / "checkpoints" / "step-000020"
+    assert find_trained(run).tensors is None
+    save_file({"a": torch.zeros(1)}, weights / TRAINED_FILE)
+    found = find_trained(run)
+    assert (found.has_adapter, found.tensors) == (True, weights / TRAINED_FILE)
+
+
 def test_upstreams_adapter_with_statistics_beside_or_above(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(ADAPTER, tmp_path / "adapters" / "mine"))
     trained = find_trained(folder)
-    assert trained.is_adapter
+    assert trained.has_adapter
     assert (trained.base, trained.base_fingerprint, trained.statistics) == (None, None, {})
     (folder.parent / STATISTICS_FILE).write_text(json.dumps({"above": STATISTICS["mine"]}))
     assert list(find_trained(folder).statistics) == ["above"]

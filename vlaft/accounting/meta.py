@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from vlaft.model.configuration import OpenVLAConfig
+from vlaft.model.configuration import OpenVLAConfig, Policy
 from vlaft.model.openvla import OpenVLAForActionPrediction
 from vlaft.training.step import Inputs, Normalization
 
@@ -45,8 +45,17 @@ def meta_model(config: OpenVLAConfig, dtype: torch.dtype = torch.float32) -> Ope
     return model.to(dtype).eval()
 
 
+RELEASED = Policy()
+
+
 def example_inputs(
-    config: OpenVLAConfig, *, batch_size: int, tokens: int, labels: int, device: torch.device = META
+    config: OpenVLAConfig,
+    *,
+    batch_size: int,
+    tokens: int,
+    labels: int,
+    device: torch.device = META,
+    policy: Policy = RELEASED,
 ) -> Inputs:
     """Return a batch of zeros.
 
@@ -54,8 +63,9 @@ def example_inputs(
         config: of the base.
         batch_size: B.
         tokens: T, prompt and actions after padding.
-        labels: K, labels per example, the last ones of each row.
+        labels: labels per example, the last ones of each row: K * A actions, and the end of the sequence.
         device: where; the meta device allocates nothing.
+        policy: what is read and written.
     """
     side = config.image_sizes[0]  # type: ignore[index]
     positions = torch.arange(tokens - labels, tokens, device=device).repeat(batch_size, 1)
@@ -63,7 +73,11 @@ def example_inputs(
         input_ids=torch.zeros(batch_size, tokens, dtype=torch.int64, device=device),
         labels=torch.zeros(batch_size, tokens, dtype=torch.int64, device=device),
         label_positions=positions,
-        images=torch.zeros(batch_size, side, side, 3, dtype=torch.uint8, device=device),
+        images=torch.zeros(batch_size, len(policy.cameras), side, side, 3, dtype=torch.uint8, device=device),
+        state=torch.zeros(batch_size, policy.state_size or 0, device=device) if policy.state else None,
+        actions=torch.zeros(batch_size, policy.chunk, policy.action_size, device=device)
+        if policy.action_size
+        else None,
     )
 
 

@@ -107,8 +107,9 @@ def follow_steps(
     for name, tensor in _held(model):
         tracker.add(tensor, ADAPTERS if ".lora_" in name else WEIGHTS)
     tracker.begin("forward")
-    for tensor in (inputs.input_ids, inputs.labels, inputs.label_positions, inputs.images):
-        tracker.add(tensor)
+    for tensor in vars(inputs).values():
+        if tensor is not None:
+            tracker.add(tensor)
     passes = min(train.accumulation, 2)
     generator = torch.Generator().manual_seed(0) if recipe.data.augment else None
     emulated = DeviceEmulation(on_gpu=steady) if inputs.images.device == META else nullcontext()

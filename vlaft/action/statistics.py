@@ -1,15 +1,13 @@
 """Dataset statistics in OpenVLA's layout: `dataset_statistics.json`, and `norm_stats` of a checkpoint's config.
 
-`{name: {"action": {mean, std, max, min, q01, q99, mask}, "proprio": {the same without mask, all zero},
-"num_transitions", "num_trajectories"}}`. Lists hold one number per dimension, in the units of the standardized
-action; `mask` is True where q01/q99 normalisation applies.
+`{name: {"action": {mean, std, max, min, q01, q99, mask}, "proprio": {the same without mask, of the
+state}, "num_transitions", "num_trajectories"}}`. Lists hold one number per dimension, in the units of the standardized
+action; `mask` is True where normalisation applies. Where there is no state, `proprio` is zeros, as OpenVLA writes.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,30 +16,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlaft.errors import DataError, did_you_mean
+from vlaft.files import read_json, write_json
 
 DatasetStatistics = dict[str, Any]  # one dataset: action, proprio, num_transitions, num_trajectories
 Statistics = dict[str, DatasetStatistics]
 
 FIELDS = ("mean", "std", "max", "min", "q01", "q99")
 BOUNDS = ("q01", "q99")  # of those, what actions are scaled by
-FILE_NAME = "dataset_statistics.json"
-_LARGEST_FILE = 64 * 2**20  # bytes; a released file of 25 datasets has 60 kB
+STATISTICS_FILE = "dataset_statistics.json"
 
 
 def compute_statistics(
     actions: Sequence[NDArray[np.float32]],
     mask: Sequence[bool] = (),
+    states: Sequence[NDArray[np.float32]] = (),
 ) -> DatasetStatistics:
     """Return the statistics over all steps of all episodes.
 
-    As OpenVLA: standard deviation with ddof 0, 1 % and 99 % quantiles by linear interpolation, and zeros shaped
-    like the action for `proprio`, whether there are states or not, because its fine-tuning loads none. Sums run in
-    float64 (upstream's run in float32, which loses digits over millions of steps and agrees to 1e-6 over thousands);
-    results are rounded to float32.
+    As OpenVLA: standard deviation with ddof 0, 1 % and 99 % quantiles by linear interpolation, and without states
+    zeros shaped like the action for `proprio`. Sums run in float64 (upstream's run in float32, which loses digits over
+    millions of steps and agrees to 1e-6 over thousands); results are rounded to float32.
 
     Args:
         actions: per episode `[T, A]` float32, standardized.
         mask: one per action dimension; empty means that all are normalised.
+        states: per episode `[T, S]` float32; empty where there are none.
 
     Raises:
         DataError: no steps, differing dimensions, values that are not finite, or a mask of another length.
@@ -54,19 +53,15 @@ def compute_statistics(
     action["mask"] = [bool(entry) for entry in mask] if mask else [True] * size
     return {
         "action": action,
-        "proprio": {name: [0.0] * size for name in FIELDS},
+        "proprio": _moments(_join(states, "state")) if states else {name: [0.0] * size for name in FIELDS},
         "num_transitions": len(joined),
         "num_trajectories": len(actions),
     }
 
 
-def state_statistics(states: Sequence[NDArray[np.float32]]) -> dict[str, list[float]]:
-    """Return mean, std, max, min, q01 and q99 of the states `[T, S]` over all steps of all episodes.
-
-    Raises:
-        DataError: no steps, differing dimensions, or values that are not finite.
-    """
-    return _moments(_join(states, "state"))
+def tells_of_state(statistics: Mapping[str, Any]) -> bool:
+    """Say whether `proprio` of a dataset's statistics is of real states, not the zeros that stand for none."""
+    return any(any(values) for values in (statistics.get("proprio") or {}).values())
 
 
 def _join(episodes: Sequence[NDArray[np.float32]], what: str) -> NDArray[np.float32]:
@@ -96,18 +91,12 @@ def _moments(values: NDArray[np.float32]) -> dict[str, list[float]]:
 
 
 def write_statistics(path: Path, statistics: Mapping[str, DatasetStatistics]) -> None:
-    """Write `dataset_statistics.json` (`path` is the file), beside its place first and then renamed into it.
+    """Write `dataset_statistics.json`; `path` is the file.
 
     Raises:
         DataError: `statistics` is not in OpenVLA's layout.
     """
-    checked = check_statistics(statistics, str(path))
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        aside.write_text(json.dumps(checked, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_json(path, check_statistics(statistics, str(path)))
 
 
 def read_statistics(path: Path, needed: Sequence[str] = FIELDS) -> Statistics:
@@ -120,18 +109,10 @@ def read_statistics(path: Path, needed: Sequence[str] = FIELDS) -> Statistics:
     Raises:
         DataError: no such file, no JSON, or not in OpenVLA's layout; the sentence names the file and the key.
     """
-    file = path / FILE_NAME if path.is_dir() else path
-    try:
-        if file.stat().st_size > _LARGEST_FILE:
-            raise DataError(f"{file} is too large for dataset statistics")
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{file} does not exist; it is written by vlaft convert and by OpenVLA's fine-tuning") from None
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise DataError(f"{file} is not valid JSON") from None
-    return check_statistics(value, str(file), needed)
+    file = path / STATISTICS_FILE if path.is_dir() else path
+    if not file.exists():
+        raise DataError(f"{file} is missing; it is written by vlaft convert and by OpenVLA's fine-tuning")
+    return check_statistics(read_json(file), str(file), needed)
 
 
 def check_statistics(value: object, where: str, needed: Sequence[str] = FIELDS) -> Statistics:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,6 +18,8 @@ from vlaft.errors import ConfigError, DataError
 IGNORED = -100  # label of a position that a loss leaves out
 
 ActionStatistics = Mapping[str, Sequence[float] | Sequence[bool]]  # q01, q99, min, max, mask: one value per dimension
+Normalization = Literal["q99", "minmax"]  # which range becomes [-1, 1]: [q01, q99], or [min, max]
+_BOUNDS = {"q99": ("q01", "q99"), "minmax": ("min", "max")}
 
 
 @dataclass(frozen=True)
@@ -80,43 +83,52 @@ class ActionTokenizer:
         return (values >= self.first_id) & (values < self.vocab_size)
 
 
-def normalize(action: ArrayLike, statistics: ActionStatistics) -> NDArray[np.float32]:
-    """Return actions `[..., A]` mapped from [q01, q99] to [-1, 1] and clipped, where the mask is True.
+def normalize(
+    action: ArrayLike, statistics: ActionStatistics, normalization: Normalization = "q99"
+) -> NDArray[np.float32]:
+    """Return actions or states `[..., A]` mapped from their range to [-1, 1] and clipped, where the mask is True.
 
-    A dimension that never changes (min equals max) becomes 0, mask or not. The mix of precisions is upstream's
-    (TensorFlow arithmetic in float32 on a range computed in float64): it decides which bin a value at an edge
-    falls into.
+    A dimension that never changes (min equals max) becomes 0, mask or not; so it does in upstream's training, while
+    its deployment makes -1 of it (docs/upstream.md). The mix of precisions is upstream's (TensorFlow arithmetic in
+    float32 on a range computed in float64): it decides which bin a value at an edge falls into.
 
     Raises:
-        DataError: the action's width is not that of the statistics.
+        DataError: the width is not that of the statistics, or these lack the range.
     """
     values = np.asarray(action, dtype=np.float32)
-    low, high, mask = _bounds(statistics, values.shape[-1])
+    low, high, mask = _bounds(statistics, values.shape[-1], normalization)
     scale = (high - low + 1e-8).astype(np.float32)
     # a masked dimension may be constant, with a zero range; its quotient is not used
     mapped = np.float32(2.0) * (values - low.astype(np.float32)) / scale - np.float32(1.0)
     result = np.where(mask, np.clip(mapped, np.float32(-1.0), np.float32(1.0)), values)
-    constant = np.asarray(statistics["min"], dtype=np.float64) == np.asarray(statistics["max"], dtype=np.float64)
-    return np.where(constant, np.float32(0.0), result).astype(np.float32)
+    least, most, _ = _bounds(statistics, values.shape[-1], "minmax")
+    return np.where(least == most, np.float32(0.0), result).astype(np.float32)
 
 
-def unnormalize(action: ArrayLike, statistics: ActionStatistics) -> NDArray[np.float64]:
-    """Return actions `[..., A]` mapped from [-1, 1] back to [q01, q99], where the mask is True.
+def unnormalize(
+    action: ArrayLike, statistics: ActionStatistics, normalization: Normalization = "q99"
+) -> NDArray[np.float64]:
+    """Return actions `[..., A]` mapped from [-1, 1] back to their range, where the mask is True.
+
+    Each as upstream does it: OpenVLA, with [q01, q99], without the 1e-8 that OpenVLA-OFT's range has.
 
     Raises:
-        DataError: the action's width is not that of the statistics.
+        DataError: the width is not that of the statistics, or these lack the range.
     """
     values = np.asarray(action, dtype=np.float64)
-    low, high, mask = _bounds(statistics, values.shape[-1])
-    return np.where(mask, 0.5 * (values + 1.0) * (high - low) + low, values)
+    low, high, mask = _bounds(statistics, values.shape[-1], normalization)
+    more = 1e-8 if normalization == "minmax" else 0.0
+    return np.where(mask, 0.5 * (values + 1.0) * (high - low + more) + low, values)
 
 
 def _bounds(
-    statistics: ActionStatistics, width: int
+    statistics: ActionStatistics, width: int, normalization: Normalization
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
-    low = np.asarray(statistics["q01"], dtype=np.float64)
-    high = np.asarray(statistics["q99"], dtype=np.float64)
+    names = _BOUNDS[normalization]
+    if missing := [name for name in names if name not in statistics]:
+        raise DataError(f"the statistics lack '{missing[0]}', which normalization={normalization} needs")
+    low, high = (np.asarray(statistics[name], dtype=np.float64) for name in names)
     mask = np.asarray(statistics.get("mask", np.ones(len(low), dtype=bool)), dtype=bool)
     if not len(low) == len(high) == len(mask) == width:
-        raise DataError(f"an action of {width} dimensions does not fit statistics of {len(low)}")
+        raise DataError(f"an action or state of {width} dimensions does not fit statistics of {len(low)}")
     return low, high, mask

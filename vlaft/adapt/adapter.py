@@ -16,22 +16,23 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from vlaft.errors import CheckpointError
-from vlaft.weights.layout import TensorEntry, read_header, read_json
+from vlaft.files import read_json
+from vlaft.weights.layout import TensorEntry, read_header
+from vlaft.weights.trained import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_metadata
 
 if TYPE_CHECKING:  # peft is loaded where it is used: merging needs none of it
     import torch
     from peft import LoraConfig, PeftModel
+    from torch import nn
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-FINGERPRINT_KEY = "base_fingerprint"
-CHECKSUMS_KEY = "base_checksums"
+_BASE_LAYER = ".base_layer."
 
 
-def is_adapter(folder: Path) -> bool:
-    """Say whether `folder` holds an adapter."""
-    return (folder / CONFIG_FILE).is_file()
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return a model's parameters under the base's names: peft keeps those of an adapted layer in its `base_layer`."""
+    found = {name.removeprefix(PREFIX): parameter for name, parameter in model.named_parameters()}
+    return {name.replace(_BASE_LAYER, "."): parameter for name, parameter in found.items()}
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -40,9 +41,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing or damaged, or not a LoRA adapter.
     """
-    content = read_json(folder / CONFIG_FILE)
+    content = read_json(folder / ADAPTER_CONFIG, CheckpointError)
     if content.get("peft_type") != "LORA":
-        raise CheckpointError(f"{folder / CONFIG_FILE}: peft_type is '{content.get('peft_type')}', expected 'LORA'")
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: peft_type is '{content.get('peft_type')}', expected 'LORA'")
     return content
 
 
@@ -52,7 +53,7 @@ def adapter_table(folder: Path) -> dict[str, TensorEntry]:
     Raises:
         CheckpointError: missing or damaged.
     """
-    return {name: entry for name, entry in read_header(folder / WEIGHTS_FILE).items() if ".base_layer." not in name}
+    return {name: entry for name, entry in read_header(folder / ADAPTER_WEIGHTS).items() if _BASE_LAYER not in name}
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
@@ -70,31 +71,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     try:
         return LoraConfig(**kept)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from None
-
-
-def base_fingerprint(folder: Path) -> str | None:
-    """Return the fingerprint of the base that an adapter was trained on, or None when it does not say."""
-    return _metadata(folder).get(FINGERPRINT_KEY)
-
-
-def base_checksums(folder: Path) -> str | None:
-    """Return `tensor_checksums` of the base that an adapter was trained on, or None when it does not say."""
-    return _metadata(folder).get(CHECKSUMS_KEY)
-
-
-def base_metadata(fingerprint: str | None, checksums: str | None) -> dict[str, str]:
-    """Return the safetensors metadata of an adapter, which say on which base it was trained."""
-    known = {FINGERPRINT_KEY: fingerprint, CHECKSUMS_KEY: checksums}
-    return {"format": "pt"} | {key: value for key, value in known.items() if value}
-
-
-def _metadata(folder: Path) -> dict[str, str]:
-    try:
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-            return file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS_FILE}: {error}") from None
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: {error}") from None
 
 
 def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -105,10 +82,10 @@ def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """
     table = adapter_table(folder)
     try:
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
             return {name: file.get_tensor(name) for name in table}
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS_FILE}: {error}") from None
+        raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: {error}") from None
 
 
 def save_adapter(model: PeftModel, folder: Path, fingerprint: str | None = None, checksums: str | None = None) -> None:
@@ -139,12 +116,12 @@ def write_adapter(
 
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        folder / WEIGHTS_FILE,
+        folder / ADAPTER_WEIGHTS,
         metadata=base_metadata(fingerprint, checksums),
     )
     content = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     content |= {"inference_mode": True, "auto_mapping": None}
-    (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
 
 
 def load_adapter_weights(model: PeftModel, folder: Path) -> None:

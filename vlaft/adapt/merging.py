@@ -10,16 +10,18 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from vlaft.adapt.adapter import CONFIG_FILE, PREFIX, adapter_table, read_settings
+from vlaft.adapt.adapter import PREFIX, adapter_table, base_parameters, read_settings
 from vlaft.errors import CheckpointError
-from vlaft.weights.layout import TensorEntry, read_header, tensor_table
+from vlaft.weights.layout import read_header, tensor_table
 from vlaft.weights.stream import DTYPES, read_tensor
+from vlaft.weights.trained import ADAPTER_CONFIG, TRAINED_FILE, Trained
 
 _PARTS = ("A", "B", "embedding_A", "embedding_B", "magnitude_vector")
 _ALTERS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # peft's initialisations that subtract from the base
@@ -213,53 +215,81 @@ def _pattern_of(module: str, patterns: Mapping[str, float]) -> str:
         raise CheckpointError(f"adapter_config.json: a pattern in alpha_pattern cannot be read ({error})") from None
 
 
-@torch.no_grad()
-def fold_adapter(model: nn.Module, base: Path, adapter: Path) -> None:
-    """Fold the adapter in `adapter` into `model`, in place.
+@dataclass(frozen=True)
+class Change:
+    """What training made of one weight, read when its turn comes.
+
+    Attributes:
+        shape: of the weight.
+        load: returns what is added to the weight, or the tensor that takes its place.
+    """
+
+    shape: tuple[int, ...]
+    load: Callable[[], ModuleAdapter | Tensor]
+
+
+def changes(trained: Trained, base: Path, *, adapter: bool = True) -> dict[str, Change]:
+    """Return what training changes, by the names of the base's weights.
 
     Args:
-        model: loaded from `base`, not quantised, on any device and of any floating-point type.
-        base: the base's folder, whose stored weights the sums start from.
-        adapter: folder in peft's layout.
+        trained: an adapter, whole tensors, or both.
+        base: the base's folder.
+        adapter: False leaves the adapter out.
 
     Raises:
-        CheckpointError: the adapter is damaged, of a kind that cannot be merged, or made for another base.
+        CheckpointError: the trained weights are damaged, of a kind that cannot be merged, or made for another base.
     """
-    settings = StoredSettings.from_json(read_settings(adapter), str(adapter / CONFIG_FILE))
-    stored, table = adapter_table(adapter), tensor_table(base)
+    if not trained.has_adapter and trained.tensors is None:
+        raise CheckpointError(f"{trained.weights}: neither an adapter nor {TRAINED_FILE} here; copy or train it again")
+    found: dict[str, Change] = {}
+    if trained.tensors is not None:
+        for name, entry in read_header(trained.tensors).items():
+            found[name] = Change(entry.shape, partial(read_tensor, trained.weights, entry))
+    if trained.has_adapter and adapter:
+        settings = StoredSettings.from_json(read_settings(trained.weights), str(trained.weights / ADAPTER_CONFIG))
+        stored = adapter_table(trained.weights)
 
-    def read(name: str) -> Tensor:
-        return read_tensor(adapter, stored[name])
+        def read(name: str) -> Tensor:
+            return read_tensor(trained.weights, stored[name])
 
-    found = sort_parts(settings, {name: entry.shape for name, entry in stored.items()})
-    weights = _weights(model, table, {name: parts.shape for name, parts in found.items()}, adapter)
-    for name, weight in weights.items():
-        weight.copy_(found[name].load(read).merged(read_tensor(base, table[name])))
+        for name, parts in sort_parts(settings, {name: entry.shape for name, entry in stored.items()}).items():
+            if name in found:
+                raise CheckpointError(f"{trained.weights}: '{name}' is in the adapter and among the whole tensors too")
+            found[name] = Change(parts.shape, partial(parts.load, read))
+    table = tensor_table(base)
+    for name, change in found.items():
+        if name not in table:
+            raise CheckpointError(f"{trained.weights} belongs to another base: {base} has no tensor '{name}'")
+        if table[name].shape != change.shape:
+            raise CheckpointError(
+                f"{trained.weights} belongs to another base: '{name}' is {change.shape} there"
+                f" and {table[name].shape} in {base}"
+            )
+    return found
 
 
 @torch.no_grad()
-def lay_over(model: nn.Module, base: Path, file: Path) -> None:
-    """Replace tensors of `model` by those in `file`, rounded to the type that the base stores them in.
+def fold(model: nn.Module, base: Path, changed: Mapping[str, Change]) -> None:
+    """Put what training changed into `model`, in place: the sums start from the base's stored weights.
+
+    Args:
+        model: loaded from `base`, on any device and of any floating-point type.
+        base: the base's folder.
+        changed: from `changes`.
 
     Raises:
-        CheckpointError: the file is damaged or belongs to another base.
+        CheckpointError: one of the weights is quantised in `model`.
     """
-    trained, table = read_header(file), tensor_table(base)
-    weights = _weights(model, table, {name: entry.shape for name, entry in trained.items()}, file)
-    for name, weight in weights.items():
-        weight.copy_(read_tensor(file.parent, trained[name]).to(DTYPES[table[name].dtype]))
-
-
-def _weights(
-    model: nn.Module, table: Mapping[str, TensorEntry], shapes: Mapping[str, tuple[int, ...]], source: Path
-) -> dict[str, Tensor]:
-    """Return the model's weights of the names in `shapes`, checked against the base's."""
-    parameters = dict(model.named_parameters())
-    for name, shape in shapes.items():
-        if name not in table or name not in parameters:
-            raise CheckpointError(f"{source} belongs to another base: this one has no tensor '{name}'")
-        if table[name].shape != shape:
+    table, parameters = tensor_table(base), base_parameters(model)
+    for name, change in changed.items():
+        weight = parameters[name]
+        if weight.shape != change.shape or not weight.is_floating_point():
             raise CheckpointError(
-                f"{source} belongs to another base: '{name}' is {shape} there and {table[name].shape} in this base"
+                f"'{name}' was trained as a whole tensor, which cannot be put into quantised weights: merge it first,"
+                " then load the merged checkpoint quantised"
             )
-    return {name: parameters[name] for name in shapes}
+        made = change.load()
+        if isinstance(made, ModuleAdapter):
+            weight.copy_(made.merged(read_tensor(base, table[name])))
+        else:
+            weight.copy_(made.to(DTYPES[table[name].dtype]))

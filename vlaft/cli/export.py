@@ -34,17 +34,12 @@ def export(
     checkpoint: Annotated[
         str | None, typer.Option("--checkpoint", help="Of a run: best, last or step-000500; best where there is one.")
     ] = None,
-    push: Annotated[
-        str | None, typer.Option("--push", help="Upload to this Hub repository (user/name), made private if new.")
-    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Rewrite a checkpoint for where it will run, check the result, and upload it if told to."""
+    """Rewrite a checkpoint for where it will run, and check the result."""
     from vlaft.cli.arguments import check_output_folder
-    from vlaft.cli.console import say, warn
+    from vlaft.cli.console import say
     from vlaft.errors import UsageError, did_you_mean
-    from vlaft.push import check_repository
-    from vlaft.push import push as upload
 
     if to not in _TARGETS:
         raise UsageError(f"--to {to} is not known{did_you_mean(to, list(_TARGETS))}; give {', '.join(_TARGETS)}")
@@ -52,19 +47,13 @@ def export(
         raise UsageError(f"--dtype {dtype}: give float32, bfloat16 or float16, and only with --to huggingface")
     if checkpoint is not None and to != "adapter":
         raise UsageError("--checkpoint chooses within a run, and only --to adapter takes a run")
-    if push is not None:
-        check_repository(push)
     check_output_folder(out, overwrite=overwrite)
-    result = _run(source, out, to, dtype, checkpoint, push, overwrite)
+    result = _run(source, out, to, dtype, checkpoint, overwrite)
     ratio = f", {result.bytes / result.source_bytes:.2f} of the source" if to in ("nf4", "int8") else ""
     say(f"{result.bytes / 1e9:.3f} GB{ratio} written to {out} and checked")
     if (found := result.comparison) is not None:
         same = found.identical_tokens if found.unrounded_tokens is None else found.unrounded_tokens
         say(f"{same} of {found.tokens} tokens on {found.examples} examples ({found.inputs}) are those of the source")
-    for note in result.notes:
-        warn(note)
-    if push is not None:
-        say(f"uploaded: {upload(out, push)}")
 
 
 def _run(
@@ -73,13 +62,12 @@ def _run(
     to: str,
     dtype: str | None,
     checkpoint: str | None,
-    repository: str | None,
     overwrite: bool,
 ) -> ExportResult:
     from vlaft.cli.console import bytes_progress, say
     from vlaft.files import free_bytes, restored
     from vlaft.release.export import export_huggingface, stored_bytes
-    from vlaft.release.files import open_source
+    from vlaft.release.layout import open_source
     from vlaft.weights.layout import resolve_checkpoint, tensor_table
 
     if to == "adapter":
@@ -93,9 +81,7 @@ def _run(
     say(f"{size / 1e9:.2f} GB to read; {free_bytes(out) / 1e9:.1f} GB are free at {out}")
     with bytes_progress("exporting", size) as advance:
         if to == "huggingface":
-            return export_huggingface(
-                folder, out, dtype=dtype, repository=repository, overwrite=overwrite, advance=advance
-            )
+            return export_huggingface(folder, out, dtype=dtype, overwrite=overwrite, advance=advance)
         from vlaft.release.quantized import export_quantized
 
         return export_quantized(folder, out, to, overwrite=overwrite, advance=advance)

@@ -189,6 +189,10 @@ def overview_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("state", " + ".join(summary["state"]) or "none (name its arrays with state='[...]' to keep one)"),
         ("idle steps", f"{summary['idle_share']:.1%}"),
     ]
+    if summary["policy"]:
+        # with what a policy that writes chunks would read here
+        rate = "about a second of actions" if summary["fps"] else "policy.chunk: as many actions as make a second"
+        rows.append(("chunks", f"{' '.join(summary['policy'])} (with policy.head=l1; {rate})"))
     damaged = [
         entry["why"] if entry["episode"] in entry["why"] else f"{entry['episode']}: {entry['why']}"
         for entry in summary["damaged"]

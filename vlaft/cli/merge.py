@@ -44,12 +44,12 @@ def merge(
     from vlaft.adapt.rounding import MODES
     from vlaft.cli.arguments import check_output_folder
     from vlaft.cli.console import bytes_progress, say
-    from vlaft.errors import CheckpointError, UsageError
+    from vlaft.errors import UsageError
     from vlaft.files import free_bytes
     from vlaft.release.merge import merge as run_merge
     from vlaft.release.merge import merged_bytes
     from vlaft.weights.layout import resolve_checkpoint
-    from vlaft.weights.trained import find_trained
+    from vlaft.weights.trained import base_name, find_trained
 
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise UsageError(f"--dtype {dtype}: give float32, bfloat16 or float16")
@@ -58,9 +58,7 @@ def merge(
         raise UsageError(f"--rounding {rounding}: give {' or '.join(MODES)}")
     check_output_folder(out, overwrite=overwrite)
     trained = find_trained(source, checkpoint)
-    name = base or trained.base
-    if name is None:
-        raise CheckpointError(f"{source} does not say on which base it was trained; give it with --base")
+    name = base_name(trained, base)
     folder = resolve_checkpoint(name)
     total = merged_bytes(folder, dtype)
     say(f"{total / 1e9:.2f} GB will be written to {out}; {free_bytes(out) / 1e9:.1f} GB are free there")

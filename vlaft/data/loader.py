@@ -1,30 +1,35 @@
 """Batches of examples from converted datasets, in an order that seed and position alone decide.
 
-An epoch is one permutation of all rows, drawn by a counter-based generator from (seed, epoch), so that a position
+An epoch is one permutation of all examples, drawn by a counter-based generator from (seed, epoch), so that a position
 `(epoch, offset)` is the whole state: resuming continues at the exact example, with any number of threads.
 """
 
 from __future__ import annotations
 
+import json
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlaft.action.tokens import IGNORED
+from vlaft.action.statistics import STATISTICS_FILE, choose_key, tells_of_state
+from vlaft.action.tokens import IGNORED, ActionTokenizer, normalize
 from vlaft.data.codec import decode_image
-from vlaft.data.store import ConvertedDataset
+from vlaft.data.store import ConvertedDataset, camera_columns
+from vlaft.data.windows import Windows
 from vlaft.errors import DataError
+from vlaft.recipe.settings import PolicyConfig
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import torch
 
 _PREFETCHED = 2  # batches decoded ahead, or one per thread where there are more
+RELEASED = PolicyConfig()  # what the released OpenVLA reads and writes
 
 
 @dataclass(frozen=True)
@@ -34,11 +39,12 @@ class Batch:
     Attributes:
         input_ids: int64 `[B, T]`: prompt, action tokens, end of sequence, padding.
         attention_mask: bool `[B, T]`, False on padding.
-        labels: int64 `[B, T]`: the A action tokens and the end of sequence; -100 elsewhere.
-        images: uint8 `[B, H, W, 3]`, the main camera.
-        action: float32 `[B, A]`, normalized.
+        labels: int64 `[B, T]`: the K * A action tokens, step by step, and the end of sequence; -100 elsewhere.
+        images: uint8 `[B, N, H, W, 3]`, the policy's cameras in its order.
+        action: float32 `[B, K, A]`, normalized.
         rows: int64 `[B]`, the number of each example in its split, over all datasets.
         datasets: the name of each example's dataset, `[B]`, which is its key in the statistics.
+        state: float32 `[B, S]`, normalized; None where the policy does not read it.
     """
 
     input_ids: torch.Tensor
@@ -48,6 +54,7 @@ class Batch:
     action: torch.Tensor
     rows: torch.Tensor
     datasets: tuple[str, ...]
+    state: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.datasets)
@@ -57,7 +64,7 @@ class Batch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return Batch(
             **{
-                name: value if name == "datasets" else value.to(device, non_blocking=True)
+                name: value.to(device, non_blocking=True) if hasattr(value, "to") else value
                 for name, value in values.items()
             }
         )
@@ -66,11 +73,12 @@ class Batch:
 class ExampleLoader:
     """Endless shuffled batches; an iterator whose position can be saved and restored.
 
-    A source of weight w gives w times its rows to every epoch, as OpenVLA's mixtures weigh (times the number of
-    steps): 2.0 means each row twice, 0.5 a different half of the rows in turn.
+    A source of weight w gives w times its examples to every epoch, as OpenVLA's mixtures weigh (times the number of
+    steps): 2.0 means each one twice, 0.5 a different half of them in turn.
 
     Attributes:
         epoch_length: examples in one epoch, over all ranks.
+        windows: of each dataset.
     """
 
     def __init__(
@@ -83,6 +91,7 @@ class ExampleLoader:
         workers: int = 0,
         split: str = "train",
         limit: int | None = None,
+        policy: PolicyConfig = RELEASED,
     ) -> None:
         """Prepare to read; nothing is decoded yet.
 
@@ -94,14 +103,17 @@ class ExampleLoader:
             world_size: number of processes.
             workers: threads that decode ahead, each a whole batch; 0 decodes in the caller's.
             split: `"train"` or `"val"`.
-            limit: only the first so many rows, over and over; None takes all.
+            limit: only the first so many examples, over and over; None takes all.
+            policy: what is read and written at once.
 
         Raises:
-            DataError: the datasets do not fit together, or the split is empty.
+            DataError: the datasets do not fit together, the split is empty, every episode of it is shorter than the
+                chunk, or a camera or the state is asked for and not there.
         """
         if batch_size < 1 or not 0 <= rank < world_size or workers < 0:
             raise ValueError(f"batch_size {batch_size}, rank {rank} of {world_size}, workers {workers}")
-        self._reader = _Reader(_as_list(dataset), split)
+        self._reader = _Reader(_as_list(dataset), split, policy)
+        self.windows: Sequence[Windows] = [columns.windows for columns in self._reader.columns]
         self._seed, self._batch_size = seed, batch_size
         self._rank, self._world_size = rank, world_size
         self._groups = self._reader.groups_by_weight()
@@ -199,6 +211,7 @@ def batches_in_order(
     rank: int = 0,
     world_size: int = 1,
     limit: int | None = None,
+    policy: PolicyConfig = RELEASED,
 ) -> Iterator[Batch]:
     """Yield the examples of a split once, in a fixed order; the last batch may be smaller.
 
@@ -209,12 +222,13 @@ def batches_in_order(
         rank: of this process, which takes every `world_size`-th example.
         world_size: number of processes.
         limit: at most so many examples over all ranks, spread evenly over the split.
+        policy: what is read and written at once.
 
     Raises:
-        DataError: the datasets do not fit together, or the split is empty.
+        DataError: as `ExampleLoader` does.
     """
-    reader = _Reader(_as_list(dataset), split)
-    rows = np.arange(reader.rows)
+    reader = _Reader(_as_list(dataset), split, policy)
+    rows = np.arange(reader.examples)
     if limit is not None and limit < len(rows):
         rows = rows[np.linspace(0, len(rows) - 1, limit).round().astype(np.int64)]
     rows = rows[rank::world_size]
@@ -224,20 +238,22 @@ def batches_in_order(
 
 @dataclass(frozen=True)
 class _Example:
-    """One decoded row."""
+    """One decoded example."""
 
     prompt: NDArray[np.int32]
-    tokens: list[int]  # action tokens and end of sequence
-    image: NDArray[np.uint8]
+    tokens: NDArray[np.integer]  # action tokens and end of sequence
+    images: NDArray[np.uint8]
     action: NDArray[np.float32]
     row: int
     dataset: str
+    state: NDArray[np.float32] | None
 
 
 def collate(examples: Sequence[_Example], pad_id: int) -> Batch:
     """Return a batch of examples: sequences padded on the right, all else stacked."""
     import torch
 
+    states = [example.state for example in examples if example.state is not None]
     longest = max(len(example.prompt) + len(example.tokens) for example in examples)
     ids = np.full((len(examples), longest), pad_id, dtype=np.int64)
     labels = np.full_like(ids, IGNORED)
@@ -251,10 +267,11 @@ def collate(examples: Sequence[_Example], pad_id: int) -> Batch:
         input_ids=torch.from_numpy(ids),
         attention_mask=torch.from_numpy(mask),
         labels=torch.from_numpy(labels),
-        images=torch.from_numpy(np.stack([example.image for example in examples])),
+        images=torch.from_numpy(np.stack([example.images for example in examples])),
         action=torch.from_numpy(np.stack([example.action for example in examples])),
         rows=torch.tensor([example.row for example in examples], dtype=torch.int64),
         datasets=tuple(example.dataset for example in examples),
+        state=torch.from_numpy(np.stack(states)) if states else None,
     )
 
 
@@ -267,6 +284,11 @@ class _Rows:
 
     def __getitem__(self, index: int) -> NDArray[Any]:
         return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+    @classmethod
+    def of_matrix(cls, values: NDArray[np.generic]) -> _Rows:
+        """Take the rows of `[R, D]`."""
+        return cls(values.ravel(), np.arange(len(values) + 1, dtype=np.int64) * values.shape[1])
 
     @classmethod
     def of(cls, column: pa.ChunkedArray) -> _Rows:
@@ -285,45 +307,106 @@ class _Columns:
         prompts: int32 `[T]` per row.
         tokens: int32 `[A]` per row.
         actions: float32 `[A]` per row, normalized.
-        datasets: number of each row's dataset, `[N]`.
+        states: float32 `[R, S]`, normalized; None where the policy does not read it.
+        datasets: number of each row's dataset, `[R]`.
         names: the datasets' names.
+        windows: the examples, each the numbers of its K rows.
     """
 
     prompts: _Rows
     tokens: _Rows
     actions: _Rows
+    states: NDArray[np.float32] | None
     datasets: NDArray[np.int32]
     names: tuple[str, ...]
+    windows: Windows
 
     @classmethod
-    def read(cls, dataset: ConvertedDataset, split: str) -> _Columns:
+    def read(cls, dataset: ConvertedDataset, split: str, policy: PolicyConfig) -> _Columns:
         """Read them.
 
         Raises:
-            DataError: a shard cannot be read.
+            DataError: a shard cannot be read, or the policy reads the state and there is none.
         """
-        table = dataset.table(split, ["dataset", "prompt_token_ids", "action_token_ids", "normalized_action"])
+        stored = policy.normalization == "q99"  # so are the normalized actions of every conversion
+        wanted = ["normalized_action", "action_token_ids"] if stored else ["action"]
+        table = dataset.table(split, ["dataset", "prompt_token_ids", *wanted, *(["state"] if policy.state else [])])
         names = table["dataset"].combine_chunks().dictionary_encode()
+        datasets = names.indices.to_numpy(zero_copy_only=False)
+        owners = {name: datasets == number for number, name in enumerate(names.dictionary.to_pylist())}
+
+        def normalized(column: str, part: str) -> NDArray[np.float32]:
+            """Normalize a whole column, each row by the statistics of its dataset."""
+            rows = _matrix(table[column], f"{dataset.path}, split '{split}': column '{column}'")
+            for name, own in owners.items():
+                statistics = dataset.statistics[choose_key(dataset.statistics, name)]
+                rows[own] = normalize(rows[own], statistics[part], policy.normalization)
+            return rows
+
+        states = None
+        if policy.state:
+            _check_states(dataset, table["state"], owners)
+            states = normalized("state", "proprio")
+        if stored:
+            actions, tokens = _Rows.of(table["normalized_action"]), _Rows.of(table["action_token_ids"])
+        else:
+            values = normalized("action", "action")
+            described = dataset.info["tokenizer"]
+            tokenizer = ActionTokenizer(int(described["action_vocab_size"]), int(described["n_action_bins"]))
+            actions, tokens = _Rows.of_matrix(values), _Rows.of_matrix(tokenizer.encode(values))
         return cls(
             prompts=_Rows.of(table["prompt_token_ids"]),
-            tokens=_Rows.of(table["action_token_ids"]),
-            actions=_Rows.of(table["normalized_action"]),
-            datasets=names.indices.to_numpy(zero_copy_only=False),
-            names=tuple(names.dictionary.to_pylist()),
+            tokens=tokens,
+            actions=actions,
+            states=states,
+            datasets=datasets,
+            names=tuple(owners),
+            windows=Windows.of(dataset, split, policy),
         )
 
 
-class _Reader:
-    """One split of several datasets as one list of rows."""
+def _matrix(column: pa.ChunkedArray, where: str) -> NDArray[np.float32]:
+    """Return a column of lists of one length as `[R, D]`, a copy.
 
-    def __init__(self, datasets: Sequence[ConvertedDataset], split: str) -> None:
+    Raises:
+        DataError: they differ in length.
+    """
+    rows = _Rows.of(column)
+    widths = np.unique(np.diff(rows.offsets))
+    if len(widths) > 1:
+        raise DataError(f"{where} has from {widths[0]} to {widths[-1]} numbers in a row; convert the source again")
+    width = int(widths[0]) if len(widths) else 0
+    return np.array(rows.values, dtype=np.float32).reshape(len(rows.offsets) - 1, width)
+
+
+def _check_states(dataset: ConvertedDataset, column: pa.ChunkedArray, names: Iterable[str]) -> None:
+    """See that there are states, and statistics of them.
+
+    Raises:
+        DataError: not; the sentence says how to get them.
+    """
+    if column.null_count:
+        raise DataError(
+            f"{dataset.path}: {column.null_count:,} of its {len(column):,} rows have no state, which policy.state=true"
+            " reads; convert the source again with the arrays of its state as state='[...]'"
+        )
+    for name in names:
+        if not tells_of_state(dataset.statistics[choose_key(dataset.statistics, name)]):
+            raise DataError(
+                f"{dataset.path / STATISTICS_FILE} has zeros for the state of '{name}', as earlier versions wrote, and"
+                " policy.state=true needs its range; convert the source again"
+            )
+
+
+class _Reader:
+    """One split of several datasets as one list of examples."""
+
+    def __init__(self, datasets: Sequence[ConvertedDataset], split: str, policy: PolicyConfig) -> None:
         if not datasets:
             raise DataError("there is no dataset to read")
         self.datasets, self.split = datasets, split
-        self.starts = np.concatenate([[0], np.cumsum([dataset.rows(split) for dataset in datasets])])
-        self.rows = int(self.starts[-1])
-        if not self.rows:
-            listed = ", ".join(str(dataset.path) for dataset in datasets)
+        listed = ", ".join(str(dataset.path) for dataset in datasets)
+        if not any(dataset.rows(split) for dataset in datasets):
             raise DataError(
                 f"split '{split}' of {listed} is empty; convert with a validation fraction or more episodes"
             )
@@ -332,47 +415,95 @@ class _Reader:
             for what, ours, theirs in _must_agree(first, other):
                 if ours != theirs:
                     raise DataError(f"{other.path} and {first.path} differ in their {what}; convert them for one base")
-        self.columns = [_Columns.read(dataset, split) for dataset in datasets]
+        for dataset in datasets:
+            _check_cameras(dataset, policy.cameras)
+        self.columns = [_Columns.read(dataset, split, policy) for dataset in datasets]
+        self.starts = np.concatenate([[0], np.cumsum([len(columns.windows) for columns in self.columns])])
+        self.examples = int(self.starts[-1])
+        if not self.examples:
+            longest = max(int(columns.windows.lengths.max(initial=0)) for columns in self.columns)
+            raise DataError(
+                f"no episode in split '{split}' of {listed} has the {policy.chunk} steps of policy.chunk={policy.chunk}"
+                f" (the longest has {longest}); take a smaller chunk, or policy.tail=repeat"
+            )
+        widths = sorted(
+            {columns.states.shape[1] for columns in self.columns if columns.states is not None and len(columns.states)}
+        )
+        if len(widths) > 1:
+            raise DataError(
+                f"the states in {listed} have {' and '.join(map(str, widths))} dimensions; train on them separately, or"
+                " with policy.state=false"
+            )
+        self.cameras = policy.cameras
         self.pad_id = int(first.info["tokenizer"]["pad_id"])
         self.eos_id = int(first.info["tokenizer"]["eos_id"])
-        self.fingerprint = "+".join(dataset.fingerprint for dataset in datasets) + f"/{split}"
+        self.fingerprint = data_fingerprint(datasets, policy) + f"/{split}"
 
-    def read(self, row: int) -> _Example:
-        number = int(np.searchsorted(self.starts, row, side="right")) - 1
-        dataset, index = self.datasets[number], row - int(self.starts[number])
-        image = dataset.image(self.split, index)
-        try:
-            if image is None:
-                raise DataError("the row has no image")
-            # the frames that vlaft stored itself come back closest with the accurate DCT
-            pixels = decode_image(image, "the stored frame", accurate_dct=True)
-        except DataError as error:
-            place = dataset.row(self.split, index)
-            where = f"{dataset.path}, {place['source']}, step {place['frame_index']}"
-            raise DataError(f"{where}: {error}; convert the source again") from error
-        columns = self.columns[number]
+    def read(self, example: int) -> _Example:
+        number = int(np.searchsorted(self.starts, example, side="right")) - 1
+        dataset, columns = self.datasets[number], self.columns[number]
+        rows = columns.windows[example - int(self.starts[number])]
+        now = int(rows[0])
         return _Example(
-            prompt=columns.prompts[index],
-            tokens=[*columns.tokens[index], self.eos_id],
-            image=pixels,
-            action=columns.actions[index],
-            row=row,
-            dataset=columns.names[columns.datasets[index]],
+            prompt=columns.prompts[now],
+            tokens=np.concatenate([*(columns.tokens[row] for row in rows), [self.eos_id]]),
+            images=np.stack([self._frame(dataset, now, camera) for camera in self.cameras]),
+            action=np.stack([columns.actions[row] for row in rows]),
+            row=example,
+            dataset=columns.names[columns.datasets[now]],
+            state=None if columns.states is None else columns.states[now],
         )
 
+    def _frame(self, dataset: ConvertedDataset, row: int, camera: str) -> NDArray[np.uint8]:
+        image = dataset.image(self.split, row, dataset.camera_columns[camera])
+        try:
+            if image is None:
+                raise DataError("the row has no image" + (f" of camera '{camera}'" if camera != "main" else ""))
+            # the frames that vlaft stored itself come back closest with the accurate DCT
+            return decode_image(image, "the stored frame", accurate_dct=True)
+        except DataError as error:
+            place = dataset.row(self.split, row)
+            where = f"{dataset.path}, {place['source']}, step {place['frame_index']}"
+            raise DataError(f"{where}: {error}; convert the source again") from error
+
     def groups_by_weight(self) -> list[tuple[float, NDArray[np.int64]]]:
-        """Return the rows of every source with its weight; sources of one weight are one group."""
+        """Return the examples of every source with its weight; sources of one weight are one group."""
         groups: dict[float, list[NDArray[np.int64]]] = {}
         for dataset, columns, start in zip(self.datasets, self.columns, self.starts[:-1], strict=True):
             weights = {source["name"]: float(source["weight"]) for source in dataset.info["sources"]}
             if len(weights) == 1:
-                rows = np.arange(dataset.rows(self.split), dtype=np.int64)
-                groups.setdefault(next(iter(weights.values())), []).append(rows + int(start))
+                examples = np.arange(len(columns.windows), dtype=np.int64)
+                groups.setdefault(next(iter(weights.values())), []).append(examples + int(start))
                 continue
+            owners = columns.datasets[columns.windows.rows]
             for name, weight in weights.items():
-                of_name = columns.datasets == (columns.names.index(name) if name in columns.names else -1)
+                of_name = owners == (columns.names.index(name) if name in columns.names else -1)
                 groups.setdefault(weight, []).append(np.flatnonzero(of_name).astype(np.int64) + int(start))
         return [(weight, rows) for weight, parts in sorted(groups.items()) if len(rows := np.concatenate(parts))]
+
+
+def data_fingerprint(datasets: Sequence[ConvertedDataset], policy: PolicyConfig) -> str:
+    """Return what tells apart the examples that a policy is trained on; for the released one, the datasets alone."""
+    read = {"chunk", "cameras", "state", "normalization", "tail"}
+    changed = {key: value for key, value in asdict(policy).items() if key in read and value != getattr(RELEASED, key)}
+    written = "".join(f"/{key}={json.dumps(value)}" for key, value in sorted(changed.items()))
+    return "+".join(dataset.fingerprint for dataset in datasets) + written
+
+
+def _check_cameras(dataset: ConvertedDataset, cameras: Sequence[str]) -> None:
+    """See that every source of the dataset has the cameras.
+
+    Raises:
+        DataError: one has not; the sentence names the camera, and those that are there.
+    """
+    for source in dataset.info["sources"]:
+        columns = source.get("cameras") or dataset.cameras  # written since there are further cameras
+        there = camera_columns([column for column in dataset.cameras if column in columns])
+        if missing := [camera for camera in cameras if camera not in there]:
+            raise DataError(
+                f"{dataset.path}: '{source['name']}' has no camera '{missing[0]}' (there are: {', '.join(there)});"
+                " name others in policy.cameras, or convert the source again with it"
+            )
 
 
 def _must_agree(first: ConvertedDataset, other: ConvertedDataset) -> Iterator[tuple[str, object, object]]:

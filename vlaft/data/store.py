@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vlaft.action.statistics import read_statistics
+from vlaft.action.statistics import STATISTICS_FILE, read_statistics
 from vlaft.documents import WrongValue, read_as, shown
 from vlaft.errors import CheckpointError, DataError
 from vlaft.files import SEAL, UNSEALED, checksum, content_checksum, holds, read_json, restored, seal_holds, unsealed
@@ -30,7 +30,6 @@ from vlaft.observation.images import ImagePipeline
 
 FORMAT_VERSION = 1
 DATASET_FILE = "dataset.json"
-STATISTICS_FILE = "dataset_statistics.json"
 STATISTICS_CHECKSUM = "statistics_crc32c"  # key of the checksum of their content
 MAIN_CAMERA = "image"
 ROW_GROUP = 8  # rows read together at random access: 0.2 MB of JPEG
@@ -204,6 +203,20 @@ def example_schema(cameras: Sequence[str]) -> pa.Schema:
     return pa.schema(fields, metadata={b"huggingface": json.dumps({"info": {"features": features}}).encode()})
 
 
+def camera_columns(columns: Sequence[str]) -> dict[str, str]:
+    """Return image columns by the names that `policy.cameras` has for them, in their order.
+
+    >>> camera_columns(["image", "image_wrist"])
+    {'main': 'image', 'wrist': 'image_wrist'}
+    """
+    names = {}
+    for column in columns:
+        name = column.removeprefix(f"{MAIN_CAMERA}_")
+        # a further camera that is called `main` itself keeps its column's name
+        names["main" if column == MAIN_CAMERA else column if name == "main" else name] = column
+    return names
+
+
 def write_shard(path: Path, split: str, schema: pa.Schema, episodes: Iterable[Sequence[Mapping[str, Any]]]) -> Shard:
     """Write one shard from the rows of its episodes and return its entry in `dataset.json`.
 
@@ -295,6 +308,11 @@ class ConvertedDataset:
         self._checked: set[str] = set()  # files of the shards that match their checksums
         for split in SPLITS:
             self._index(split)
+
+    @property
+    def camera_columns(self) -> dict[str, str]:
+        """The image columns by the cameras' names."""
+        return camera_columns(self.cameras)
 
     def rows(self, split: str) -> int:
         """Return the number of examples of a split."""

@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlaft.data.codec import decode_image
-from vlaft.data.store import MAIN_CAMERA, SPLITS, ConvertedDataset
+from vlaft.data.store import SPLITS, ConvertedDataset
+from vlaft.data.windows import Windows, cut
 from vlaft.errors import ConfigError, DataError
 
-_COLUMNS = ("dataset", "source", "instruction", "episode_index", "frame_index", "action", "prompt_token_ids")
+_COLUMNS = ("dataset", "source", "instruction", "episode_index", "frame_index", "action", "prompt_token_ids", "state")
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,10 @@ class HeldOut:
         dataset: name of each row's dataset, `[R]`.
         prompts: token ids of each row's prompt.
         frame: int64 `[R]`, the step within the episode.
+        state: float32 `[R, S]`, of every row, in the robot's units; None where not all of them have one of one width.
+        windows: the K actions from each row on, of those rows that have so many.
         episodes: the split's episodes.
-        chosen: int64 `[N]`, the rows to evaluate.
+        chosen: int64 `[N]`, the rows to evaluate, all of which have K actions.
     """
 
     datasets: tuple[ConvertedDataset, ...]
@@ -59,6 +62,8 @@ class HeldOut:
     dataset: NDArray[np.str_]
     prompts: list[list[int]]
     frame: NDArray[np.int64]
+    state: NDArray[np.float32] | None
+    windows: Windows
     episodes: tuple[HeldOutEpisode, ...]
     chosen: NDArray[np.int64]
 
@@ -66,17 +71,20 @@ class HeldOut:
         return len(self.chosen)
 
     @classmethod
-    def open(cls, paths: Sequence[Path], split: str = "val", limit: int | None = None) -> HeldOut:
+    def open(cls, paths: Sequence[Path], split: str = "val", limit: int | None = None, chunk: int = 1) -> HeldOut:
         """Read everything but the images.
 
         Args:
             paths: converted datasets.
             split: `"val"` or `"train"`.
             limit: evaluate at most so many examples, evenly spread over the split; None takes all.
+            chunk: K, the most actions that a model to be evaluated writes at once: every one is then held against the
+                same frames, those that have so many actions to come in their episode.
 
         Raises:
             ConfigError: the split is unknown or the limit is not positive.
-            DataError: a dataset is missing or damaged, the split is empty, or action dimensions differ.
+            DataError: a dataset is missing or damaged, the split is empty, action dimensions differ, or no episode has
+                `chunk` steps.
         """
         if split not in SPLITS:
             raise ConfigError(f"split '{split}' is not known: give {' or '.join(SPLITS)}")
@@ -98,7 +106,14 @@ class HeldOut:
             raise DataError(f"{', '.join(str(p) for p in paths)}: actions of {widths} dimensions cannot be compared")
         action = np.asarray(rows["action"], dtype=np.float32)
         names = _dimension_names(datasets, action.shape[1])
-        count = len(owner) if limit is None else min(limit, len(owner))
+        frame = np.asarray(rows["frame_index"], dtype=np.int64)
+        windows = cut(np.asarray(owner), np.asarray(rows["episode_index"], dtype=np.int64), frame, chunk, repeat=False)
+        if not len(windows):
+            raise DataError(
+                f"no episode in split '{split}' of {', '.join(map(str, paths))} has the {chunk} steps that a model"
+                f" writes at once (the longest has {windows.lengths.max()}); evaluate on longer ones"
+            )
+        count = len(windows) if limit is None else min(limit, len(windows))
         return cls(
             datasets=datasets,
             split=split,
@@ -107,9 +122,11 @@ class HeldOut:
             action=action,
             dataset=np.asarray([str(name) for name in rows["dataset"]]),
             prompts=rows["prompt_token_ids"],
-            frame=np.asarray(rows["frame_index"], dtype=np.int64),
+            frame=frame,
+            state=_states(rows["state"]),
+            windows=windows,
             episodes=_episodes(owner, rows),
-            chosen=np.linspace(0, len(owner) - 1, count).round().astype(np.int64),
+            chosen=windows.rows[np.linspace(0, len(windows) - 1, count).round().astype(np.int64)],
         )
 
     @property
@@ -118,11 +135,24 @@ class HeldOut:
         wanted = np.isin(np.arange(len(self.action)), self.chosen)
         return [number for number, episode in enumerate(self.episodes) if wanted[episode.rows].any()]
 
-    def images(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Return the main camera's frames of some rows, uint8 `[B, H, W, 3]`.
+    def chunks(self, rows: NDArray[np.int64], chunk: int) -> NDArray[np.float32]:
+        """Return the actions from some of the chosen rows on, float32 `[B, K, A]`, in the robot's units.
 
         Raises:
-            DataError: a row has no image, or it is damaged.
+            DataError: there are fewer than `chunk` to each.
+        """
+        if chunk > self.windows.chunk:
+            raise DataError(
+                f"a model writes {chunk} actions at once, and examples were chosen for {self.windows.chunk}"
+            )
+        examples = np.searchsorted(self.windows.rows, rows)
+        return self.action[np.stack([self.windows[example][:chunk] for example in examples])]
+
+    def images(self, rows: Sequence[int] | NDArray[np.int64], camera: str = "main") -> NDArray[np.uint8]:
+        """Return a camera's frames of some rows, uint8 `[B, H, W, 3]`.
+
+        Raises:
+            DataError: there is no such camera, or a row has no image of it, or a damaged one.
         """
         starts = np.cumsum([0, *(dataset.rows(self.split) for dataset in self.datasets)])
         frames = []
@@ -131,9 +161,17 @@ class HeldOut:
             dataset = self.datasets[number]
             values = dataset.row(self.split, int(row - starts[number]))
             where = f"{dataset.path}, {values['source']}, step {values['frame_index']}"
-            if values[MAIN_CAMERA] is None:
-                raise DataError(f"{where}: the row has no image; convert the source again")
-            frame = decode_image(values[MAIN_CAMERA]["bytes"], where, accurate_dct=True)
+            columns = dataset.camera_columns
+            if camera not in columns:
+                raise DataError(
+                    f"{dataset.path}: there is no camera '{camera}', which the model reads (there are:"
+                    f" {', '.join(columns)}); convert the source again with it"
+                )
+            image = values[columns[camera]]
+            if image is None:
+                missing = "image" if camera == "main" else f"image of camera '{camera}'"
+                raise DataError(f"{where}: the row has no {missing}; convert the source again")
+            frame = decode_image(image["bytes"], where, accurate_dct=True)
             if frame.shape[:2] != (dataset.pipeline.size, dataset.pipeline.size):
                 raise DataError(
                     f"{where}: the frame has {frame.shape[0]} x {frame.shape[1]} pixels where {dataset.pipeline.size}"
@@ -162,6 +200,11 @@ def _read(dataset: ConvertedDataset, split: str) -> dict[str, list]:
                 " place is missing or not finite; convert the source again"
             )
     return columns
+
+
+def _states(rows: Sequence[Sequence[float] | None]) -> NDArray[np.float32] | None:
+    widths = {len(state or ()) for state in rows}
+    return np.asarray(rows, dtype=np.float32) if len(widths) == 1 and widths != {0} else None
 
 
 def _dimension_names(datasets: Sequence[ConvertedDataset], width: int) -> tuple[str, ...]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from vlaft.action.metrics import ActionMetrics, measure_actions
-from vlaft.action.statistics import check_statistics
+from vlaft.action.statistics import check_statistics, tells_of_state
 from vlaft.action.tokens import normalize, unnormalize
 from vlaft.action.written import Written
 from vlaft.errors import ConfigError, DataError, VlaftError
@@ -127,16 +128,33 @@ def _evaluate(
         )
     statistics, own_statistics = _statistics(model, policy, held_out)
     began = time.monotonic()
-    rows, head = held_out.chosen, policy.model.head
-    demonstrated, names = held_out.action[rows][:, None], held_out.dataset[rows]
-    targets = head.as_written(_by_dataset(normalize, demonstrated, names, statistics))
+    rows, head, reads = held_out.chosen, policy.model.head, policy.model.policy
+    demonstrated, names = held_out.chunks(rows, head.chunk), held_out.dataset[rows]
+
+    def by_dataset(function: Callable[..., NDArray], values: NDArray, part: str = "action") -> NDArray[np.float64]:
+        return _by_dataset(partial(function, normalization=reads.normalization), values, names, statistics, part)
+
+    targets = head.as_written(by_dataset(normalize, demonstrated))
+    state = None
+    if reads.state:
+        if held_out.state is None:
+            raise DataError(
+                f"{model} reads the robot's state, which the demonstrations lack; convert them again with its arrays as"
+                " state='[...]'"
+            )
+        if silent := [name for name, entry in statistics.items() if not tells_of_state(entry)]:
+            raise DataError(f"{model}: its statistics of '{silent[0]}' say nothing of the state, which it reads")
+        state = torch.from_numpy(by_dataset(normalize, held_out.state[rows], "proprio")).float()
     forced: dict[int, Written] = {}
     free: dict[int, Written] = {}
     # Prompts of one length in a batch save the padding; the sort is stable, so neighbours stay neighbours on disk.
     order = np.argsort([len(held_out.prompts[row]) for row in rows], kind="stable")
     for start in range(0, len(rows), batch_size):
         part = order[start : start + batch_size]
-        observation = policy.observe([held_out.prompts[row] for row in rows[part]], held_out.images(rows[part]))
+        frames = np.stack([held_out.images(rows[part], camera) for camera in reads.cameras], axis=1)
+        observation = policy.observe([held_out.prompts[row] for row in rows[part]], frames)
+        if state is not None:
+            observation = replace(observation, state=state[part].to(policy.device))
         for found, written in zip(
             (forced, free), head.predict_both(policy.model, observation, targets[part]), strict=True
         ):
@@ -146,7 +164,7 @@ def _evaluate(
 
     def measured(found: dict[int, Written]) -> tuple[Written, NDArray[np.float64], ActionMetrics]:
         written = Written.joined([found[row] for row in range(len(rows))])
-        predicted = _by_dataset(unnormalize, written.actions, names, statistics)
+        predicted = by_dataset(unnormalize, written.actions)
         return (
             written,
             predicted,
@@ -174,32 +192,37 @@ def _evaluate(
 
 
 def _by_dataset(
-    function: Callable[[Any, Any], NDArray], values: NDArray, names: NDArray[np.str_], statistics: Mapping[str, Any]
+    function: Callable[[Any, Any], NDArray],
+    values: NDArray,
+    names: NDArray[np.str_],
+    statistics: Mapping[str, Any],
+    part: str,
 ) -> NDArray[np.float64]:
-    """Apply `normalize` or `unnormalize` to each row of `[N, K, A]` with the statistics of its dataset."""
+    """Apply `normalize` or `unnormalize` to each row `[K, A]` or `[S]` with that part of its dataset's statistics."""
     result = np.empty(values.shape, dtype=np.float64)
     for name in np.unique(names):
-        result[names == name] = function(values[names == name], statistics[str(name)])
+        result[names == name] = function(values[names == name], statistics[str(name)][part])
     return result
 
 
 def _statistics(model: str, policy: Policy, held_out: HeldOut) -> tuple[dict[str, Any], bool]:
-    """Return action statistics by dataset name, and whether all of them are the model's own."""
+    """Return statistics by dataset name, and whether all of them are the model's own."""
     chosen: dict[str, Any] = {}
     ours = True
     width = held_out.action.shape[1]
     for name in (str(name) for name in np.unique(held_out.dataset)):
         if name in policy.statistics:
-            chosen[name] = check_statistics({name: policy.statistics[name]}, f"statistics of {model}")[name]["action"]
+            chosen[name] = check_statistics({name: policy.statistics[name]}, f"statistics of {model}")[name]
         else:
             ours = False
             found = [dataset.statistics[name] for dataset in held_out.datasets if name in dataset.statistics]
             if not found:
                 raise DataError(f"{held_out.datasets[0].path}: it has no statistics of '{name}'; convert it again")
-            chosen[name] = found[0]["action"]
-        if len(chosen[name]["q01"]) != width:
+            chosen[name] = found[0]
+        given = len(chosen[name]["action"]["q01"])
+        if given != width:
             raise DataError(
-                f"{model} gives {len(chosen[name]['q01'])} action dimensions for '{name}', and the demonstrations have"
+                f"{model} gives {given} action dimensions for '{name}', and the demonstrations have"
                 f" {width}; evaluate it on data converted as its training data were"
             )
     return chosen, ours

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vlaft.action.statistics import tells_of_state
 from vlaft.data.codec import decode_image
 from vlaft.data.layout import Layout
 from vlaft.data.source import Progress, silent
@@ -132,6 +133,12 @@ def inspect_converted(
     told = [str(sentence) for sentence in dataset.info.get("warnings") or []]
     if not dataset.has_checksum:
         told.append(f"an earlier vlaft wrote {DATASET_FILE} without a checksum, so a change in it would not be seen")
+    silent = [name for name, entry in dataset.statistics.items() if not tells_of_state(entry)]
+    if silent and any(episode.state is not None for episode in episodes):
+        told.append(
+            f"an earlier vlaft wrote zeros as the state's statistics of {', '.join(silent)}; convert the source again"
+            " before a policy reads it (policy.state=true)"
+        )
     if skipped:
         told.append(f"the conversion left out {len(skipped)} episodes; dataset.json says which and why")
     return Inspection(

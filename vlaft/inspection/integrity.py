@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlaft.action.statistics import STATISTICS_FILE
 from vlaft.errors import CheckpointError, VlaftError
 from vlaft.files import SEAL
 from vlaft.weights.trained import (
@@ -16,7 +17,6 @@ from vlaft.weights.trained import (
     RUN_FILE,
     STATE_FILE,
     STATISTICS_CHECKSUM,
-    STATISTICS_FILE,
     is_trained,
     read_document,
     read_run_statistics,

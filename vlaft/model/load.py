@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from vlaft.errors import CheckpointError, MissingExtra
+from vlaft.files import read_json
 from vlaft.model.configuration import OpenVLAConfig
-from vlaft.weights.layout import check_tensors, plain_shapes, read_json, resolve_checkpoint, tensor_table
+from vlaft.weights.layout import check_tensors, plain_shapes, resolve_checkpoint, tensor_table
 
 _LLAMA_2_7B = {"model_type": "llama", "pad_token_id": 32000, "vocab_size": 32064}
 
@@ -52,7 +53,7 @@ def load_config(folder: Path) -> Any:
     Raises:
         CheckpointError: not an OpenVLA configuration.
     """
-    content = read_json(folder / "config.json")
+    content = read_json(folder / "config.json", CheckpointError)
     if content.get("model_type") != "openvla":
         raise CheckpointError(
             f"{folder / 'config.json'}: model_type is '{content.get('model_type')}', and only 'openvla' is supported"
@@ -134,7 +135,7 @@ def _stored_quantization(folder: Path) -> bool:
         CheckpointError: by something else than bitsandbytes.
         MissingExtra: bitsandbytes is not installed.
     """
-    settings = read_json(folder / "config.json").get("quantization_config")
+    settings = read_json(folder / "config.json", CheckpointError).get("quantization_config")
     if not settings:
         return False
     method = settings.get("quant_method") if isinstance(settings, Mapping) else None

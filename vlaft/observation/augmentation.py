@@ -19,18 +19,22 @@ BRIGHTNESS = 0.2  # added, in [-0.2, 0.2) of the 0..1 scale
 CONTRAST = (0.8, 1.2)  # factor on the distance from each channel's mean
 SATURATION = (0.8, 1.2)  # factor on the saturation of HSV
 HUE = 0.05  # added to the hue of HSV, in turns
+_WITH_CAMERAS = 5  # dimensions of a batch with several images per example
 
 
 def pixel_values(images: Tensor, means: Sequence[Sequence[float]], stds: Sequence[Sequence[float]]) -> Tensor:
-    """Return the vision backbones' input: float32 `[B, 3 * n, H, W]`, one normalised copy per backbone.
+    """Return the vision backbones' input: float32 `[B, N * 3 * n, H, W]`, one normalised copy per camera and backbone.
 
     Args:
-        images: uint8 `[B, H, W, 3]`.
+        images: uint8 `[B, H, W, 3]`, or `[B, N, H, W, 3]` of N cameras.
         means: per backbone and channel, on the 0..1 scale.
         stds: likewise.
     """
     import torch
 
+    if images.ndim == _WITH_CAMERAS:
+        each = pixel_values(images.flatten(0, 1), means, stds)
+        return each.unflatten(0, images.shape[:2]).flatten(1, 2)
     scaled = images.permute(0, 3, 1, 2).to(torch.float32) / 255.0
     mean = scaled.new_tensor(means)[:, :, None, None]  # [n, 3, 1, 1]
     std = scaled.new_tensor(stds)[:, :, None, None]
@@ -38,28 +42,35 @@ def pixel_values(images: Tensor, means: Sequence[Sequence[float]], stds: Sequenc
 
 
 def center_crop(images: Tensor) -> Tensor:
-    """Return the central 90 % of each image's area at the old size: uint8 `[B, H, W, 3]`, as given.
+    """Return the central 90 % of each image's area at the old size: uint8, of the same shape.
 
     For a model trained with random crops of that area (docs/upstream.md, At evaluation).
+
+    Args:
+        images: uint8 `[B, H, W, 3]`, or `[B, N, H, W, 3]` of N cameras.
     """
     import torch
 
+    if images.ndim == _WITH_CAMERAS:
+        return center_crop(images.flatten(0, 1)).unflatten(0, images.shape[:2])
     offset = torch.full((len(images),), (1.0 - CROP_AREA**0.5) / 2.0, device=images.device)
     return _to_uint8(_crop_and_resize(_to_float(images), offset))
 
 
 def augment(images: Tensor, generator: Generator | None = None) -> Tensor:
-    """Return randomly cropped and recoloured images: uint8 `[B, H, W, 3]`, as given, on the same device.
+    """Return randomly cropped and recoloured images: uint8, of the same shape, on the same device.
 
     In this order, each with its own parameters per image and clipped to 0..1: a crop of 90 % of the area,
-    brightness, contrast, saturation, hue.
+    brightness, contrast, saturation, hue. Cameras are images like any other: each has its own parameters.
 
     Args:
-        images: uint8 `[B, H, W, 3]`.
+        images: uint8 `[B, H, W, 3]`, or `[B, N, H, W, 3]` of N cameras.
         generator: source of the random numbers, on the images' device or on the CPU; None takes torch's global one.
     """
     import torch
 
+    if images.ndim == _WITH_CAMERAS:
+        return augment(images.flatten(0, 1), generator).unflatten(0, images.shape[:2])
     device = images.device if generator is None else generator.device
     draws = torch.rand((5, len(images)), generator=generator, device=device).to(images.device)
     parameters = draws[:, :, None, None, None]

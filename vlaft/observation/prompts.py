@@ -6,7 +6,6 @@ Reads `tokenizer.json` with the `tokenizers` library alone: no transformers, no 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any, Literal, get_args
 from vlaft.action.tokens import ActionTokenizer
 from vlaft.documents import fits, is_text, shown
 from vlaft.errors import CheckpointError, DataError, did_you_mean
-from vlaft.weights.layout import nearest_base
+from vlaft.files import read_json
+from vlaft.weights.layout import resolve_checkpoint
 
 PromptStyle = Literal["openvla", "vicuna"]
 PROMPT_STYLES: tuple[PromptStyle, ...] = get_args(PromptStyle)
@@ -30,7 +30,6 @@ _TEMPLATES: dict[PromptStyle, str] = {
     "openvla": f"In: {_QUESTION}\nOut:",
     "vicuna": f"{_VICUNA_SYSTEM} USER: {_QUESTION} ASSISTANT:",
 }
-_MAX_JSON = 64 * 2**20  # bytes; Llama's tokenizer.json has 2 MB, the largest vocabularies 20 MB
 
 
 def prompt_text(instruction: str, style: PromptStyle) -> str:
@@ -61,36 +60,36 @@ class TextTokenizer:
     fingerprint: str
 
     @classmethod
-    def from_files(cls, files: Mapping[str, Path], where: str) -> TextTokenizer:
+    def from_folder(cls, folder: Path) -> TextTokenizer:
         """Read a tokenizer from `tokenizer.json` and whichever of the older files are there.
 
         Args:
-            files: file name to path; `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json`
-                may be missing.
-            where: the checkpoint's name, for errors.
+            folder: the checkpoint's; `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json` may be
+                missing.
 
         Raises:
             CheckpointError: a file is missing or damaged, or the end-of-sequence token cannot be told.
         """
         from tokenizers import Tokenizer
 
-        if "tokenizer.json" not in files:
-            raise CheckpointError(f"{where} has no tokenizer.json; save its tokenizer in the fast format")
+        file = folder / "tokenizer.json"
         try:
-            data = files["tokenizer.json"].read_bytes()
+            data = file.read_bytes()
             tokenizer = Tokenizer.from_str(data.decode("utf-8"))
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{file} is missing; save the tokenizer in the fast format") from error
         except OSError as error:
-            raise CheckpointError(f"{files['tokenizer.json']} cannot be read ({error.strerror})") from error
+            raise CheckpointError(f"{file} cannot be read ({error.strerror})") from error
         except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{files['tokenizer.json']} is no tokenizer ({str(error)[:100]})") from error
+            raise CheckpointError(f"{file} is no tokenizer ({str(error)[:100]})") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
         # an instruction that contains "</s>" is text, not the end of the sequence
         tokenizer.encode_special_tokens = True
-        names = _read_optional(files, "special_tokens_map.json") | _read_optional(files, "tokenizer_config.json")
-        added = _read_optional(files, "added_tokens.json")
+        names = _read(folder, "special_tokens_map.json") | _read(folder, "tokenizer_config.json")
+        added = _read(folder, "added_tokens.json")
         if not fits(added, dict[str, int]):
-            raise CheckpointError(f"{files['added_tokens.json']} must map tokens to their ids")
+            raise CheckpointError(f"{folder / 'added_tokens.json'} must map tokens to their ids")
 
         def token_id(name: str) -> int | None:
             value = names.get(name)
@@ -102,7 +101,7 @@ class TextTokenizer:
 
         eos_id, pad_id = token_id("eos_token"), token_id("pad_token")
         if eos_id is None:
-            raise CheckpointError(f"{where}: its tokenizer files name no end-of-sequence token that it knows")
+            raise CheckpointError(f"{folder}: its tokenizer files name no end-of-sequence token that it knows")
         return cls(
             tokenizer=tokenizer,
             size=max([tokenizer.get_vocab_size(with_added_tokens=True), *(index + 1 for index in added.values())]),
@@ -163,18 +162,22 @@ def load_base_files(base: str) -> BaseFiles:
     Raises:
         CheckpointError: it cannot be found or reached, a file is damaged, or the vocabulary does not fit.
     """
-    files = _locate(base)
-    config = _read_json(files["config.json"])
-    tokenizer = TextTokenizer.from_files(files, base)
-    preprocessor = files.get("preprocessor_config.json")
+    folder = resolve_checkpoint(base, weights=False)
+    config = read_json(folder / "config.json", CheckpointError)
+    tokenizer = TextTokenizer.from_folder(folder)
     return BaseFiles(
         base=base,
         config=config,
-        preprocessor=_read_json(preprocessor) if preprocessor else None,
+        preprocessor=_read(folder, "preprocessor_config.json") or None,
         tokenizer=tokenizer,
         actions=_action_tokenizer(config, tokenizer, base),
         prompt_style=prompt_style_of(config),
     )
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    """Return the content of a file that a checkpoint may lack."""
+    return read_json(folder / name, CheckpointError) if (folder / name).is_file() else {}
 
 
 def action_tokenizer_of(config: Mapping[str, Any]) -> ActionTokenizer:
@@ -234,65 +237,3 @@ def _action_tokenizer(config: Mapping[str, Any], tokenizer: TextTokenizer, base:
                 f" {actions.first_id} to {actions.vocab_size - 1}; this tokenizer cannot carry actions"
             )
     return actions
-
-
-_REQUIRED = ("config.json", "tokenizer.json")
-_OPTIONAL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "preprocessor_config.json")
-
-
-def _locate(base: str) -> dict[str, Path]:
-    """Return the path of every file of `_REQUIRED` and `_OPTIONAL` that the base has."""
-    folder = Path(base).expanduser()
-    if folder.is_dir():
-        found = {name: folder / name for name in _REQUIRED + _OPTIONAL if (folder / name).is_file()}
-        for name in _REQUIRED:
-            if name not in found:
-                raise CheckpointError(f"{base} has no {name}; a base is a folder in the layout of openvla/openvla-7b")
-        return found
-    if base.count("/") != 1 or base.startswith((".", "/", "~")) or "\\" in base:
-        raise CheckpointError(
-            f"there is no checkpoint folder {base}, and it is no name on the Hugging Face Hub (owner/name)"
-            f"{nearest_base(base)}"
-        )
-    return _download(base)
-
-
-def _download(repository: str) -> dict[str, Path]:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    found: dict[str, Path] = {}
-    for name in _REQUIRED + _OPTIONAL:
-        try:
-            found[name] = Path(hf_hub_download(repository, name))
-        except LocalEntryNotFoundError as error:
-            if name in _OPTIONAL and found:
-                continue  # offline, with what there is in the cache
-            raise CheckpointError(
-                f"{repository} is no local folder and the Hugging Face Hub cannot be reached: give a local folder"
-            ) from error
-        except EntryNotFoundError as error:
-            if name in _REQUIRED:
-                raise CheckpointError(f"{repository} on the Hugging Face Hub has no {name}") from error
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            reason = " ".join(str(error).split())[:120]
-            raise CheckpointError(
-                f"{repository} is no local folder and could not be read from the Hugging Face Hub ({reason})"
-            ) from error
-    return found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_JSON:
-            raise CheckpointError(f"{path} is larger than a JSON file of a checkpoint can be")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({' '.join(str(error).split())[:100]})") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return value
-
-
-def _read_optional(files: Mapping[str, Path], name: str) -> dict[str, Any]:
-    return _read_json(files[name]) if name in files else {}

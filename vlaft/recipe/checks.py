@@ -12,6 +12,7 @@ TRACKERS = ("tensorboard", "trackio", "wandb")
 
 # key -> lowest and highest value allowed, both inclusive; null is always allowed where the type has it.
 _BOUNDS: dict[str, tuple[float, float]] = {
+    "policy.chunk": (1, math.inf),
     "adapt.lora.rank": (1, 4096),
     "adapt.lora.alpha": (1, math.inf),
     "adapt.lora.plus_ratio": (1, math.inf),
@@ -66,6 +67,12 @@ def _out_of_range(config: RecipeConfig) -> Iterator[str]:
         yield f"train.betas must be at least 0 and below 1, not {list(config.train.betas)}"
     if not config.base.strip():
         yield "base is empty; name a checkpoint folder or Hub id, such as openvla/openvla-7b"
+    cameras = config.policy.cameras
+    if not cameras or not all(camera.strip() for camera in cameras):
+        yield "policy.cameras must name at least one camera, such as [main], and no empty one"
+    if len(set(cameras)) < len(cameras):
+        twice = next(camera for camera in cameras if cameras.count(camera) > 1)
+        yield f"policy.cameras names '{twice}' twice"
     if not all(path.strip() for path in config.data.paths):
         yield "data.path holds an empty path"
     for tracker in config.train.trackers:
@@ -77,7 +84,11 @@ def _out_of_range(config: RecipeConfig) -> Iterator[str]:
 
 
 def _contradictions(config: RecipeConfig) -> Iterator[str]:
-    adapt, train = config.adapt, config.train
+    adapt, train, policy = config.adapt, config.train, config.policy
+    if not policy.parallel:
+        asked = {"state=true": policy.state, "film=true": policy.film, f"chunk={policy.chunk}": policy.chunk > 1}
+        for key in (key for key, wanted in asked.items() if wanted):
+            yield f"policy.{key} needs all actions written at once: policy.decoding=parallel, or policy.head=l1"
     if adapt.method != "lora":
         if adapt.quantize != "none":
             yield (

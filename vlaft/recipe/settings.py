@@ -137,6 +137,7 @@ class RecipeConfig:
     name: str = ""  # of the recipe; empty: its file's name
     description: str = ""  # what it is for; empty: its file's first comment line
     base: str = "openvla/openvla-7b"  # checkpoint folder or Hub id that training starts from
+    policy: PolicyConfig = field(default_factory=PolicyConfig)  # what is read and written
     adapt: AdaptConfig = field(default_factory=AdaptConfig)  # what is trained
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)  # in which number formats
     data: DataConfig = field(default_factory=DataConfig)  # on what

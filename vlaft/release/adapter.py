@@ -7,26 +7,17 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from vlaft.action.statistics import check_statistics
-from vlaft.adapt.adapter import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    adapter_table,
-    base_checksums,
-    base_fingerprint,
-    base_metadata,
-    read_adapter_tensors,
-    read_settings,
-)
+from vlaft.action.statistics import STATISTICS_FILE, write_statistics
+from vlaft.adapt.adapter import adapter_table, read_adapter_tensors, read_settings
 from vlaft.adapt.merging import StoredSettings, sort_parts
 from vlaft.errors import CheckFailed, CheckpointError
-from vlaft.files import check_apart, output_folder
+from vlaft.files import check_apart, output_folder, read_json, write_json
 from vlaft.release.card import write_model_card
 from vlaft.release.export import ExportResult, stored_bytes
-from vlaft.release.files import is_hub_name, public_name
+from vlaft.release.layout import public_name
 from vlaft.release.record import base_licence, training_record
-from vlaft.weights.layout import read_json, resolve_checkpoint, tensor_table
-from vlaft.weights.trained import STATISTICS_FILE, Trained, write_json
+from vlaft.weights.layout import is_hub_name, resolve_checkpoint, tensor_table
+from vlaft.weights.trained import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Trained, adapter_base, base_metadata
 
 # `LoraConfig` of peft 0.11.1 with its defaults, key for key as it writes them.
 _KEYS: dict[str, Any] = {
@@ -62,25 +53,29 @@ def export_adapter(trained: Trained, out: Path, *, base: str | None = None, over
     """Write a run's adapter to `out` with its configuration, statistics and model card.
 
     Args:
-        trained: weights that are an adapter.
+        trained: an adapter.
         out: written beside its place and renamed into it at the end.
         base: name of the base on the Hub, for those who download the adapter; None takes the run's.
         overwrite: replace what is in `out`.
 
     Raises:
-        CheckpointError: the weights are whole tensors, damaged, or of a kind that peft 0.11.1 cannot read.
+        CheckpointError: there are whole tensors, or the adapter is damaged or of a kind that peft 0.11.1 cannot read.
         CheckFailed: the exported folder is not what it should be, or does not fit its base.
         VlaftError: `out` is in use, or holds something without `overwrite`, or there is too little room on the disk.
     """
     check_apart(out, [trained.weights])
-    if not trained.is_adapter:
+    if not trained.has_adapter:
         raise CheckpointError(f"{trained.weights} holds trained tensors and no adapter; merge it: vlaft merge")
+    if trained.tensors is not None:
+        raise CheckpointError(
+            f"{trained.weights} holds trained tensors besides its adapter, which would be lost; merge it: vlaft merge"
+        )
     name = base or trained.base or ""
     settings = read_settings(trained.weights)
     config = _KEYS | {key: settings[key] for key in _KEYS if key in settings and key not in _OWN}
     config["base_model_name_or_path"] = public_name(name) if name else ""
     if config["target_modules"] is None:
-        raise CheckpointError(f"{trained.weights / CONFIG_FILE}: target_modules is missing")
+        raise CheckpointError(f"{trained.weights / ADAPTER_CONFIG}: target_modules is missing")
     if not isinstance(config["init_lora_weights"], bool) and config["init_lora_weights"] != "gaussian":
         config["init_lora_weights"] = True  # of no consequence: the values are loaded
     if isinstance(config["lora_alpha"], float) and config["lora_alpha"].is_integer():
@@ -88,18 +83,18 @@ def export_adapter(trained: Trained, out: Path, *, base: str | None = None, over
     tensors = read_adapter_tensors(trained.weights)
     sort_parts(StoredSettings.from_json(settings, str(trained.weights)), _shapes(trained.weights))
     size = sum(tensor.nbytes for tensor in tensors.values())
-    fingerprint = trained.base_fingerprint or base_fingerprint(trained.weights)
-    checksums = trained.base_checksums or base_checksums(trained.weights)
+    fingerprint, checksums = adapter_base(trained.weights)
+    fingerprint, checksums = trained.base_fingerprint or fingerprint, trained.base_checksums or checksums
     with output_folder(out, size, overwrite=overwrite) as partial:
-        save_file(tensors, partial / WEIGHTS_FILE, metadata=base_metadata(fingerprint, checksums))
-        write_json(partial / CONFIG_FILE, dict(sorted(config.items())))
+        save_file(tensors, partial / ADAPTER_WEIGHTS, metadata=base_metadata(fingerprint, checksums))
+        write_json(partial / ADAPTER_CONFIG, dict(sorted(config.items())))
         if trained.statistics:
-            write_json(partial / STATISTICS_FILE, check_statistics(trained.statistics, str(trained.weights)))
+            write_statistics(partial / STATISTICS_FILE, trained.statistics)
         folder = _local_base(name)
         _check(partial, trained.weights, folder)
         record = {"base": name, "training": training_record(trained)}
         record["base_licence"] = base_licence(name, folder or Path())
-        content = (read_json(folder / "config.json") if folder else {}) | dict(trained.inference)
+        content = (read_json(folder / "config.json", CheckpointError) if folder else {}) | dict(trained.inference)
         write_model_card(partial, "adapter", trained.statistics, record, content)
     return ExportResult(out, size, stored_bytes(adapter_table(trained.weights).values()))
 
@@ -120,9 +115,9 @@ def _local_base(name: str) -> Path | None:
 
 def _check(folder: Path, source: Path, base: Path | None) -> None:
     """Read the exported folder back and hold it against the source and, where it is at hand, the base."""
-    config = read_json(folder / CONFIG_FILE)
+    config = read_json(folder / ADAPTER_CONFIG, CheckpointError)
     if set(config) != set(_KEYS):
-        raise CheckFailed(f"the exported adapter is not right: {CONFIG_FILE} has other keys than peft 0.11.1's")
+        raise CheckFailed(f"the exported adapter is not right: {ADAPTER_CONFIG} has other keys than peft 0.11.1's")
     before, after = adapter_table(source), adapter_table(folder)
     if {name: (e.dtype, e.shape) for name, e in before.items()} != {
         name: (e.dtype, e.shape) for name, e in after.items()

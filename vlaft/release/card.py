@@ -17,8 +17,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from vlaft.observation.images import ImagePipeline
-from vlaft.release.files import is_hub_name, public_name
+from vlaft.release.layout import public_name
 from vlaft.release.verify import Comparison
+from vlaft.weights.layout import is_hub_name
 
 CARD_FILE = "README.md"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)

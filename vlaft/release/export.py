@@ -14,13 +14,11 @@ from typing import Any
 
 import torch
 
-from vlaft.action.statistics import choose_key
-from vlaft.errors import CheckFailed, CheckpointError, DataError
+from vlaft.errors import CheckFailed, CheckpointError
 from vlaft.files import check_apart, output_folder
-from vlaft.harness import write_server_config
 from vlaft.model.load import load_config, load_model
 from vlaft.release.card import write_model_card
-from vlaft.release.files import Source, copy_licence, open_source, write_release_files
+from vlaft.release.layout import Source, copy_licence, open_source, write_release_files
 from vlaft.release.merge import DTYPE_NAMES, checkpoint_dtype, copy_tensors, tensor_bytes
 from vlaft.release.verify import Comparison, compare, example_probe, round_parameters
 from vlaft.weights.layout import TensorEntry, check_tensors, tensor_table
@@ -39,14 +37,12 @@ class ExportResult:
         bytes: size of its weights.
         source_bytes: size of the weights that it was made from.
         comparison: how its answers compare with the source's, or None where it is too large to load for that.
-        notes: sentences for the user.
     """
 
     folder: Path
     bytes: int
     source_bytes: int
     comparison: Comparison | None = None
-    notes: tuple[str, ...] = ()
 
 
 def export_huggingface(
@@ -54,7 +50,6 @@ def export_huggingface(
     out: Path,
     *,
     dtype: str | None = None,
-    repository: str | None = None,
     overwrite: bool = False,
     advance: Callable[[int], None] = lambda count: None,
 ) -> ExportResult:
@@ -64,7 +59,6 @@ def export_huggingface(
         folder: a merged checkpoint or a base.
         out: written beside its place and renamed into it at the end.
         dtype: `float32`, `bfloat16` or `float16`; None keeps each tensor's own.
-        repository: where it is going to be on the Hub, `user/name`, or None.
         overwrite: replace what is in `out`.
         advance: called with the number of bytes that were written.
 
@@ -91,19 +85,7 @@ def export_huggingface(
                 f" {comparison.tokens} tokens are the same; nothing was written"
             )
         finish(source, partial, "huggingface", comparison)
-        notes = _server_config(source, partial, repository or out.resolve().name)
-    return ExportResult(out, size, stored_bytes(table.values()), comparison, notes)
-
-
-def _server_config(source: Source, partial: Path, name: str) -> tuple[str, ...]:
-    """Write the config for vla-evaluation-harness where its server can use the model; else say why not."""
-    try:
-        choose_key(dict(source.statistics))
-        write_server_config(partial, model_path=name)
-    except (CheckpointError, DataError) as error:
-        reason = str(error).removeprefix(f"{partial}: ")
-        return (f"no server config for vla-evaluation-harness: {reason}",)
-    return ()
+    return ExportResult(out, size, stored_bytes(table.values()), comparison)
 
 
 def stored_bytes(entries: Iterable[TensorEntry]) -> int:

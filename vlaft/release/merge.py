@@ -11,32 +11,27 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlaft.action.statistics import BOUNDS, read_statistics
-from vlaft.adapt.adapter import CONFIG_FILE, adapter_table, read_settings
-from vlaft.adapt.merging import ModuleAdapter, StoredSettings, sort_parts
+from vlaft.action.statistics import STATISTICS_FILE
+from vlaft.adapt.merging import Change, ModuleAdapter, changes
 from vlaft.adapt.rounding import Mode, Rounding
 from vlaft.errors import CheckpointError
-from vlaft.files import check_apart, output_folder
+from vlaft.files import check_apart, output_folder, read_json, write_json
 from vlaft.release.record import base_licence, training_record
 from vlaft.weights.layout import (
     INDEX_FILE,
     TensorEntry,
-    check_tensor_checksums,
     expecting,
     fingerprint,
-    read_header,
-    read_json,
     tensor_table,
 )
 from vlaft.weights.stream import DTYPES, Scratch, ShardWriter, read_rows, read_tensor
-from vlaft.weights.trained import STATISTICS_FILE, TRAINED_FILE, Trained, write_json
+from vlaft.weights.trained import ADAPTER_WEIGHTS, Trained, check_base, statistics_of
 
 MERGE_FILE = "merge.json"
 # Beside the weights and config.json, what a release folder is made of (upstream's Python files are left out).
@@ -49,7 +44,6 @@ RELEASE_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-Change = Callable[[], ModuleAdapter | Tensor]  # what is added to a tensor, or takes its place, read when its turn comes
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _JSON_DTYPES = {short: name for name, short in DTYPE_NAMES.items()}
 
@@ -88,7 +82,7 @@ def merge(
     """Write `base` with `trained` folded in to `out`.
 
     Args:
-        trained: an adapter or trained tensors.
+        trained: an adapter, whole tensors, or both.
         base: the base's local folder.
         out: written beside its place and renamed into it at the end.
         base_name: how the base was called, for the record.
@@ -106,14 +100,15 @@ def merge(
     check_apart(out, [base, trained.weights])
     base_print = fingerprint(base)
     trained_print = weights_fingerprint(trained)
-    _check_provenance(trained, base, base_print, trained_print)
+    _check_unmerged(trained, base, trained_print)
+    check_base(trained, base, base_print)
     table = tensor_table(base)
-    changes = _changes(trained, table, base)
+    changed = changes(trained, base)
     dtypes = _output_types(table, dtype)
     total = tensor_bytes(table, dtypes)
     rounded = Rounding(rounding)
     with output_folder(out, total, overwrite=overwrite) as folder:
-        copy_tensors(base, folder, dtypes, changes, advance, rounded, trained.base_checksums)
+        copy_tensors(base, folder, dtypes, changed, advance, rounded, trained.base_checksums)
         copy_release_files(base, folder)
         _write_config(base, folder, trained, checkpoint_dtype(dtypes))
         record = {
@@ -126,67 +121,37 @@ def merge(
             "training": training_record(trained),
             "rounding": rounded.to_json(),
             "verified": dict(check(folder)) if check else None,
-            "earlier": read_json(base / MERGE_FILE) if (base / MERGE_FILE).is_file() else None,
+            "earlier": merge_record(base),
         }
         write_json(folder / MERGE_FILE, record)
-    return MergeResult(out, len(table), len(changes), total, rounded)
+    return MergeResult(out, len(table), len(changed), total, rounded)
 
 
 def weights_fingerprint(trained: Trained) -> str:
-    """Return a short hash of the trained weights' file."""
-    name = "adapter_model.safetensors" if trained.is_adapter else TRAINED_FILE
+    """Return a short hash of the trained weights' files."""
     digest = hashlib.sha256()
-    try:
-        with (trained.weights / name).open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise CheckpointError(f"{trained.weights / name}: cannot be read ({error.strerror})") from None
+    adapter = [trained.weights / ADAPTER_WEIGHTS] if trained.has_adapter else []
+    for path in [*adapter, *([trained.tensors] if trained.tensors is not None else [])]:
+        try:
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     return digest.hexdigest()[:32]
 
 
-def _check_provenance(trained: Trained, base: Path, base_print: str, trained_print: str) -> None:
-    record: dict[str, Any] | None = read_json(base / MERGE_FILE) if (base / MERGE_FILE).is_file() else None
+def merge_record(folder: Path) -> dict[str, Any] | None:
+    """Return what `merge` recorded of a checkpoint, or None for one that it did not write."""
+    return read_json(folder / MERGE_FILE, CheckpointError) if (folder / MERGE_FILE).is_file() else None
+
+
+def _check_unmerged(trained: Trained, base: Path, trained_print: str) -> None:
+    record = merge_record(base)
     while isinstance(record, dict):
         if record.get("trained_fingerprint") == trained_print:
             raise CheckpointError(f"{base}: '{trained.weights.name}' is merged into this checkpoint already")
         record = record.get("earlier")
-    if trained.base_fingerprint and trained.base_fingerprint != base_print:
-        if trained.base_checksums is not None:
-            check_tensor_checksums(base, trained.base_checksums)  # a damaged base is told apart from another one
-        raise CheckpointError(
-            f"{trained.weights} was trained on another base (fingerprint {trained.base_fingerprint[:12]}) than"
-            f" {base} ({base_print[:12]}); give the right one with --base"
-        )
-
-
-def _changes(trained: Trained, table: Mapping[str, TensorEntry], base: Path) -> dict[str, Change]:
-    """Return what replaces or changes each tensor, checked against the base's shapes."""
-    changes: dict[str, Change] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    if trained.is_adapter:
-        settings = StoredSettings.from_json(read_settings(trained.weights), str(trained.weights / CONFIG_FILE))
-        stored = adapter_table(trained.weights)
-
-        def read(name: str) -> Tensor:
-            return read_tensor(trained.weights, stored[name])
-
-        for name, parts in sort_parts(settings, {name: entry.shape for name, entry in stored.items()}).items():
-            changes[name] = partial(parts.load, read)
-            shapes[name] = parts.shape
-    else:
-        for name, entry in read_header(trained.weights / TRAINED_FILE).items():
-            changes[name] = partial(read_tensor, trained.weights, entry)
-            shapes[name] = entry.shape
-    for name, shape in shapes.items():
-        if name not in table:
-            raise CheckpointError(f"{trained.weights} belongs to another base: {base} has no tensor '{name}'")
-        if table[name].shape != shape:
-            raise CheckpointError(
-                f"{trained.weights} belongs to another base: '{name}' is {shape} there"
-                f" and {table[name].shape} in {base}"
-            )
-    return changes
 
 
 def merged_bytes(base: Path, dtype: str | None = None) -> int:
@@ -211,7 +176,7 @@ def copy_tensors(
     source: Path,
     target: Path,
     dtypes: Mapping[str, str],
-    changes: Mapping[str, Change] | None = None,
+    changed: Mapping[str, Change] | None = None,
     advance: Callable[[int], None] = lambda count: None,
     rounding: Rounding | None = None,
     checksums: str | None = None,
@@ -222,9 +187,9 @@ def copy_tensors(
         source: a checkpoint's folder.
         target: an existing folder.
         dtypes: type of each tensor in the output, by safetensors' names.
-        changes: what replaces or changes single tensors.
+        changed: what replaces or changes single tensors.
         advance: called with the number of bytes that were written.
-        rounding: rounds the tensors that `changes` names; None does so to the nearest number.
+        rounding: rounds the tensors that `changed` names; None does so to the nearest number.
         checksums: what the source's tensors have to be, as `tensor_checksums` returned it; None where nothing says.
 
     Raises:
@@ -242,7 +207,7 @@ def copy_tensors(
         # Blocks are small: one thread computes while another writes, and more would only wait for each other.
         with _one_thread(), ShardWriter(target / file, layout) as writer:
             for name in names:
-                change = (changes or {}).get(name)
+                change = (changed or {}).get(name)
                 _write_tensor(writer, name, source, table[name], dtypes[name], change, scratch, rounding)
                 advance(torch.Size(table[name].shape).numel() * DTYPES[dtypes[name]].itemsize)
     if (source / INDEX_FILE).is_file():
@@ -272,13 +237,13 @@ def _write_tensor(
     rounding: Rounding,
 ) -> None:
     kind = DTYPES[dtype]
-    found = change() if change is not None else None
-    if found is None and dtype == entry.dtype:
+    made = change.load() if change is not None else None
+    if made is None and dtype == entry.dtype:
         writer.write_rows(name, (block for _, block in read_rows(source, entry, scratch)))
         return
-    if isinstance(found, ModuleAdapter) and not found.by_rows:
-        found = found.merged(read_tensor(source, entry).float())
-    writer.write_rows(name, _blocks(source, entry, kind, found, scratch, rounding, rounding.generator(name)))
+    if isinstance(made, ModuleAdapter) and not made.by_rows:
+        made = made.merged(read_tensor(source, entry).float())
+    writer.write_rows(name, _blocks(source, entry, kind, made, scratch, rounding, rounding.generator(name)))
 
 
 def _blocks(
@@ -322,13 +287,10 @@ def copy_release_files(source: Path, target: Path) -> None:
 
 
 def _write_config(base: Path, target: Path, trained: Trained, dtype: str | None) -> None:
-    config = read_json(base / "config.json") | dict(trained.inference)
+    config = read_json(base / "config.json", CheckpointError) | dict(trained.inference)
     if isinstance(pipeline := config.get("image_pipeline"), Mapping):
         config["center_crop"] = bool(pipeline.get("center_crop"))  # in the open, for upstream's code
-    statistics = dict(trained.statistics)
-    if not statistics and (base / STATISTICS_FILE).is_file():
-        statistics = read_statistics(base / STATISTICS_FILE, BOUNDS)
-    if statistics:
+    if statistics := statistics_of(trained, base, config):
         config["norm_stats"] = statistics
         write_json(target / STATISTICS_FILE, statistics)
     if dtype is not None:

@@ -18,14 +18,13 @@ from torch import Tensor, nn
 
 from vlaft.adapt.methods import SKIPPED, quantization_config
 from vlaft.errors import CheckFailed, CheckpointError, MissingExtra
-from vlaft.files import check_apart, output_folder
+from vlaft.files import check_apart, output_folder, write_json
 from vlaft.model.load import load_config
 from vlaft.recipe.settings import AdaptConfig
 from vlaft.release.export import ExportResult, compare_with_source, finish, model_shapes, stored_bytes
-from vlaft.release.files import open_source, write_release_files
+from vlaft.release.layout import open_source, write_release_files
 from vlaft.weights.layout import INDEX_FILE, check_tensors, plain_shapes, tensor_table
 from vlaft.weights.stream import read_tensor
-from vlaft.weights.trained import write_json
 
 BITS = {"nf4": 4.25, "int8": 8.1}  # per weight, scales included, rounded up
 _SHARD = 1_000_000_000  # bytes; one shard is in memory

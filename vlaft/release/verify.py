@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlaft.action.statistics import BOUNDS, check_statistics
 from vlaft.action.tokens import IGNORED
+from vlaft.adapt.adapter import base_parameters
 from vlaft.adapt.rounding import Mode, generator_of, round_to
 from vlaft.errors import CheckFailed, CheckpointError, DataError
+from vlaft.files import read_json
 from vlaft.observation.batch import Observation
 from vlaft.observation.images import ImagePipeline
 from vlaft.release.record import data_paths
-from vlaft.weights.layout import read_json, tensor_table
-from vlaft.weights.trained import TRAINED_FILE, Trained
+from vlaft.weights.layout import read_header, tensor_table
+from vlaft.weights.trained import Trained, statistics_of
 
 _EXAMPLES = 4
 _INSTRUCTION = "put the carrot on the plate"  # of inputs made here, where the training data are gone
@@ -98,15 +99,18 @@ def example_probe(trained: Trained | None, base: Path, count: int = _EXAMPLES) -
         base: the model's folder.
         count: how many.
     """
-    config = read_json(base / "config.json") | (dict(trained.inference) if trained else {})
+    config = read_json(base / "config.json", CheckpointError) | (dict(trained.inference) if trained else {})
     preprocessor = base / "preprocessor_config.json"
-    pipeline = ImagePipeline.from_checkpoint(config, read_json(preprocessor) if preprocessor.is_file() else None)
+    pipeline = ImagePipeline.from_checkpoint(
+        config, read_json(preprocessor, CheckpointError) if preprocessor.is_file() else None
+    )
     if trained is not None and (paths := data_paths(trained)):
         try:
             return data_probe(paths, pipeline, count)
         except (DataError, CheckpointError, OSError):
             pass  # moved, changed or damaged since: the check needs inputs, not these
-    return _synthetic(base, config, pipeline, count)
+    sizes = [len(entry["action"]["q01"]) for entry in statistics_of(trained, base, config).values()]
+    return _synthetic(base, pipeline, count, max(sizes, default=_ACTION_SIZE))
 
 
 def data_probe(paths: list[Path], pipeline: ImagePipeline, count: int) -> Probe:
@@ -131,7 +135,7 @@ def data_probe(paths: list[Path], pipeline: ImagePipeline, count: int) -> Probe:
     )
 
 
-def _synthetic(base: Path, config: dict[str, Any], pipeline: ImagePipeline, count: int) -> Probe:
+def _synthetic(base: Path, pipeline: ImagePipeline, count: int, action_size: int) -> Probe:
     import numpy as np
 
     prompt = [1, *range(3, 20)]  # for models that have no tokenizer
@@ -139,14 +143,11 @@ def _synthetic(base: Path, config: dict[str, Any], pipeline: ImagePipeline, coun
         from vlaft.observation.prompts import load_base_files
 
         prompt = load_base_files(str(base)).prompt_token_ids(_INSTRUCTION)
-    found = config.get("norm_stats")
-    statistics = check_statistics(found, f"{base / 'config.json'}: norm_stats", BOUNDS) if found else {}
-    sizes = [len(entry["action"]["q01"]) for entry in statistics.values()]
     generator = np.random.default_rng(0)
     size = pipeline.size
     coarse = generator.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
     images = [np.kron(image, np.ones((size // 8 + 1, size // 8 + 1, 1), np.uint8))[:size, :size] for image in coarse]
-    return _batch([prompt] * count, images, pipeline, max(sizes, default=_ACTION_SIZE), "synthetic")
+    return _batch([prompt] * count, images, pipeline, action_size, "synthetic")
 
 
 def _batch(
@@ -302,15 +303,14 @@ def _attach(model: Any, trained: Trained) -> Any:
     from vlaft.adapt.adapter import load_adapter
     from vlaft.training.checkpoints import load_trained
 
-    if trained.is_adapter:
-        return load_adapter(model, trained.weights)
-    load_trained(model, trained.weights)
-    return model
+    if trained.tensors is not None:
+        load_trained(model, trained.weights)
+    return load_adapter(model, trained.weights) if trained.has_adapter else model
 
 
 def round_parameters(model: Any, kinds: Mapping[str, torch.dtype]) -> None:
     """Round each parameter that has a type in `kinds` to that type, in place; the model's own type stays."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in base_parameters(model).items():
         if name in kinds:
             parameter.copy_(parameter.to(kinds[name]))
 
@@ -322,20 +322,18 @@ def _round(model: Any, trained: Trained, kinds: Mapping[str, torch.dtype], mode:
         generator = generator_of(name) if mode == "stochastic" else None
         return round_to(exact.float().cpu(), torch.empty(exact.shape, dtype=kinds[name]), generator)
 
-    if trained.is_adapter:
+    if trained.has_adapter:
         from peft.tuners.lora import LoraLayer
 
         for name, module in model.get_base_model().named_modules():
             if isinstance(module, LoraLayer):
                 _merge_layer(module, partial(rounded, f"{name}.weight"))
-        round_parameters(model.get_base_model(), kinds)
-        return
-    from vlaft.weights.layout import read_header
-    from vlaft.weights.stream import read_tensor
+    if trained.tensors is not None:
+        from vlaft.weights.stream import read_tensor
 
-    parameters = dict(model.named_parameters())
-    for name, entry in read_header(trained.weights / TRAINED_FILE).items():
-        parameters[name].copy_(rounded(name, read_tensor(trained.weights, entry)))
+        parameters = base_parameters(model)
+        for name, entry in read_header(trained.tensors).items():
+            parameters[name].copy_(rounded(name, read_tensor(trained.weights, entry)))
     round_parameters(model, kinds)
 
 

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vlaft.adapt.adapter import base_parameters
 from vlaft.documents import read_as, shown
 from vlaft.errors import CheckpointError, VlaftError
 from vlaft.files import SEAL, checksum, holds, sealed, sync, unsealed
@@ -367,7 +368,7 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     Raises:
         CheckpointError: the file is damaged or belongs to another model.
     """
-    parameters = dict(model.named_parameters())
+    parameters = base_parameters(model)
     try:
         with safe_open(folder / TRAINED_FILE, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (no mapping, though it looks like one)

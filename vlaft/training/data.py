@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vlaft.action.tokens import IGNORED
-from vlaft.data.loader import Batch, ExampleLoader, batches_in_order
+from vlaft.data.loader import Batch, ExampleLoader, batches_in_order, data_fingerprint
 from vlaft.data.store import ConvertedDataset
+from vlaft.data.windows import Windows
+from vlaft.errors import CheckpointError
+from vlaft.files import read_json
+from vlaft.model.configuration import Policy
 from vlaft.observation.batch import Reader, check_fits
 from vlaft.observation.images import ImagePipeline
 from vlaft.observation.prompts import action_tokenizer_of, prompt_style_of
-from vlaft.recipe.settings import RecipeConfig
+from vlaft.recipe.settings import PolicyConfig, RecipeConfig
 from vlaft.training.step import Inputs
-from vlaft.weights.layout import read_json
 
 
 def to_inputs(batch: Batch, device: torch.device) -> Inputs:
@@ -36,7 +39,14 @@ def to_inputs(batch: Batch, device: torch.device) -> Inputs:
             tensor = tensor.pin_memory()
         return tensor.to(device, non_blocking=True)
 
-    return Inputs(move(batch.input_ids), move(batch.labels), move(positions), move(batch.images))
+    return Inputs(
+        move(batch.input_ids),
+        move(batch.labels),
+        move(positions),
+        move(batch.images),
+        None if batch.state is None else move(batch.state),
+        move(batch.action),
+    )
 
 
 @dataclass
@@ -48,20 +58,24 @@ class TrainingData:
         loader: endless shuffled training batches.
         pipeline: how frames were prepared, and the base's pixel statistics.
         statistics: by dataset name, of all datasets together.
-        train_examples: rows of the training split.
-        val_examples: rows of the held-out split that an evaluation looks at.
-        fingerprint: of all datasets together.
+        policy: what is read and written, with the sizes that the data give it.
+        train_examples: of the training split.
+        val_examples: of the held-out split, those that an evaluation looks at.
+        fingerprint: of all datasets together, and of how examples are cut from them.
         inference: keys for `config.json` of what is trained on this.
+        warnings: sentences about what is left out.
     """
 
     datasets: list[ConvertedDataset]
     loader: ExampleLoader
     pipeline: ImagePipeline
     statistics: Mapping[str, Any]
+    policy: Policy
     train_examples: int
     val_examples: int
     fingerprint: str
     inference: Mapping[str, Any]
+    warnings: tuple[str, ...]
     batch_size: int
     rank: int
     world_size: int
@@ -71,10 +85,10 @@ class TrainingData:
         """Open the recipe's datasets and hold them against the base.
 
         Raises:
-            DataError: a dataset is missing or damaged, or was converted for another base.
+            DataError: a dataset is missing or damaged, was converted for another base, or lacks what the policy reads.
         """
         datasets = [ConvertedDataset(Path(path)) for path in recipe.data.paths]
-        reader = _reader(base, read_json(base / "config.json"))
+        reader = _reader(base, read_json(base / "config.json", CheckpointError))
         for dataset in datasets:
             check_fits(dataset.path, dataset.info, dataset.pipeline, reader)
         batch_size = int(recipe.train.batch_size)
@@ -86,8 +100,10 @@ class TrainingData:
             world_size=world_size,
             workers=recipe.data.workers,
             limit=recipe.train.overfit or None,
+            policy=recipe.policy,
         )
-        held_out = sum(dataset.rows("val") for dataset in datasets)
+        val_windows = [Windows.of(dataset, "val", recipe.policy) for dataset in datasets]
+        held_out = sum(len(windows) for windows in val_windows)
         first = datasets[0]
         statistics: dict[str, Any] = {}
         for dataset in datasets:
@@ -98,14 +114,16 @@ class TrainingData:
             loader=loader,
             pipeline=pipeline,
             statistics=statistics,
-            train_examples=sum(dataset.rows("train") for dataset in datasets),
+            policy=_policy(recipe.policy, statistics),
+            train_examples=sum(len(windows) for windows in loader.windows),
             val_examples=held_out if recipe.data.val_examples is None else min(held_out, recipe.data.val_examples),
-            fingerprint="+".join(dataset.fingerprint for dataset in datasets),
+            fingerprint=data_fingerprint(datasets, recipe.policy),
             inference={
                 "prompt_style": first.info["prompt_style"],
                 # A model trained on random crops of 90 % of the area is used on the central 90 %.
                 "image_pipeline": pipeline.to_json() | {"center_crop": recipe.data.augment},
             },
+            warnings=_left_out(recipe.policy, {"train": loader.windows, "val": val_windows}),
             batch_size=batch_size,
             rank=rank,
             world_size=world_size,
@@ -119,18 +137,44 @@ class TrainingData:
             rank=self.rank,
             world_size=self.world_size,
             limit=self.val_examples,
+            policy=self.policy,
         )
 
     def any_validation_batch(self) -> Batch:
         """Return some held-out batch, for a process that has none of its own."""
-        return next(batches_in_order(self.datasets, self.batch_size, limit=self.val_examples))
+        return next(batches_in_order(self.datasets, self.batch_size, limit=self.val_examples, policy=self.policy))
+
+
+def _policy(policy: PolicyConfig, statistics: Mapping[str, Any]) -> Policy:
+    """Return the policy with those sizes that its modules need and only the data know."""
+    first = next(iter(statistics.values()))  # all are of the same width: the loader has seen to it
+    return Policy(
+        **asdict(policy),
+        action_size=len(first["action"]["mean"]) if policy.head == "l1" else None,
+        state_size=len(first["proprio"]["mean"]) if policy.state else None,
+    )
+
+
+def _left_out(policy: PolicyConfig, windows: Mapping[str, Sequence[Windows]]) -> tuple[str, ...]:
+    """Tell how many episodes are shorter than the chunk."""
+    if policy.tail == "repeat":
+        return ()
+    short = {split: sum(each.short for each in cut) for split, cut in windows.items()}
+    episodes = {split: sum(len(each.lengths) for each in cut) for split, cut in windows.items()}
+    return tuple(
+        f"{short[split]:,} of {episodes[split]:,} episodes in split '{split}' are shorter than policy.chunk="
+        f"{policy.chunk} and give no example; policy.tail=repeat takes them, with the last action repeated"
+        for split in windows
+        if short[split]
+    )
 
 
 def _reader(base: Path, config: Mapping[str, Any]) -> Reader:
     """Describe what a base reads when it is trained, from its files alone."""
     tokenizer = base / "tokenizer.json"
     preprocessor = base / "preprocessor_config.json"
-    pipeline = ImagePipeline.for_training(config, read_json(preprocessor) if preprocessor.is_file() else None)
+    processor = read_json(preprocessor, CheckpointError) if preprocessor.is_file() else None
+    pipeline = ImagePipeline.for_training(config, processor)
     return Reader(
         name=str(base),
         actions=action_tokenizer_of(config),

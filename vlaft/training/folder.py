@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from vlaft.action.statistics import STATISTICS_FILE
 from vlaft.errors import ConfigError, VlaftError
 from vlaft.files import SEAL, content_checksum, disk_errors, sealed, staged, sync
 from vlaft.recipe.settings import RecipeConfig
@@ -24,7 +25,6 @@ from vlaft.weights.trained import (
     BASE_CHECKSUMS,
     ENVIRONMENT_FILE,
     RUN_FILE,
-    STATISTICS_FILE,
     read_document,
     read_status,
 )

@@ -63,6 +63,7 @@ from vlaft.training.model import (
 from vlaft.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
 from vlaft.training.step import Inputs, Normalization, autocast, forward
 from vlaft.weights.layout import fingerprint, tensor_checksums
+from vlaft.weights.trained import TRAINED_FILE
 
 
 class Run:
@@ -293,11 +294,11 @@ class Run:
         if missing := [key for key in ("progress", "loader") if state.get(key) is None]:
             raise CheckpointError(f"{checkpoint}: its state.json is of another version of vlaft (no '{missing[0]}')")
         model = unwrapped(self.model)
-        if not isinstance(model, PeftModel):
+        if not isinstance(model, PeftModel) or (checkpoint / TRAINED_FILE).is_file():
             load_trained(model, checkpoint)
-        elif self._uses_pissa:
+        if isinstance(model, PeftModel) and self._uses_pissa:
             self.pissa_start = pissa.load_converted(model, checkpoint, self.base)
-        else:
+        elif isinstance(model, PeftModel):
             load_adapter_weights(model, checkpoint)
         restore_optimizer(self.optimizer, tensors, state["optimizer_scalars"])
         self.progress = read_as(RunProgress, state["progress"])

@@ -20,14 +20,18 @@ class Inputs:
     Attributes:
         input_ids: `[B, T]` int64, padded on the right.
         labels: `[B, T]` int64.
-        label_positions: `[B, K]` int64, columns of `labels` that the loss uses.
-        images: `[B, H, W, 3]` uint8.
+        label_positions: `[B, R]` int64, columns of `labels` that the loss uses.
+        images: `[B, N, H, W, 3]` uint8, of N cameras.
+        state: `[B, S]` float32, normalised; None where the policy does not read it.
+        actions: `[B, K, A]` float32, normalised; None where the loss is of labels alone.
     """
 
     input_ids: Tensor
     labels: Tensor
     label_positions: Tensor
     images: Tensor
+    state: Tensor | None = None
+    actions: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def forward(
     generator: torch.Generator | None = None,
     vision_features: Tensor | None = None,
 ) -> TokenOutput:
-    """Run the model on a batch and return loss and logits at label positions.
+    """Run the model on a batch and return its head's output, the loss among it.
 
     Args:
         model: bare, or wrapped by peft and by what distributes it.
@@ -61,22 +65,19 @@ def forward(
         normalization: of the base's pixels.
         compute: number format of matrix products.
         generator: augment the images with random numbers from here; None leaves them as they are.
-        vision_features: `[B, P, V]`, what the vision backbone gave for these images before; None computes them.
+        vision_features: `[B, N * P, V]`, what the vision backbone gave for these images before; None computes them.
     """
     if vision_features is not None:
-        with autocast(vision_features.device, compute):
-            return model(
-                input_ids=inputs.input_ids,
-                vision_features=vision_features,
-                labels=inputs.labels,
-                label_positions=inputs.label_positions,
-            )
-    images = inputs.images if generator is None else augment(inputs.images, generator)
-    pixels = pixel_values(images, normalization.means, normalization.stds)
-    with autocast(pixels.device, compute):
+        seen = {"vision_features": vision_features}
+    else:
+        images = inputs.images if generator is None else augment(inputs.images, generator)
+        seen = {"pixel_values": pixel_values(images, normalization.means, normalization.stds)}
+    with autocast(inputs.input_ids.device, compute):
         return model(
             input_ids=inputs.input_ids,
-            pixel_values=pixels,
+            **seen,
             labels=inputs.labels,
             label_positions=inputs.label_positions,
+            state=inputs.state,
+            actions=inputs.actions,
         )

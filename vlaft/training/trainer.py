@@ -88,6 +88,8 @@ def train(
                 _begin(run, resume=resume, overwrite=overwrite)
             signals.defer()
             run.listener.started(_banner(run, predicted))
+            for sentence in run.data.warnings:
+                run.listener.warned(sentence)
             try:
                 told = out_of_memory_told(recipe, f"a step of train.batch_size={recipe.train.batch_size}")
                 with told, closing(run.trackers):

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from vlaft.errors import CheckpointError
-from vlaft.files import remembered, restored
+from vlaft.files import read_json, remembered, restored
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -60,19 +60,23 @@ class TensorEntry:
 
 
 def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
-    """Return the local folder of a checkpoint: the folder `name` itself, or the Hub repository `user/model`.
+    """Return the local folder of a checkpoint: the folder `name` itself, or the Hub repository `owner/model`.
+
+    Args:
+        name: as said.
+        weights: download the weights as well, where it is a repository; else only what describes it.
 
     Raises:
         CheckpointError: neither a folder with a `config.json` nor a repository that can be had.
     """
-    folder = restored(Path(name))
+    folder = restored(Path(name).expanduser() if name.startswith("~/") else Path(name))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder}: no config.json here, so this is no checkpoint folder")
         return folder
     if folder.exists():
         raise CheckpointError(f"{folder} is a file; give the checkpoint's folder")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
+    if not is_hub_name(name):
         raise CheckpointError(f"{name}: no such folder{nearest_base(name)}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -90,21 +94,15 @@ def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
         raise CheckpointError(f"{name}: no such folder, and the Hub says: {reason}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+def is_hub_name(name: str) -> bool:
+    """Say whether `name` is `owner/model`, as on the Hub, rather than a folder.
 
-    Raises:
-        CheckpointError: missing, unreadable, or not an object.
+    >>> is_hub_name("openvla/openvla-7b"), is_hub_name("./model"), is_hub_name("model/")
+    (True, False, False)
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return content
+    owner, _, model = name.partition("/")
+    owned = bool(owner and model) and not set("/\\") & set(model) and not name.startswith((".", "~"))
+    return owned and not Path(name).is_dir()
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -174,7 +172,7 @@ def tensor_table(folder: Path) -> dict[str, TensorEntry]:
             its shards.
     """
     if (folder / INDEX_FILE).is_file():
-        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+        weight_map = read_json(folder / INDEX_FILE, CheckpointError).get("weight_map")
         if not isinstance(weight_map, Mapping) or not all(isinstance(file, str) for file in weight_map.values()):
             raise CheckpointError(f"{folder / INDEX_FILE}: weight_map is missing or malformed")
         table: dict[str, TensorEntry] = {}

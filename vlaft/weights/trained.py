@@ -7,7 +7,6 @@ checksum is held against it here, once for all that use trained weights.
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -15,14 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlaft.action.statistics import BOUNDS, read_statistics
+from safetensors import SafetensorError, safe_open
+
+from vlaft.action.statistics import BOUNDS, STATISTICS_FILE, Statistics, check_statistics, read_statistics
 from vlaft.documents import WrongValue, read_as, shown
 from vlaft.errors import CheckpointError, Unchecked
-from vlaft.files import SEAL, UNSEALED, content_checksum, holds, restored, seal_holds
-from vlaft.weights.layout import read_json
+from vlaft.files import SEAL, UNSEALED, content_checksum, holds, read_json, restored, seal_holds
+from vlaft.weights.layout import check_tensor_checksums
 
 RUN_FILE = "run.json"
-STATISTICS_FILE = "dataset_statistics.json"
 STATISTICS_CHECKSUM = "statistics_crc32c"  # in `run.json`: the checksum of their content
 ENVIRONMENT_FILE = "environment.json"
 BASE_CHECKSUMS = "base_checksums"  # in there
@@ -30,15 +30,16 @@ STATE_FILE = "state.json"  # of a checkpoint; lists the checksums of its other f
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TRAINED_FILE = "trained.safetensors"
+FINGERPRINT_KEY = "base_fingerprint"  # in an adapter's metadata, as is `BASE_CHECKSUMS`
 CHECKPOINT_NAME = re.compile(r"^step-(\d{6,15})$")
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Trained weights and what is known about them.
+    """Trained weights and what is known about them: an adapter, whole tensors in the base's place, or both.
 
     Attributes:
-        weights: folder with an adapter or with `trained.safetensors`.
+        weights: folder with an adapter, with `trained.safetensors`, or with both.
         base: folder or Hub id of the base, or None when nothing says.
         base_fingerprint: fingerprint of the base's weights, or None when nothing says.
         base_checksums: `tensor_checksums` of the base, or None when nothing says.
@@ -58,9 +59,15 @@ class Trained:
     run: Path | None = None
 
     @property
-    def is_adapter(self) -> bool:
-        """Whether the weights are an adapter; otherwise they are whole tensors."""
+    def has_adapter(self) -> bool:
+        """Whether there is an adapter, which is added to the base's weights."""
         return (self.weights / ADAPTER_CONFIG).is_file()
+
+    @property
+    def tensors(self) -> Path | None:
+        """The file of whole tensors, under the base's names and in the place of the base's; None without any."""
+        file = self.weights / TRAINED_FILE
+        return file if file.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -172,7 +179,7 @@ def read_document(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, damaged, or not as it was written.
     """
-    content = read_json(path)
+    content = read_json(path, CheckpointError)
     if seal_holds(content) is False:
         raise CheckpointError(
             f"{path}: the file does not match its checksum; take it from a copy of the run ({UNSEALED})"
@@ -189,15 +196,67 @@ def read_run_statistics(run: Path, content: Mapping[str, Any]) -> dict[str, Any]
 
     Raises:
         CheckpointError: damaged, or not as they were written.
+        DataError: no dataset statistics.
     """
     path = run / STATISTICS_FILE
-    statistics = read_json(path) if path.is_file() else {}
+    statistics = read_json(path, CheckpointError) if path.is_file() else {}
     if content.get(STATISTICS_CHECKSUM) not in (None, content_checksum(statistics)):
         raise CheckpointError(
             f"{path}: the file does not match its checksum; continue the run with --resume, which writes it anew from"
             " the training data"
         )
-    return statistics
+    return check_statistics(statistics, str(path), BOUNDS) if statistics else {}
+
+
+def base_name(trained: Trained, given: str | None) -> str:
+    """Return folder or Hub id of the base: the one that is given, else the one that training noted.
+
+    Raises:
+        CheckpointError: neither is there.
+    """
+    if (name := given or trained.base) is None:
+        raise CheckpointError(
+            f"{trained.run or trained.weights} does not say on which base it was trained; give it with --base"
+        )
+    return name
+
+
+def check_base(trained: Trained, base: Path, base_fingerprint: str) -> None:
+    """Hold a base's fingerprint against the one that training noted.
+
+    Raises:
+        CheckpointError: it is another base, or the same with a damaged tensor.
+    """
+    if trained.base_fingerprint in (None, base_fingerprint):
+        return
+    if trained.base_checksums is not None:
+        check_tensor_checksums(base, trained.base_checksums)  # a damaged base is told apart from another one
+    raise CheckpointError(
+        f"{trained.weights} was trained on another base (fingerprint {str(trained.base_fingerprint)[:12]}) than {base}"
+        f" ({base_fingerprint[:12]}); give the right one with --base"
+    )
+
+
+def statistics_of(trained: Trained | None, folder: Path, config: Mapping[str, Any]) -> Statistics:
+    """Return the statistics by which a model acts, empty where there are none.
+
+    Those of what was trained win, then the file beside the weights, then `norm_stats` of the config: upstream's
+    fine-tuning leaves the base's there.
+
+    Args:
+        trained: what was trained on the checkpoint, or None where it is used as it is.
+        folder: the checkpoint.
+        config: its `config.json`.
+
+    Raises:
+        DataError: no dataset statistics.
+    """
+    if trained is not None and trained.statistics:
+        return dict(trained.statistics)
+    if (folder / STATISTICS_FILE).is_file():
+        return read_statistics(folder, BOUNDS)
+    norm_stats = config.get("norm_stats")
+    return check_statistics(norm_stats, f"{folder / 'config.json'}: norm_stats", BOUNDS) if norm_stats else {}
 
 
 def check_weights(weights: Path) -> bool:
@@ -208,7 +267,7 @@ def check_weights(weights: Path) -> bool:
     """
     if not (weights / STATE_FILE).is_file():
         return False
-    state = read_json(weights / STATE_FILE)
+    state = read_json(weights / STATE_FILE, CheckpointError)
     files = state.get("files")
     damaged: str | None = None
     if not isinstance(files, Mapping) or not state_seal_holds(state):
@@ -238,23 +297,36 @@ def state_seal_holds(state: Mapping[str, Any]) -> bool:
 def _of_adapter(folder: Path) -> Trained:
     if not (folder / ADAPTER_CONFIG).is_file():
         raise CheckpointError(f"{folder}: trained tensors without their run; give the run's folder")
-    from vlaft.adapt.adapter import base_checksums, base_fingerprint
-
     check_weights(folder)
-    content = read_json(folder / ADAPTER_CONFIG)
-    base = content.get("base_model_name_or_path")
+    fingerprint, checksums = adapter_base(folder)
+    base = read_json(folder / ADAPTER_CONFIG, CheckpointError).get("base_model_name_or_path")
     # Upstream leaves the statistics beside the adapter or in the folder above it.
     places = [folder / STATISTICS_FILE, folder.parent / STATISTICS_FILE]
     statistics = next((read_statistics(place, BOUNDS) for place in places if place.is_file()), {})
     return Trained(
         weights=folder,
         base=base if isinstance(base, str) and base else None,
-        base_fingerprint=base_fingerprint(folder),
-        base_checksums=base_checksums(folder),
+        base_fingerprint=fingerprint,
+        base_checksums=checksums,
         statistics=statistics,
     )
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON with indentation and a final newline."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def base_metadata(fingerprint: str | None, checksums: str | None) -> dict[str, str]:
+    """Return the safetensors metadata of an adapter, which say on which base it was trained."""
+    known = {FINGERPRINT_KEY: fingerprint, BASE_CHECKSUMS: checksums}
+    return {"format": "pt"} | {key: value for key, value in known.items() if value}
+
+
+def adapter_base(folder: Path) -> tuple[str | None, str | None]:
+    """Return fingerprint and `tensor_checksums` of the base that an adapter was trained on; None where it says nothing.
+
+    Raises:
+        CheckpointError: the adapter's file is missing or damaged.
+    """
+    try:
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+            metadata = file.metadata() or {}
+            return metadata.get(FINGERPRINT_KEY), metadata.get(BASE_CHECKSUMS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: {error}") from None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from vlaft.environments.tabletop.environment import MAX_STEPS, TabletopEnv
+from vlaft.environments.tabletop.environment import EPISODE_STEPS, TabletopEnv
 from vlaft.environments.tabletop.recording import expert_action
 from vlaft.environments.tabletop.scene import SETUP_A, SETUP_B, SetUp
 from vlaft.errors import DataError
@@ -67,7 +67,7 @@ def test_an_episode_of_the_expert(setup: SetUp) -> None:
             observation, reward, ended, truncated, info = env.step(expert_action(env.scene).astype(np.float32))
             steps += 1
             assert not truncated and reward == float(ended)
-        assert observation in env.observation_space and steps < MAX_STEPS
+        assert observation in env.observation_space and steps < EPISODE_STEPS
         assert info["success"] is True and info["picked_up"] == env.scene.target
 
 
@@ -91,8 +91,8 @@ def test_the_wrong_object_ends_the_episode() -> None:
 def test_time_runs_out() -> None:
     env = TabletopEnv()
     env.reset(seed=0)
-    ends = [env.step(STILL)[2:4] for _ in range(MAX_STEPS)]
-    assert ends == [(False, False)] * (MAX_STEPS - 1) + [(False, True)]
+    ends = [env.step(STILL)[2:4] for _ in range(EPISODE_STEPS)]
+    assert ends == [(False, False)] * (EPISODE_STEPS - 1) + [(False, True)]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from small_base import write_small_base
 from vlaft.cli.main import main
 from vlaft.environments.episodes import wilson_interval
 from vlaft.environments.tabletop import recording
-from vlaft.environments.tabletop.environment import MAX_STEPS, MOTION_NOISE
+from vlaft.environments.tabletop.environment import EPISODE_STEPS, MOTION_NOISE
 from vlaft.environments.tabletop.scene import LIFTED, SETUP_A, SETUP_B
 from vlaft.evaluation.rollout import KEPT
 
@@ -85,7 +85,7 @@ def test_who_goes_to_the_goal_succeeds(here: Path) -> None:
 
 
 def test_the_figures() -> None:
-    assert (LIFTED, MAX_STEPS, MOTION_NOISE, KEPT) == (0.10, 30, 0.1, 6)
+    assert (LIFTED, EPISODE_STEPS, MOTION_NOISE, KEPT) == (0.10, 30, 0.1, 6)
     assert (SETUP_A.max_step, SETUP_B.max_step) == (0.06, 0.045)
     assert [round(np.degrees(abs(angle))) for angle in (SETUP_B.frame_angle, SETUP_B.camera_angle)] == [7, 14]
     assert SETUP_A.frame_angle == SETUP_A.camera_angle == 0

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vlaft.action.statistics import DatasetStatistics, compute_statistics, state_statistics
+from vlaft.action.statistics import DatasetStatistics, compute_statistics
 from vlaft.data.episode import Episode
 from vlaft.data.readers.reader import EpisodeRef
 from vlaft.data.source import MissingInstruction, OpenedSource, Progress, first_of_splits
@@ -55,7 +55,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class SurveyedSource:
-    """What the first pass found in one source; `state_statistics` is None where it has no state.
+    """What the first pass found in one source.
 
     `warnings` are what the actions of all episodes together show, each a sentence.
     """
@@ -63,7 +63,6 @@ class SurveyedSource:
     name: str
     episodes: tuple[PlannedEpisode, ...]
     statistics: DatasetStatistics
-    state_statistics: dict[str, list[float]] | None
     cameras: tuple[str, ...]
     instructions: tuple[str, ...]
     action_names: tuple[str, ...]
@@ -198,8 +197,7 @@ def _survey_source(
             PlannedEpisode(number, ref, first_index + ref.index, split, len(action))
             for ref, split, action in zip(kept, splits, actions, strict=True)
         ),
-        statistics=compute_statistics(actions, source.layout.action_mask),
-        state_statistics=state_statistics(states) if states else None,
+        statistics=compute_statistics(actions, source.layout.action_mask, states),
         cameras=tuple(cameras),
         instructions=tuple(instructions),
         action_names=names,

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vlaft.action.statistics import read_statistics, write_statistics
+from vlaft.action.statistics import STATISTICS_FILE, read_statistics, write_statistics
 from vlaft.data.codec import CODECS, ImageCodec
 from vlaft.data.convert.plan import (
     OnError,
@@ -46,7 +46,6 @@ from vlaft.data.store import (
     MAIN_CAMERA,
     SPLITS,
     STATISTICS_CHECKSUM,
-    STATISTICS_FILE,
     shard_entry,
 )
 from vlaft.errors import ConfigError, DataError
@@ -174,7 +173,7 @@ def _convert(request: ConvertRequest, dry_run: bool, progress: Progress) -> Conv
     write_statistics(staging / STATISTICS_FILE, conversion.statistics)
     described = _describe(request, plan, base, pipeline, conversion, results)
     described[STATISTICS_CHECKSUM] = content_checksum(read_statistics(staging / STATISTICS_FILE))
-    write_json(staging / DATASET_FILE, sealed(described))
+    write_json(staging / DATASET_FILE, sealed(described), indent=1)
     move_into_place(staging, request.out, before)
     return conversion
 
@@ -353,11 +352,7 @@ def _describe(
 
 
 def describe_source(source: OpenedSource, surveyed: SurveyedSource) -> dict[str, Any]:
-    """Return how a source was read and what was found in it, as plain values.
-
-    `state_statistics` are the state's real ones: `dataset_statistics.json` has zeros in their place (`proprio`), as
-    OpenVLA's fine-tuning writes.
-    """
+    """Return how a source was read and what was found in it, as plain values."""
     columns = [MAIN_CAMERA, *(camera_column(name) for name in surveyed.cameras[1:])]
     action = surveyed.statistics["action"]
     return {
@@ -376,6 +371,5 @@ def describe_source(source: OpenedSource, surveyed: SurveyedSource) -> dict[str,
             "names": list(surveyed.action_names),
             "mask": action["mask"],
         },
-        "state_statistics": surveyed.state_statistics,
         "layout": asdict(source.layout),
     }

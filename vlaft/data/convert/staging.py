@@ -56,7 +56,7 @@ def open_staging(out: Path, fingerprint: str) -> Path:
 def remember_shard(staging: Path, plan: str, result: ShardResult) -> None:
     """Note that a shard of the plan is finished."""
     # not synced: what a power cut took away is found missing by its checksum
-    write_json(staging / STATE / f"{result.shard.file}.json", {"plan": plan, **asdict(result)}, sync=False)
+    write_json(staging / STATE / f"{result.shard.file}.json", {"plan": plan, **asdict(result)}, durable=False)
 
 
 def finished_shards(staging: Path, files: Sequence[str], plan: str, on_error: str) -> dict[str, ShardResult]:

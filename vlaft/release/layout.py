@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlaft.action.statistics import check_statistics
+from vlaft.action.statistics import STATISTICS_FILE, check_statistics
 from vlaft.errors import CheckpointError
+from vlaft.files import read_json, write_json
 from vlaft.model.load import load_config
 from vlaft.observation.images import ImagePipeline
-from vlaft.release.merge import MERGE_FILE, copy_release_files
-from vlaft.weights.layout import read_json
-from vlaft.weights.trained import STATISTICS_FILE, is_trained, write_json
+from vlaft.release.merge import MERGE_FILE, copy_release_files, merge_record
+from vlaft.weights.layout import is_hub_name
+from vlaft.weights.trained import is_trained, statistics_of
 
 _CODE_REPOSITORY = "openvla/openvla-7b"
 _CONFIG_MAP = {
@@ -75,8 +76,7 @@ class Source:
     @property
     def merge_record(self) -> dict[str, Any] | None:
         """What `vlaft merge` recorded, or None for a checkpoint that it did not write."""
-        path = self.folder / MERGE_FILE
-        return read_json(path) if path.is_file() else None
+        return merge_record(self.folder)
 
 
 def open_source(folder: Path) -> Source:
@@ -88,11 +88,10 @@ def open_source(folder: Path) -> Source:
     if is_trained(folder):
         raise CheckpointError(f"{folder} is not merged yet; run: vlaft merge {folder} --out {folder}-merged")
     load_config(folder)
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json", CheckpointError)
     if config.get("quantization_config"):
         raise CheckpointError(f"{folder} is quantised already; export the checkpoint that it was made from")
-    statistics = read_json(folder / STATISTICS_FILE) if (folder / STATISTICS_FILE).is_file() else None
-    statistics = statistics or config.get("norm_stats")
+    statistics = statistics_of(None, folder, config)
     if not statistics:
         raise CheckpointError(
             f"{folder}: neither {STATISTICS_FILE} nor norm_stats in config.json, so its actions have no units;"
@@ -125,12 +124,12 @@ def write_release_files(
         write_json(target / "generation_config.json", content | {"transformers_version": _TRANSFORMERS})
     preprocessor = target / "preprocessor_config.json"
     made = preprocessor_config(source.config)
-    content = read_json(preprocessor) if preprocessor.is_file() else made
+    content = read_json(preprocessor, CheckpointError) if preprocessor.is_file() else made
     if isinstance(source.config.get("image_pipeline"), Mapping):  # what it was trained on, whatever its base says
         content |= {key: made[key] for key in _RESIZE_KEYS}
     write_json(preprocessor, content | {"auto_map": _auto_map(content, _PREPROCESSOR_MAP)})
     tokenizer = target / "tokenizer_config.json"
-    content = read_json(tokenizer)
+    content = read_json(tokenizer, CheckpointError)
     content.setdefault("processor_class", "PrismaticProcessor")
     write_json(tokenizer, content | {"auto_map": _auto_map(content, _TOKENIZER_MAP)})
     if (record := source.merge_record) is not None:
@@ -226,11 +225,6 @@ def public_record(record: Mapping[str, Any]) -> dict[str, Any]:
 def public_name(base: str) -> str:
     """Return a base's name on the Hub as it is, and of a folder its last part."""
     return base if is_hub_name(base) else Path(base).name
-
-
-def is_hub_name(base: str) -> bool:
-    """Say whether `base` is `owner/name` rather than a folder."""
-    return base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).is_dir()
 
 
 def copy_licence(source: Path, target: Path) -> None:
