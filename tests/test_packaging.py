@@ -1,4 +1,4 @@
-"""What is installed: a wheel that finds its recipes anywhere, and a command that starts fast."""
+"""What is installed: a wheel that finds its recipes and templates anywhere, and a command that starts fast."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import sys
 import venv
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 from repository import ROOT
 
@@ -51,6 +53,22 @@ def test_the_wheel_reports(installed: Path, tmp_path: Path) -> None:
     words = ("report", "--recipe", "lora32", "--base", "openvla/openvla-v01-7b", "--json")
     (row,) = json.loads(run(installed, *words, folder=tmp_path))["recipes"]
     assert row["trainable_parameters"] == 97_603_968
+
+
+def test_the_wheel_writes_pages(installed: Path, tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "demos.hdf5", "w") as file:
+        file["episodes/0/action"] = np.eye(6)
+        file["episodes/0/front"] = np.zeros((6, 8, 8, 3), np.uint8)
+    words = (
+        "episodes=episodes/*",
+        "action=[action]",
+        "cameras={main: front}",
+        "instruction=push",
+        "--html",
+        "page.html",
+    )
+    run(installed, "inspect", "demos.hdf5", *words, folder=tmp_path)
+    assert "<h2>Frames</h2>" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_help_does_not_import_torch() -> None:

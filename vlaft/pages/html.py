@@ -1,13 +1,15 @@
-"""Parts of self-contained HTML pages: a plain style, pictures inside, and nothing loaded from elsewhere."""
+"""Self-contained HTML pages: templates filled with text that is escaped, and pictures inside; see `page.html.j2`."""
 
 from __future__ import annotations
 
 import base64
 import io
+import shlex
 import warnings
-from collections.abc import Sequence
-from html import escape
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,50 +17,38 @@ if TYPE_CHECKING:
 
 ACCENT, SECOND = "#3c78b4", "#b45309"  # what is drawn, and lines over it
 
-_STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c2733; background: #fff; margin: 0 auto; max-width: 1080px;
-       padding: 24px 20px 80px; }
-h1 { font-size: 26px; margin: 0 0 2px; } h2 { font-size: 19px; margin: 40px 0 10px; }
-h3 { font-size: 15px; margin: 24px 0 6px; } p { margin: 6px 0; } .quiet { color: #5d6b7a; }
-table { border-collapse: collapse; font-size: 14px; } td, th { padding: 3px 14px 3px 0; text-align: left;
-       vertical-align: top; } th { color: #5d6b7a; font-weight: 600; }
-.wide { overflow-x: auto; } .numbers td, .numbers th { text-align: right; font-variant-numeric: tabular-nums;
-       border-bottom: 1px solid #e6eaee; white-space: nowrap; } .numbers .name { text-align: left; }
-code { font: 13px/1.45 ui-monospace, monospace; background: #f1e6c8; border-radius: 3px; padding: 0 4px; }
-img { display: block; max-width: 100%; } .plot { margin: 6px 0; }
-.pair { display: flex; gap: 24px; flex-wrap: wrap; } figure { margin: 0 0 10px; } figcaption { font-size: 13px; }
-"""
 
-
-def page(title: str, body: str, style: str = "") -> str:
-    """Return a whole page.
+def fill_page(template: str, **values: Any) -> str:
+    """Return a page.
 
     Args:
-        title: as text.
-        body: as HTML.
-        style: rules on top of those that all pages share.
+        template: its path in the package, such as `demo/page.html.j2`.
+        values: what it names. All text among them is escaped.
     """
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<title>{escape(title)}</title><link rel="icon" href="data:,"><style>{_STYLE}{style}</style></head>'
-        f"<body>{body}</body></html>\n"
-    )
+    environment = Environment(loader=PackageLoader("vlaft", ""), autoescape=True, undefined=StrictUndefined)
+    environment.filters.update(percent=percent, between=between, duration=duration, counted=counted, size=size)
+    environment.filters.update(grouped="{:,}".format, quote=shlex.quote)
+    return environment.get_template(template).render(ACCENT=ACCENT, **values) + "\n"
 
 
-def embedded(data: bytes, kind: str, description: str, more: str = "") -> str:
-    """Return a picture that is inside the page.
+@dataclass(frozen=True)
+class Picture:
+    """A picture that is inside the page.
 
-    Args:
-        data: its file.
-        kind: `png`, `jpeg` or `gif`.
+    Attributes:
         description: what it shows, for those who cannot see it.
-        more: further attributes, as HTML.
+        source: its file, as a `data:` address.
+        size: width and height on the page, in CSS pixels; None for its own.
     """
-    encoded = base64.b64encode(data).decode("ascii")
-    # height:auto lets a picture that is wider than the page keep its shape
-    return f'<img alt="{escape(description)}" {more} style="height:auto" src="data:image/{kind};base64,{encoded}">'
+
+    description: str
+    source: str
+    size: tuple[int, int] | None = None
+
+
+def embedded(data: bytes, kind: str, description: str, size: tuple[int, int] | None = None) -> Picture:
+    """Return a picture of a file that is `png`, `jpeg` or `gif`."""
+    return Picture(description, f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}", size)
 
 
 def new_figure(
@@ -84,32 +74,13 @@ def new_figure(
     return figure, [list(row) for row in grid]
 
 
-def plot(figure: Figure, description: str) -> str:
+def plot(figure: Figure, description: str) -> Picture:
     """Return a figure as a picture inside the page."""
     data = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name or instruction in another script
         figure.savefig(data, format="png")
-    return f'<div class="plot">{embedded(data.getvalue(), "png", description)}</div>'
-
-
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, names: int = 1) -> str:
-    """Return a table that scrolls sideways where it is wider than the page.
-
-    Args:
-        headings: as text.
-        rows: their cells, as HTML.
-        names: so many first columns hold words and stand left; numbers stand right.
-    """
-
-    def line(tag: str, cells: Sequence[str]) -> str:
-        kinds = [' class="name"' if column < names else "" for column in range(len(cells))]
-        return (
-            "<tr>" + "".join(f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, cells, strict=True)) + "</tr>"
-        )
-
-    head = line("th", [escape(heading) for heading in headings])
-    return f'<div class="wide"><table class="numbers">{head}{"".join(line("td", row) for row in rows)}</table></div>'
+    return embedded(data.getvalue(), "png", description)
 
 
 def percent(share: float) -> str:
@@ -141,6 +112,15 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def size(count: int) -> str:
+    """Return a number of bytes as text.
+
+    >>> size(143_100_000), size(15_080_000_000)
+    ('143.1 MB', '15.08 GB')
+    """
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def counted(number: int, noun: str) -> str:
