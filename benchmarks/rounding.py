@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlaft.adapt.rounding import round_to
-from vlaft.evaluation.held_out import HeldOut
+from vlaft.data.held_out import HeldOut
 from vlaft.evaluation.offline import evaluate
 from vlaft.files import read_json
 from vlaft.model.load import load_model

@@ -13,15 +13,15 @@ from repository import ROOT
 # Each floor's rooms: folders and modules of vlaft/. A room imports from floors below its own only, and from itself.
 FLOORS = (
     ("cli",),
-    ("demo", "release"),
-    ("evaluation", "accounting", "inspection", "serving", "__init__"),
+    ("demo", "release", "evaluation", "accounting", "inspection", "serving", "__init__"),
     ("training", "policy"),
     ("adapt", "environments"),
     ("model", "data"),
     ("observation",),
     ("weights", "pages"),
-    ("action", "recipe", "files"),
-    ("errors", "documents"),
+    ("action", "recipe"),
+    ("files",),
+    ("errors", "documents", "version"),
 )
 MOST_FLOORS = 10
 MOST_LINES = 600

@@ -27,9 +27,9 @@ from vlaft.action.written import Written
 from vlaft.cli.main import main
 from vlaft.data.codec import encode_image
 from vlaft.data.convert.run import ConvertRequest, SourceRequest, convert
+from vlaft.data.held_out import HeldOut
 from vlaft.data.store import ConvertedDataset, example_schema, shard_entry, write_shard
 from vlaft.errors import CheckpointError, ConfigError, DataError
-from vlaft.evaluation.held_out import HeldOut
 from vlaft.evaluation.offline import check_models, evaluate
 from vlaft.evaluation.plots import draw_evaluations
 from vlaft.files import checksum, sealed, write_json

@@ -13,8 +13,8 @@ from small_base import convert_small, write_small_base
 from small_run import Small
 
 from vlaft.accounting.meta import example_inputs
+from vlaft.data.held_out import HeldOut
 from vlaft.errors import DataError
-from vlaft.evaluation.held_out import HeldOut
 from vlaft.model.configuration import Policy
 from vlaft.model.load import load_model
 from vlaft.observation.augmentation import pixel_values

@@ -102,7 +102,7 @@ def evaluate(
         options = {"unnorm_key": unnorm_key, "dtype": dtype, "device": device, "base": base}
         in_environment(models, env, episodes, seed, batch_size, plots, as_json, options)
         return
-    from vlaft.evaluation.held_out import HeldOut
+    from vlaft.data.held_out import HeldOut
     from vlaft.evaluation.offline import evaluate as run_evaluation
 
     assert data is not None

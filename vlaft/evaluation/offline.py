@@ -23,8 +23,8 @@ from vlaft.action.metrics import ActionMetrics, measure_actions
 from vlaft.action.statistics import check_statistics, tells_of_state
 from vlaft.action.tokens import normalize, unnormalize
 from vlaft.action.written import Written
+from vlaft.data.held_out import HeldOut
 from vlaft.errors import ConfigError, DataError, VlaftError
-from vlaft.evaluation.held_out import HeldOut
 from vlaft.observation.batch import Reader, check_fits
 from vlaft.policy import Policy, load
 from vlaft.weights.layout import resolve_checkpoint

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from vlaft.evaluation.held_out import HeldOut, HeldOutEpisode
+from vlaft.data.held_out import HeldOut, HeldOutEpisode
 from vlaft.evaluation.offline import Evaluation
 from vlaft.files import disk_errors, locked
 from vlaft.pages.curves import COLORS, legend_text, save_figure

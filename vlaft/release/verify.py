@@ -119,7 +119,7 @@ def data_probe(paths: list[Path], pipeline: ImagePipeline, count: int) -> Probe:
     Raises:
         DataError: a dataset is missing or damaged.
     """
-    from vlaft.evaluation.held_out import HeldOut
+    from vlaft.data.held_out import HeldOut
 
     try:
         examples = HeldOut.open(paths, "val", count)
