@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vlaft.errors import DataError
-from vlaft.serving.server import bind, make_server
+from vlaft.serving.server import Server, bind
 from vlaft.serving.settings import ServeSettings
 
 
@@ -51,16 +51,16 @@ def expected_action(image: np.ndarray, instruction: str, size: int = 7) -> np.nd
 def running(policy: Any, **settings: Any) -> Iterator[SimpleNamespace]:
     """Serve `policy` on a free port of the loopback interface."""
     ready = threading.Event()
-    server = make_server(policy, "test-model", ServeSettings(**settings), ready.set)
+    server = Server(policy, "test-model", ServeSettings(**settings))
     bound = bind("127.0.0.1", 0)
     port = bound.getsockname()[1]
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+    thread = threading.Thread(target=server.run, args=(bound, ready.set), daemon=True)
     thread.start()
     assert ready.wait(10)
     try:
         yield SimpleNamespace(url=f"http://127.0.0.1:{port}", port=port, policy=policy, server=server, thread=thread)
     finally:
-        server.should_exit = True
+        server.stop()
         thread.join(20)
     assert not thread.is_alive(), "the server did not stop"
 

@@ -54,7 +54,7 @@ def serve(
         max_image_side=max_image_side,
     )
     try:
-        from vlaft.serving.server import bind, make_server
+        from vlaft.serving.server import Server, bind
     except ImportError as error:
         raise MissingExtra("vlaft serve", error.name or "fastapi", "serve") from None
 
@@ -66,11 +66,6 @@ def serve(
 
         policy = load(model, base=base, checkpoint=checkpoint, dtype=dtype, device=device)
         shown = f"[{address[0]}]" if ":" in address[0] else address[0]
-        server = make_server(
-            policy,
-            Path(model).name,
-            settings,
-            on_ready=lambda: say(f"serving {model} on http://{shown}:{address[1]} (POST /act); Ctrl-C stops"),
-        )
-        server.run(sockets=[bound])
+        server = Server(policy, Path(model).name, settings)
+        server.run(bound, lambda: say(f"serving {model} on http://{shown}:{address[1]} (POST /act); Ctrl-C stops"))
     return 130 if server.received == signal.SIGINT else 0

@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -32,6 +33,8 @@ _GONE = Response(status_code=499)  # reaches nobody
 def create_app(policy: Any, name: str, settings: ServeSettings) -> FastAPI:
     """Return the application that serves `policy` (see `vlaft.policy.Policy`).
 
+    While it runs, `state.drop()` refuses what is queued; any thread may call it.
+
     Args:
         policy: has `statistics`, `pipeline` and `predict`.
         name: what `/info` calls the model.
@@ -43,6 +46,7 @@ def create_app(policy: Any, name: str, settings: ServeSettings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.drop = partial(asyncio.get_running_loop().call_soon_threadsafe, batcher.drop)
         batcher.start()
         yield
         await batcher.close()
@@ -83,8 +87,6 @@ def create_app(policy: Any, name: str, settings: ServeSettings) -> FastAPI:
                     prediction = await _unless_gone(request, batcher.submit(observation))
         except ClientDisconnect:
             return _GONE
-        except asyncio.CancelledError:  # by the second signal; no cause to fill the log with tracebacks
-            raise busy("the server was stopped before the model answered") from None
         return _reply(prediction, observation.double_encoded)
 
     return app
@@ -175,20 +177,23 @@ async def _read_body(request: Request, settings: ServeSettings, lend: Callable[[
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
         raise Refused(415, f"a body in the encoding '{encoding[:20]}' is not taken; send it uncompressed")
-    too_large = Refused(413, f"the body is larger than {settings.max_body} bytes; send a smaller image")
-    if int(request.headers.get("content-length", 0)) > settings.max_body:
-        raise too_large  # what still comes is read and dropped by the server, so that the client gets to read this
+    too_large = f"the body is larger than {settings.max_body} bytes; send a smaller image"
+    fits = int(request.headers.get("content-length", 0)) <= settings.max_body
     body = bytearray()
     try:
         async with asyncio.timeout(settings.body_timeout):
             async for chunk in request.stream():
-                body += chunk
-                if len(body) > settings.max_body:
-                    raise too_large
+                fits = fits and len(body) + len(chunk) <= settings.max_body
+                if fits:
+                    body += chunk
+                else:  # what still comes is dropped, so that the client gets to read the answer
+                    body.clear()
                 lend(len(body))
     except TimeoutError:
-        sentence = f"the request did not arrive within {settings.body_timeout:g} seconds"
-        raise Refused(408, sentence, {"Connection": "close"}) from None
+        late = f"the request did not arrive within {settings.body_timeout:g} seconds"
+        raise Refused(408 if fits else 413, late if fits else too_large, {"Connection": "close"}) from None
+    if not fits:
+        raise Refused(413, too_large)
     return body
 
 
@@ -197,7 +202,7 @@ async def _unless_gone(request: Request, future: asyncio.Future[Any]) -> Any:
 
     Raises:
         ClientDisconnect: the client is gone.
-        Refused: 422 where the model refuses the input, 500 where it failed.
+        Refused: 422 where the model refuses the input, 500 where it failed, 503 where the server drops what is queued.
     """
     gone = asyncio.ensure_future(_disconnected(request))
     try:
@@ -205,7 +210,7 @@ async def _unless_gone(request: Request, future: asyncio.Future[Any]) -> Any:
         if not future.done():
             raise ClientDisconnect
         return future.result()
-    except ClientDisconnect:
+    except (ClientDisconnect, Refused):
         raise
     except VlaftError as error:
         raise Refused(422, str(error)) from None

@@ -28,6 +28,7 @@ class Batcher:
         self._max_batch = max_batch
         self._max_wait = max_wait
         self._queue: asyncio.Queue[_Waiting | None] = asyncio.Queue()
+        self._unanswered: set[asyncio.Future[Any]] = set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vlaft-predict")
         self._worker: asyncio.Task[None] | None = None
         self._closing = False
@@ -44,6 +45,12 @@ class Batcher:
             await self._worker
         self._thread.shutdown()
 
+    def drop(self) -> None:
+        """Refuse everything that is not answered yet, and what comes later; what is being computed is for nothing."""
+        self._closing = True
+        for future in list(self._unanswered):
+            future.set_exception(busy("the server was stopped before the model answered"))
+
     def submit(self, observation: Observation) -> asyncio.Future[Any]:
         """Queue an observation; cancelling the future takes it out again, unless it is being computed.
 
@@ -53,6 +60,8 @@ class Batcher:
         if self._closing:
             raise busy("the server is stopping; ask again when it is back")
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._unanswered.add(future)
+        future.add_done_callback(self._unanswered.discard)
         self._queue.put_nowait((observation, future))
         return future
 

@@ -1,6 +1,6 @@
 """Ask a `vlaft serve` (or upstream's `deploy.py`) for actions. Needs numpy and httpx, no torch.
 
-from vlaft.client import Client
+from vlaft.serving.client import Client
 
 with Client("http://127.0.0.1:8000") as policy:
     action = policy.act(image, "pick up the red block")

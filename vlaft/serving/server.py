@@ -1,20 +1,21 @@
-"""The socket, the process's signals, and what HTTP/1.1 needs against clients that never finish a request."""
+"""The socket and the process's signals around uvicorn, which bounds connections, heads and idle times.
+
+What uvicorn does not bound is a connection that sends nothing, or its head byte by byte: it holds one of a few hundred
+places, until a reverse proxy in front has a deadline for heads (docs/serving.md).
+"""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vlaft.errors import VlaftError
 from vlaft.serving.app import create_app
@@ -22,7 +23,8 @@ from vlaft.serving.settings import ServeSettings
 
 _IDLE_CONNECTIONS = 256  # besides those of the queue; keeps the number of open files far below the usual 1024
 _KEEP_ALIVE = 30  # seconds between two requests of one connection: robots think slowly
-_GRACE = 2.0  # seconds for the application to answer a slow client before its connection is cut
+_HEAD = 16 * 2**10  # bytes of a request's head; the longest token has a quarter of that
+_TICK = 0.05  # seconds after which a signal is seen that the system gave to another thread
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -46,99 +48,61 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-class _Protocol(H11Protocol):
-    """HTTP/1.1 in which a request that has begun, or a new connection, has a deadline to have come in whole.
+class Server:
+    """`policy` behind HTTP, by uvicorn in a thread of its own: there it leaves the process's signals alone."""
 
-    uvicorn limits the idle time between requests only. The application answers 408 to a slow body before this cuts
-    the connection; what is cut are slow heads, and bodies that go on after they have been refused.
-    """
-
-    def __init__(self, *arguments: Any, deadline: float, **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
-        self._seconds = deadline
-        self._timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._watch()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._watch()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop()
-        super().connection_lost(exc)
-
-    def _watch(self) -> None:
-        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
-            self._stop()  # the request is here
-        elif self._timer is None:
-            self._timer = self.loop.call_later(self._seconds, self.transport.abort)
-
-    def _stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._on_ready = on_ready
+    def __init__(self, policy: Any, name: str, settings: ServeSettings) -> None:
+        """Take a policy, what `/info` calls it, and the limits."""
         self.received: int | None = None
+        self._app = create_app(policy, name, settings)
+        self._uvicorn = uvicorn.Server(
+            uvicorn.Config(
+                self._app,
+                http="h11",
+                loop="asyncio",
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                timeout_keep_alive=_KEEP_ALIVE,
+                limit_concurrency=settings.queue_length + _IDLE_CONNECTIONS,
+                h11_max_incomplete_event_size=_HEAD,
+            )
+        )
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._on_ready()
+    def run(self, bound: socket.socket, on_ready: Callable[[], None] = lambda: None) -> None:
+        """Serve until `stop`, or SIGTERM or SIGINT, which is kept in `received`.
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().shutdown(sockets)
-        if self.force_exit:  # uvicorn would leave the tasks and the lifespan to be torn down with tracebacks
-            tasks = list(self.server_state.tasks)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await self.lifespan.shutdown()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
-        """Unlike uvicorn, do not raise the signal again at the end: a server that was told to stop did well."""
-        if threading.current_thread() is not threading.main_thread():  # elsewhere Python refuses handlers
-            yield
-            return
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        Args:
+            bound: from `bind`; closed at the end.
+            on_ready: called when clients can connect.
+        """
+        before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses handlers
+            before = {number: signal.signal(number, self._signalled) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            yield
+            with ThreadPoolExecutor(1, thread_name_prefix="vlaft-serve") as pool:
+                serving = pool.submit(self._uvicorn.run, [bound])
+                while not serving.done() and not self._uvicorn.started:
+                    wait([serving], _TICK)
+                if self._uvicorn.started:
+                    on_ready()
+                while not serving.done():
+                    wait([serving], _TICK)
+                serving.result()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.force_exit = self.should_exit  # the second signal does not wait for what is queued
-        self.should_exit = True
-        self.received = self.received or sig
+    def stop(self) -> None:
+        """Take no more connections, answer what is queued, and end; called again, refuse what is queued."""
+        if self._uvicorn.should_exit and self._uvicorn.started:
+            with suppress(RuntimeError):  # it has ended meanwhile, and its loop with it
+                self._app.state.drop()
+        self._uvicorn.should_exit = True
 
-
-def make_server(
-    policy: Any, name: str, settings: ServeSettings, on_ready: Callable[[], None] = lambda: None
-) -> _Server:
-    """Return a server for `policy`; `run(sockets=[bind(...)])` serves until a signal or `should_exit = True`.
-
-    On SIGTERM or SIGINT (kept in `received`) it takes no more connections, answers what is queued and returns; a
-    second signal drops what is queued.
-    """
-    config = uvicorn.Config(
-        create_app(policy, name, settings),
-        http=partial(_Protocol, deadline=settings.body_timeout + _GRACE),  # type: ignore[arg-type]
-        loop="asyncio",
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        timeout_keep_alive=_KEEP_ALIVE,
-        server_header=False,
-        limit_concurrency=settings.queue_length + _IDLE_CONNECTIONS,
-    )
-    return _Server(config, on_ready)
+    def _signalled(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or number
+        self.stop()
