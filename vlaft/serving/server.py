@@ -11,6 +11,7 @@ import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -98,7 +99,8 @@ class Server:
     def stop(self) -> None:
         """Take no more connections, answer what is queued, and end; called again, refuse what is queued."""
         if self._uvicorn.should_exit and self._uvicorn.started:
-            self._app.state.drop()
+            with suppress(RuntimeError):  # it has ended meanwhile, and its loop with it
+                self._app.state.drop()
         self._uvicorn.should_exit = True
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
