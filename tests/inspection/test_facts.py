@@ -31,7 +31,7 @@ from vlaft.inspection.measures import (
     odd_lengths,
     statistics,
 )
-from vlaft.inspection.summary import summarize
+from vlaft.inspection.summary import policy_words, summarize
 from vlaft.inspection.warnings import Findings, find, steps_word
 
 NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
@@ -452,3 +452,39 @@ def test_statistics_without_a_finite_row() -> None:
     assert np.isnan(statistics(np.full((3, 2), np.nan))["mean"]).all()
     assert odd_lengths([10, 10, 500]) == [] and odd_lengths([10, 11, 10, 9, 30]) == [4]
     assert odd_lengths([10, 10, 10, 10, 11]) == []
+
+
+def with_state(count: int = 3, length: int = 40, **changes: Any) -> list[EpisodeFacts]:
+    """Episodes whose frames, and a state that moves, can be read."""
+    cameras = {"front": seen(), "hand": seen(), "dark": seen(flat=3)}
+    state = np.arange(2 * length, dtype=np.float32).reshape(length, 2)
+    return [
+        facts(number, arm(length, number), **{"state": state, "cameras": cameras} | changes) for number in range(count)
+    ]
+
+
+THREE = {"front": "primary", "hand": "wrist", "dark": "low"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, ["policy.chunk=10", "policy.cameras='[main, wrist]'", "policy.state=true"]),
+        ({"fps": 29.97}, ["policy.chunk=30", "policy.cameras='[main, wrist]'", "policy.state=true"]),
+        ({"fps": 100.0}, ["policy.chunk=40", "policy.cameras='[main, wrist]'", "policy.state=true"]),
+        ({"fps": None}, ["policy.cameras='[main, wrist]'", "policy.state=true"]),
+        ({"fps": 1.0, "state": np.ones((40, 2), np.float32), "cameras": {"hand": seen(flat=3)}},
+         ["policy.cameras='[main, low]'"]),
+        ({"state": None, "cameras": {}}, ["policy.chunk=10", "policy.cameras='[main, wrist, low]'"]),
+    ],
+)  # fmt: skip
+def test_chunk_cameras_and_state_are_recommended_from_what_is_there(changes: dict[str, Any], words: list[str]) -> None:
+    shapes = dict.fromkeys(THREE, (48, 64, 3))
+    assert policy_words(inspection(with_state(**changes), labels=THREE, shapes=shapes)) == words
+
+
+def test_one_still_camera_at_one_hertz_is_what_the_released_policy_reads() -> None:
+    assert policy_words(inspection([facts(0, arm(40, 0), fps=1.0)])) == []
+    assert policy_words(inspection([facts(0, arm(40, 0), standardized=None)])) == []
+    half = [*with_state(2), facts(2, arm(40, 2))]
+    assert "policy.state=true" not in policy_words(inspection(half))

@@ -18,9 +18,11 @@ from vlaft.accounting.memory import (
     predict_memory,
 )
 from vlaft.accounting.parameters import ParameterCount, count_parameters
-from vlaft.data.store import ConvertedDataset
+from vlaft.data.loader import RELEASED
+from vlaft.data.store import SPLITS, ConvertedDataset
+from vlaft.data.windows import Windows
 from vlaft.model.load import base_config
-from vlaft.recipe.settings import RecipeConfig
+from vlaft.recipe.settings import PolicyConfig, RecipeConfig
 from vlaft.training.events import check_trackers
 from vlaft.training.optimizer import check_installed
 
@@ -66,7 +68,7 @@ def plan_run(recipe: RecipeConfig, gpu_memory: int | None = None, *, on_cpu: boo
     """
     check_installed(recipe.train)
     check_trackers(recipe.train.trackers)
-    data = [describe(ConvertedDataset(Path(path))) for path in recipe.data.paths]
+    data = [describe(ConvertedDataset(Path(path)), recipe.policy) for path in recipe.data.paths]
     config = base_config(recipe.base)
     recipe = settle_batch(recipe, gpu_memory)
     counted, prediction = count_parameters(recipe, config), predict_memory(recipe, config)
@@ -103,14 +105,13 @@ def present_gpu() -> int | None:
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
-def describe(dataset: ConvertedDataset) -> dict[str, Any]:
-    """Return a converted dataset in a few words and numbers."""
-    counts = dataset.info["counts"]
+def describe(dataset: ConvertedDataset, policy: PolicyConfig = RELEASED) -> dict[str, Any]:
+    """Return a converted dataset, and the examples that a policy finds in it, in a few words and numbers."""
     return {
         "path": str(dataset.path),
         "names": list(dataset.statistics),
-        "episodes": counts["episodes"],
-        "examples": counts["rows"],
+        "episodes": dataset.info["counts"]["episodes"],
+        "examples": {split: len(Windows.of(dataset, split, policy)) for split in SPLITS},
         "action dimensions": sorted({len(entry["action"]["mean"]) for entry in dataset.statistics.values()}),
         "cameras": list(dataset.cameras),
     }
