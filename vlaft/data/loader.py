@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from vlaft.action.statistics import STATISTICS_FILE, choose_key, tells_of_state
 from vlaft.action.tokens import IGNORED, ActionTokenizer, normalize
 from vlaft.data.codec import decode_image
-from vlaft.data.store import ConvertedDataset, camera_columns
+from vlaft.data.store import MAIN_CAMERA, ConvertedDataset, camera_columns
 from vlaft.data.windows import Windows
 from vlaft.errors import DataError
 from vlaft.recipe.settings import PolicyConfig
@@ -434,7 +434,7 @@ class _Reader:
                 f"the states in {listed} have {' and '.join(map(str, widths))} dimensions; train on them separately, or"
                 " with policy.state=false"
             )
-        self.cameras = policy.cameras
+        self.images = [[dataset.camera_columns[camera] for camera in policy.cameras] for dataset in datasets]
         self.pad_id = int(first.info["tokenizer"]["pad_id"])
         self.eos_id = int(first.info["tokenizer"]["eos_id"])
         self.fingerprint = data_fingerprint(datasets, policy) + f"/{split}"
@@ -447,18 +447,18 @@ class _Reader:
         return _Example(
             prompt=columns.prompts[now],
             tokens=np.concatenate([*(columns.tokens[row] for row in rows), [self.eos_id]]),
-            images=np.stack([self._frame(dataset, now, camera) for camera in self.cameras]),
+            images=np.stack([self._frame(dataset, now, column) for column in self.images[number]]),
             action=np.stack([columns.actions[row] for row in rows]),
             row=example,
             dataset=columns.names[columns.datasets[now]],
             state=None if columns.states is None else columns.states[now],
         )
 
-    def _frame(self, dataset: ConvertedDataset, row: int, camera: str) -> NDArray[np.uint8]:
-        image = dataset.image(self.split, row, dataset.camera_columns[camera])
+    def _frame(self, dataset: ConvertedDataset, row: int, column: str) -> NDArray[np.uint8]:
+        image = dataset.image(self.split, row, column)
         try:
             if image is None:
-                raise DataError("the row has no image" + (f" of camera '{camera}'" if camera != "main" else ""))
+                raise DataError("the row has no image" + (f" in column '{column}'" if column != MAIN_CAMERA else ""))
             # the frames that vlaft stored itself come back closest with the accurate DCT
             return decode_image(image, "the stored frame", accurate_dct=True)
         except DataError as error:
