@@ -9,7 +9,7 @@ from typing import Any
 
 from vlaft.errors import CheckpointError, MissingExtra
 from vlaft.files import read_json
-from vlaft.model.configuration import OpenVLAConfig
+from vlaft.model.configuration import OpenVLAConfig, Policy
 from vlaft.weights.layout import check_tensors, plain_shapes, resolve_checkpoint, tensor_table
 
 _LLAMA_2_7B = {"model_type": "llama", "pad_token_id": 32000, "vocab_size": 32064}
@@ -125,7 +125,49 @@ def load_model(folder: Path, *, dtype: Any = None, device: Any = "cpu", quantiza
                 parameter.data = parameter.data.to(dtype)
     if not quantized:
         model = model.to(device)
+    if config.policy:
+        model.attach(Policy.of({"policy": config.policy}, str(folder / "config.json")))
+        fill_policy(model, read_policy_files(folder), str(folder))
     return model.eval()
+
+
+POLICY_FILES = ("action_head", "proprio_projector", "film")  # .safetensors, each where the policy has such modules
+
+
+def read_policy_files(folder: Path) -> dict[str, Any]:
+    """Return a policy's own tensors from their files beside the weights, by their names in the model.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Any] = {}
+    for part in POLICY_FILES:
+        file = folder / f"{part}.safetensors"
+        try:
+            found = load_file(file) if file.is_file() else {}
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file}: cannot be read ({error}); copy or download the checkpoint again") from None
+        tensors |= {name if part == "film" else f"{part}.{name}": tensor for name, tensor in found.items()}
+    return tensors
+
+
+def fill_policy(model: Any, tensors: Mapping[str, Any], where: str) -> None:
+    """Put a policy's own tensors into a model that they were attached to, in float32.
+
+    Raises:
+        CheckpointError: one is missing, left over, or of another shape.
+    """
+    parameters = model.policy_parameters()
+    check_tensors(
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        {name: tuple(parameter.shape) for name, parameter in parameters.items()},
+        where,
+    )
+    for name, parameter in parameters.items():
+        parameter.data.copy_(tensors[name])
 
 
 def _stored_quantization(folder: Path) -> bool:

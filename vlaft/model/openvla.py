@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from itertools import chain
 from typing import Any, ClassVar
@@ -35,6 +36,19 @@ PARTS = {
     "language model": "language_model.model",
     "head": "language_model.lm_head",
 }
+
+
+def policy_part(name: str) -> str | None:
+    """Return which of a policy's own modules a parameter belongs to, or None where it is the released model's.
+
+    >>> policy_part("action_head.model.fc1.weight"), policy_part("vision_backbone.featurizer.blocks.3.scale.bias")
+    ('action_head', 'film')
+    >>> policy_part("projector.fc1.weight") is None
+    True
+    """
+    if name.startswith(("action_head.", "proprio_projector.")):
+        return name.partition(".")[0]
+    return "film" if re.search(r"\.blocks\.\d+\.(scale|shift)\.", name) else None
 
 
 class OpenVLAForActionPrediction(PreTrainedModel):
@@ -115,6 +129,10 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             for block in chain.from_iterable(self.stacks()[:-1]):
                 block.add_film(width)  # type: ignore[operator]
         self.to(self.device)
+
+    def policy_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that `attach` added, by name: those of the head, the state's projector, and FiLM."""
+        return {name: parameter for name, parameter in self.named_parameters() if policy_part(name) is not None}
 
     @property
     def head(self) -> Head:

@@ -95,7 +95,9 @@ class Run:
             start: begin as the recipe says; False where `restore` comes next and brings the adapters' state.
         """
         torch.manual_seed(self.recipe.train.seed)
-        model, (self.trainable, self.total) = load_trainable(self.recipe, self.precision, self.base, self.device)
+        model, (self.trainable, self.total) = load_trainable(
+            self.recipe, self.precision, self.base, self.device, self.data.policy
+        )
         self.names = trained_names(model)
         self.pissa_start = pissa.initialise(model) if self._uses_pissa and start else None  # type: ignore[arg-type]
         self.model = distribute(model, self.recipe.adapt.method, self.device)
@@ -207,7 +209,8 @@ class Run:
         """
         self._check_finite()
         adapters = self.recipe.adapt.method == "lora"
-        tensors = {} if adapters else trained_tensors(unwrapped(self.model), self.names)
+        base = base_model(self.model)
+        tensors = trained_tensors(base, base.policy_parameters() if adapters else self.names)
         error: VlaftError | None = None
         if self.accelerator.is_main_process:
             try:
@@ -228,11 +231,11 @@ class Run:
         model, base = unwrapped(self.model), (self.base_fingerprint, self.base_checksums)
 
         def write_weights(target: Path) -> None:
-            if not isinstance(model, PeftModel):
+            if tensors:
                 write_trained(tensors, target)
-            elif self.pissa_start is not None:
+            if isinstance(model, PeftModel) and self.pissa_start is not None:
                 pissa.save_converted(model, self.pissa_start, target, *base)
-            else:
+            elif isinstance(model, PeftModel):
                 save_adapter(model, target, *base)
 
         progress = self.progress
