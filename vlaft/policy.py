@@ -27,13 +27,11 @@ from vlaft.errors import CheckpointError, DataError, UsageError
 from vlaft.model.configuration import Policy as ModelPolicy
 from vlaft.model.cuda_graphs import CudaGraphs
 from vlaft.model.load import fill_policy, load_model
-from vlaft.model.openvla import policy_part
 from vlaft.model.packed_linear import pack_linears
 from vlaft.observation.batch import Observation
 from vlaft.observation.images import Image, ImagePipeline
 from vlaft.observation.prompts import BaseFiles, load_base_files, prompt_style_of
-from vlaft.weights.layout import check_tensor_checksums, fingerprint, read_header, resolve_checkpoint
-from vlaft.weights.stream import read_tensor
+from vlaft.weights.layout import check_tensor_checksums, fingerprint, resolve_checkpoint
 from vlaft.weights.trained import Trained, base_name, check_base, find_trained, is_trained, statistics_of
 
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -185,9 +183,8 @@ class Policy:
                 )
             moment = {cameras[0]: moment}
         if missing := [camera for camera in cameras if camera not in moment]:
-            raise DataError(
-                f"image {index} lacks the camera '{missing[0]}', which the policy reads (there are: {', '.join(moment)})"
-            )
+            there = ", ".join(moment)
+            raise DataError(f"image {index} lacks the camera '{missing[0]}', which the policy reads (it has: {there})")
         frames = [moment[camera] for camera in cameras]
         for frame in frames:
             if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
@@ -313,14 +310,10 @@ def _with_trained(model: Any, trained: Trained, base: Path) -> Any:
 
 def _attach_policy(model: Any, trained: Trained, config: Mapping[str, Any]) -> None:
     """Give a model the head and the other modules that were trained in full beside its adapter."""
-    file = trained.weights / TRAINED_FILE
+    from vlaft.adapt.merging import policy_tensors
+
     model.attach(ModelPolicy.of(config, str(trained.run or trained.weights)))
-    tensors = {
-        name: read_tensor(trained.weights, entry)
-        for name, entry in read_header(file).items()
-        if policy_part(name) is not None
-    }
-    fill_policy(model, tensors, str(file))
+    fill_policy(model, policy_tensors(trained), str(trained.weights))
 
 
 def _pipeline(files: BaseFiles) -> ImagePipeline:

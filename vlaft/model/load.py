@@ -11,6 +11,7 @@ from vlaft.errors import CheckpointError, MissingExtra
 from vlaft.files import read_json
 from vlaft.model.configuration import OpenVLAConfig, Policy
 from vlaft.weights.layout import check_tensors, plain_shapes, resolve_checkpoint, tensor_table
+from vlaft.weights.trained import POLICY_PARTS, policy_part
 
 _LLAMA_2_7B = {"model_type": "llama", "pad_token_id": 32000, "vocab_size": 32064}
 
@@ -131,9 +132,6 @@ def load_model(folder: Path, *, dtype: Any = None, device: Any = "cpu", quantiza
     return model.eval()
 
 
-POLICY_FILES = ("action_head", "proprio_projector", "film")  # .safetensors, each where the policy has such modules
-
-
 def read_policy_files(folder: Path) -> dict[str, Any]:
     """Return a policy's own tensors from their files beside the weights, by their names in the model.
 
@@ -144,7 +142,7 @@ def read_policy_files(folder: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     tensors: dict[str, Any] = {}
-    for part in POLICY_FILES:
+    for part in POLICY_PARTS:
         file = folder / f"{part}.safetensors"
         try:
             found = load_file(file) if file.is_file() else {}
@@ -152,6 +150,17 @@ def read_policy_files(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{file}: cannot be read ({error}); copy or download the checkpoint again") from None
         tensors |= {name if part == "film" else f"{part}.{name}": tensor for name, tensor in found.items()}
     return tensors
+
+
+def write_policy_files(folder: Path, tensors: Mapping[str, Any]) -> None:
+    """Write a policy's own tensors as `read_policy_files` reads them, in the names that OpenVLA-OFT's modules have."""
+    from safetensors.torch import save_file
+
+    for part in POLICY_PARTS:
+        found = {name: tensor for name, tensor in tensors.items() if policy_part(name) == part}
+        if found:
+            plain = {name if part == "film" else name.removeprefix(f"{part}."): found[name] for name in found}
+            save_file(plain, folder / f"{part}.safetensors", metadata={"format": "pt"})
 
 
 def fill_policy(model: Any, tensors: Mapping[str, Any], where: str) -> None:

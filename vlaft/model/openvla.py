@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict
 from itertools import chain
 from typing import Any, ClassVar
@@ -28,6 +27,7 @@ from vlaft.model.heads.tokens import TokenHead, TokenOutput
 from vlaft.model.last_layer import LastDecoderLayer
 from vlaft.model.policy_parts import ProprioProjector
 from vlaft.model.vision import AttentionPool, LayerScale, Projector, VisionBackbone, VisionTransformer, vit_config
+from vlaft.weights.trained import policy_part
 
 # What recipes, reports and shards tell apart, and where it lies in the model.
 PARTS = {
@@ -36,19 +36,6 @@ PARTS = {
     "language model": "language_model.model",
     "head": "language_model.lm_head",
 }
-
-
-def policy_part(name: str) -> str | None:
-    """Return which of a policy's own modules a parameter belongs to, or None where it is the released model's.
-
-    >>> policy_part("action_head.model.fc1.weight"), policy_part("vision_backbone.featurizer.blocks.3.scale.bias")
-    ('action_head', 'film')
-    >>> policy_part("projector.fc1.weight") is None
-    True
-    """
-    if name.startswith(("action_head.", "proprio_projector.")):
-        return name.partition(".")[0]
-    return "film" if re.search(r"\.blocks\.\d+\.(scale|shift)\.", name) else None
 
 
 class OpenVLAForActionPrediction(PreTrainedModel):
