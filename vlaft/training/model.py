@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlaft.adapt import adapt
 from vlaft.adapt.methods import quantization_config
+from vlaft.errors import CheckpointError
 from vlaft.model.configuration import Policy
 from vlaft.model.load import load_model
 from vlaft.model.openvla import OpenVLAForActionPrediction
@@ -53,6 +54,11 @@ def load_trainable(
     """
     quantization = quantization_config(recipe.adapt, PRECISIONS[precision.compute])
     model = load_model(folder, dtype=PRECISIONS[precision.frozen], device=device, quantization=quantization)
+    if model.policy_parameters():
+        raise CheckpointError(
+            f"{folder} is a policy with a head of its own: train on the base that it was made from, or continue its run"
+            " with --resume"
+        )
     trainable = _adapt_and_cast(model, recipe, precision, policy)
     counts = trainable_and_total(trainable)
     _prepare_passes(model, recipe)

@@ -108,6 +108,7 @@ class Run:
         """Return where the vision backbone's output is kept, or None where it changes or is not worth keeping."""
         wanted = self.recipe.data.reuse_features
         steady = cacheable(unwrapped(self.model), augment=self.recipe.data.augment) and not is_sharded(self.model)
+        steady = steady and not self.recipe.policy.film  # what the ViTs see depends on the instruction then
         if wanted == "never" or not steady:
             if wanted == "always":
                 raise ConfigError(
@@ -115,9 +116,10 @@ class Run:
                 )
             return None
         vision = base_model(self.model).vision_backbone
-        images = torch.zeros(1, self.data.pipeline.size, self.data.pipeline.size, 3, dtype=torch.uint8)
+        size, cameras = self.data.pipeline.size, len(self.recipe.policy.cameras)
+        images = torch.zeros(1, cameras, size, size, 3, dtype=torch.uint8)
         sample = self._compute_features(images.to(self.device))
-        shape = (self.data.train_examples, vision.num_patches, vision.embed_dim)
+        shape = (self.data.train_examples, cameras * vision.num_patches, vision.embed_dim)
         folder = cache_folder()
         examples = self.recipe.train.steps * self.effective_batch
         bytes_per_row = shape[1] * shape[2] * sample.element_size()
