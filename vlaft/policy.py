@@ -18,14 +18,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from vlaft.action.statistics import choose_key
-from vlaft.action.tokens import unnormalize
+from vlaft.action.tokens import normalize, unnormalize
 from vlaft.action.written import Written
 from vlaft.errors import CheckpointError, DataError, UsageError
+from vlaft.model.configuration import Policy as ModelPolicy
 from vlaft.model.cuda_graphs import CudaGraphs
-from vlaft.model.load import load_model
+from vlaft.model.load import fill_policy, load_model
 from vlaft.model.packed_linear import pack_linears
 from vlaft.observation.batch import Observation
 from vlaft.observation.images import Image, ImagePipeline
@@ -89,19 +90,22 @@ class Policy:
 
     def predict(
         self,
-        images: Image | Sequence[Image],
+        images: Image | Mapping[str, Image] | Sequence[Image | Mapping[str, Image]],
         instruction: str | Sequence[str],
         *,
+        state: ArrayLike | None = None,
         unnorm_key: str | None = None,
         action_ids_only: bool = False,
     ) -> Any:
-        """Predict an action for one image, or for each of several in one batch.
+        """Predict what to do at one moment, or at each of several in one batch.
 
         Rows of a batch do not see each other: each gets the action that it would get alone, up to rounding.
 
         Args:
-            images: uint8 `[H, W, 3]` RGB of any size, or a list of them.
+            images: uint8 `[H, W, 3]` RGB of any size; of a policy with several cameras a mapping from their names to
+                such frames. Or a list of either.
             instruction: one for all, or one for each image.
+            state: of a policy that reads it, the robot's state as recorded: `[S]`, or `[B, S]` for a list.
             unnorm_key: name of the statistics to use; needed only where the checkpoint has several.
             action_ids_only: choose among action tokens only.
 
@@ -109,37 +113,44 @@ class Policy:
             A `Prediction`, or a list of them for a list of images.
 
         Raises:
-            DataError: an image is not uint8 RGB, the numbers of images and instructions differ, or the key is
-                missing or unknown.
+            DataError: an image is not uint8 RGB, a camera or the state is missing, the numbers of images and
+                instructions differ, or the key is missing or unknown.
         """
-        several = not isinstance(images, np.ndarray) or images.ndim == 4
-        frames: list[Any] = list(images) if several else [images]
-        texts = [instruction] * len(frames) if isinstance(instruction, str) else list(instruction)
-        if len(texts) != len(frames):
+        several = not isinstance(images, Mapping) and (not isinstance(images, np.ndarray) or images.ndim == 4)
+        moments: list[Any] = list(images) if several else [images]
+        texts = [instruction] * len(moments) if isinstance(instruction, str) else list(instruction)
+        if len(texts) != len(moments):
             raise DataError(
-                f"{len(frames)} images and {len(texts)} instructions: give one instruction, or one for each"
+                f"{len(moments)} images and {len(texts)} instructions: give one instruction, or one for each"
             )
-        if not frames:
+        if not moments:
             return []
         key = choose_key(self.statistics, unnorm_key)
-        statistics = self.statistics[key]["action"]
-        self._check_images(frames)
+        frames = [self._frames(moment, index) for index, moment in enumerate(moments)]
         observation = self.observe(
             [self.files.prompt_token_ids(text) for text in texts],
-            np.stack([self.pipeline.prepare(frame) for frame in frames]),
+            np.stack([np.stack([self.pipeline.prepare(frame) for frame in each]) for each in frames]),
+            self._state(state, key, len(moments)),
         )
         written = self.model.head.predict(
-            self.model, observation, len(statistics["q01"]), action_ids_only=action_ids_only, graphs=self.graphs
+            self.model,
+            observation,
+            len(self.statistics[key]["action"]["q01"]),
+            action_ids_only=action_ids_only,
+            graphs=self.graphs,
         )
-        predictions = [self._prediction(written[[row]], statistics, key) for row in range(len(frames))]
+        predictions = [self._prediction(written[[row]], key) for row in range(len(moments))]
         return predictions if several else predictions[0]
 
-    def observe(self, prompts: Sequence[Sequence[int]], frames: NDArray[np.uint8]) -> Observation:
+    def observe(
+        self, prompts: Sequence[Sequence[int]], frames: NDArray[np.uint8], state: NDArray[np.float32] | None = None
+    ) -> Observation:
         """Return what the model reads.
 
         Args:
             prompts: B lists of token ids.
-            frames: uint8 `[B, size, size, 3]`, as `pipeline.prepare` gives them.
+            frames: uint8 `[B, size, size, 3]`, as `pipeline.prepare` gives them, or `[B, N, size, size, 3]`.
+            state: float32 `[B, S]`, normalised, of a policy that reads it.
         """
         return Observation.of(
             prompts,
@@ -148,25 +159,52 @@ class Policy:
             pad_id=self.files.tokenizer.pad_id,
             device=self.device,
             dtype=self.model.dtype,
+            state=state,
         )
 
-    @staticmethod
-    def _prediction(written: Written, statistics: Mapping[str, Any], key: str) -> Prediction:
+    def _prediction(self, written: Written, key: str) -> Prediction:
         ids, is_action = written.token_ids, written.is_action
+        statistics = self.statistics[key]["action"]
         return Prediction(
-            actions=unnormalize(written.actions[0], statistics),
+            actions=unnormalize(written.actions[0], statistics, self.model.policy.normalization),
             normalized_actions=written.actions[0],
             action_token_ids=None if ids is None else tuple(int(token) for token in ids.ravel()),
             unnorm_key=key,
             non_action_tokens=0 if is_action is None else int((~is_action).sum()),
         )
 
-    @staticmethod
-    def _check_images(frames: Sequence[Image]) -> None:
-        for index, frame in enumerate(frames):
+    def _frames(self, moment: Any, index: int) -> list[Image]:
+        """Return the frames of the policy's cameras at one moment, in its order."""
+        cameras = list(self.model.policy.cameras)
+        if not isinstance(moment, Mapping):
+            if len(cameras) > 1:
+                raise DataError(
+                    f"the policy looks through {', '.join(cameras)}: give image {index} as a mapping of these"
+                )
+            moment = {cameras[0]: moment}
+        if missing := [camera for camera in cameras if camera not in moment]:
+            there = ", ".join(moment)
+            raise DataError(f"image {index} lacks the camera '{missing[0]}', which the policy reads (it has: {there})")
+        frames = [moment[camera] for camera in cameras]
+        for frame in frames:
             if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
                 shape = getattr(frame, "shape", type(frame).__name__)
                 raise DataError(f"image {index} must be uint8 [height, width, 3] in RGB, not {shape}")
+        return frames
+
+    def _state(self, state: ArrayLike | None, key: str, count: int) -> NDArray[np.float32] | None:
+        """Return the robot's states `[B, S]`, normalised, or None of a policy that reads none."""
+        policy = self.model.policy
+        if not policy.state:
+            return None
+        if state is None:
+            raise DataError(f"the policy reads the robot's state: give its {policy.state_size} numbers")
+        values = np.atleast_2d(np.asarray(state, dtype=np.float32))
+        if values.shape != (count, policy.state_size):
+            raise DataError(f"the policy reads states of {policy.state_size} numbers, not {list(np.shape(state))}")
+        if "proprio" not in self.statistics[key]:
+            raise DataError(f"the statistics of '{key}' say nothing of the state, which the policy reads")
+        return normalize(values, self.statistics[key]["proprio"], policy.normalization)
 
 
 def load(
@@ -213,6 +251,8 @@ def load(
     model = load_model(folder, dtype=kind, device=place, quantization=_quantization(quantize, kind))
     if trained is not None:
         model = _with_trained(model, trained, folder)
+        if files.config.get("policy"):
+            _attach_policy(model, trained, files.config)
     if place.type == "cpu" and not getattr(model, "is_quantized", False):
         pack_linears(model)
     statistics = statistics_of(trained, folder, files.config)
@@ -266,6 +306,14 @@ def _with_trained(model: Any, trained: Trained, base: Path) -> Any:
     from vlaft.adapt.adapter import load_adapter
 
     return load_adapter(model, trained.weights)
+
+
+def _attach_policy(model: Any, trained: Trained, config: Mapping[str, Any]) -> None:
+    """Give a model the head and the other modules that were trained in full beside its adapter."""
+    from vlaft.adapt.merging import policy_tensors
+
+    model.attach(ModelPolicy.of(config, str(trained.run or trained.weights)))
+    fill_policy(model, policy_tensors(trained), str(trained.weights))
 
 
 def _pipeline(files: BaseFiles) -> ImagePipeline:

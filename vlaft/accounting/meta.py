@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from vlaft.model.configuration import OpenVLAConfig, Policy
 from vlaft.model.openvla import OpenVLAForActionPrediction
+from vlaft.recipe.settings import PolicyConfig, RecipeConfig
 from vlaft.training.step import Inputs, Normalization
 
 META = torch.device("meta")
@@ -46,6 +48,17 @@ def meta_model(config: OpenVLAConfig, dtype: torch.dtype = torch.float32) -> Ope
 
 
 RELEASED = Policy()
+# where no data tell: an arm with a gripper, as LIBERO has it in OpenVLA-OFT
+_ACTION_SIZE, _STATE_SIZE = 7, 8
+
+
+def policy_of(recipe: RecipeConfig) -> Policy:
+    """Return what a recipe's policy reads and writes, on usual data where its modules need sizes."""
+    if recipe.policy == PolicyConfig():
+        return RELEASED
+    return Policy(
+        **asdict(recipe.policy), action_size=_ACTION_SIZE, state_size=_STATE_SIZE if recipe.policy.state else None
+    )
 
 
 def example_inputs(

@@ -20,6 +20,7 @@ from vlaft.model.configuration import OpenVLAConfig
 from vlaft.model.openvla import PARTS, OpenVLAForActionPrediction
 from vlaft.recipe.settings import AdaptConfig, RecipeConfig
 from vlaft.training.step import forward
+from vlaft.weights.trained import policy_part
 
 _PREFIX = "base_model.model."  # peft's
 _NUMBERED = re.compile(r"\.(\d+)(?=\.|$)")
@@ -65,7 +66,7 @@ def part_of(name: str) -> str:
     ('head', 'projector')
     """
     name = name.removeprefix(_PREFIX)
-    return next(part for part, place in PARTS.items() if name.startswith(place))
+    return policy_part(name) or next(part for part, place in PARTS.items() if name.startswith(place))
 
 
 def base_name(name: str) -> str:
@@ -98,8 +99,9 @@ def trained_by(settings: AdaptConfig, model: nn.Module, base: OpenVLAForActionPr
         base: what is inside `model`.
     """
     if settings.method == "lora":
-        return {name for name, _ in model.named_parameters() if ".lora_" in name}
+        return {name for name, _ in model.named_parameters() if ".lora_" in name or policy_part(base_name(name))}
     chosen = {id(parameter) for module in trained_modules(base, settings.method) for parameter in module.parameters()}
+    chosen |= {id(parameter) for parameter in base.policy_parameters().values()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in chosen}
 
 

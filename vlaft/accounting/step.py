@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from vlaft.accounting.gpu import DeviceEmulation, GpuOptimizer, in_recomputed_blocks, quantize_stand_in
-from vlaft.accounting.meta import META, WithoutValues, example_inputs, example_normalization, meta_model
+from vlaft.accounting.meta import META, WithoutValues, example_inputs, example_normalization, meta_model, policy_of
 from vlaft.accounting.parameters import ParameterCount, count, trained_by
 from vlaft.accounting.tracker import ADAPTERS, GRADIENTS, OPTIMIZER, WEIGHTS, StorageTracker, Trace
-from vlaft.model.configuration import OpenVLAConfig
+from vlaft.model.configuration import OpenVLAConfig, Policy
 from vlaft.model.heads.tokens import TokenOutput
 from vlaft.recipe.settings import PrecisionConfig, RecipeConfig, resolve_precision
 from vlaft.training.model import PRECISIONS, make_trainable
@@ -51,9 +51,13 @@ def trace_step(
     precision = resolve_precision(recipe.precision, on_gpu)
     model, counted = trainable_without_data(recipe, config, precision)
     in_recomputed_blocks(model, on_gpu)
+    policy = policy_of(recipe)
+    written = (policy.chunk - 1) * (policy.action_size or 0)  # values beyond those of one action
     traces = []
     for batch_size in batch_sizes:
-        inputs = example_inputs(config, batch_size=batch_size, tokens=tokens, labels=labels)
+        inputs = example_inputs(
+            config, batch_size=batch_size, tokens=tokens + written, labels=labels + written, policy=policy
+        )
         optimizer: Any
         if on_gpu:
             optimizer = GpuOptimizer([p for p in model.parameters() if p.requires_grad], recipe.train.optimizer)
@@ -66,12 +70,19 @@ def trace_step(
 
 
 def trainable_without_data(
-    recipe: RecipeConfig, config: OpenVLAConfig, precision: PrecisionConfig
+    recipe: RecipeConfig, config: OpenVLAConfig, precision: PrecisionConfig, policy: Policy | None = None
 ) -> tuple[nn.Module, ParameterCount]:
-    """Return the model that a recipe trains, on the meta device and quantised as it says, and its parameters."""
+    """Return the model that a recipe trains, on the meta device and quantised as it says, and its parameters.
+
+    Args:
+        recipe: resolved settings.
+        config: of the base.
+        precision: number formats without `auto`.
+        policy: what is read and written; None takes the recipe's on usual data.
+    """
     base = meta_model(config, PRECISIONS[precision.frozen])
     with WithoutValues():
-        model = make_trainable(base, recipe, precision)
+        model = make_trainable(base, recipe, precision, policy or policy_of(recipe))
     counted = count(model, trained_by(recipe.adapt, model, base))
     quantize_stand_in(model, recipe.adapt, PRECISIONS[precision.compute])
     return model, counted

@@ -21,7 +21,7 @@ from vlaft.adapt.adapter import PREFIX, adapter_table, base_parameters, read_set
 from vlaft.errors import CheckpointError
 from vlaft.weights.layout import read_header, tensor_table
 from vlaft.weights.stream import DTYPES, read_tensor
-from vlaft.weights.trained import ADAPTER_CONFIG, TRAINED_FILE, Trained
+from vlaft.weights.trained import ADAPTER_CONFIG, TRAINED_FILE, Trained, policy_part
 
 _PARTS = ("A", "B", "embedding_A", "embedding_B", "magnitude_vector")
 _ALTERS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # peft's initialisations that subtract from the base
@@ -244,7 +244,8 @@ def changes(trained: Trained, base: Path, *, adapter: bool = True) -> dict[str, 
     found: dict[str, Change] = {}
     if trained.tensors is not None:
         for name, entry in read_header(trained.tensors).items():
-            found[name] = Change(entry.shape, partial(read_tensor, trained.weights, entry))
+            if policy_part(name) is None:  # a policy's own modules are in no base
+                found[name] = Change(entry.shape, partial(read_tensor, trained.weights, entry))
     if trained.has_adapter and adapter:
         settings = StoredSettings.from_json(read_settings(trained.weights), str(trained.weights / ADAPTER_CONFIG))
         stored = adapter_table(trained.weights)
@@ -266,6 +267,14 @@ def changes(trained: Trained, base: Path, *, adapter: bool = True) -> dict[str, 
                 f" and {table[name].shape} in {base}"
             )
     return found
+
+
+def policy_tensors(trained: Trained) -> dict[str, Tensor]:
+    """Return the tensors of a policy's own modules (head, state's projector, FiLM), by their names in the model."""
+    if trained.tensors is None:
+        return {}
+    entries = read_header(trained.tensors)
+    return {name: read_tensor(trained.weights, entry) for name, entry in entries.items() if policy_part(name)}
 
 
 @torch.no_grad()

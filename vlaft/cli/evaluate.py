@@ -106,8 +106,7 @@ def evaluate(
     from vlaft.evaluation.offline import evaluate as run_evaluation
 
     assert data is not None
-    held_out = HeldOut.open(data, split, limit)
-    check_models(models)
+    held_out = HeldOut.open(data, split, limit, chunk=check_models(models))
     evaluations = []
     with progress("evaluating", total=len(held_out) * len(models), unit="examples") as advance:
         for model in models:

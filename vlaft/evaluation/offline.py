@@ -24,7 +24,9 @@ from vlaft.action.statistics import check_statistics, tells_of_state
 from vlaft.action.tokens import normalize, unnormalize
 from vlaft.action.written import Written
 from vlaft.data.held_out import HeldOut
-from vlaft.errors import ConfigError, DataError, VlaftError
+from vlaft.errors import CheckpointError, ConfigError, DataError, VlaftError
+from vlaft.files import read_json
+from vlaft.model.configuration import Policy as ModelPolicy
 from vlaft.observation.batch import Reader, check_fits
 from vlaft.policy import Policy, load
 from vlaft.weights.layout import resolve_checkpoint
@@ -56,21 +58,27 @@ class Evaluation:
     error: NDArray[np.float64]
 
 
-def check_models(models: Sequence[str]) -> None:
+def check_models(models: Sequence[str]) -> int:
     """See whether every model is there, before the first of them is evaluated for an hour.
+
+    Returns:
+        How many actions the models write at once, at most.
 
     Raises:
         CheckpointError: one is missing.
         ConfigError: one is named twice.
     """
+    chunks = [1]
     for index, model in enumerate(models):
         if model in models[:index]:
             raise ConfigError(f"{model} is named twice; name each model once")
         path = Path(model)
         if path.is_dir() and is_trained(path):
-            find_trained(path)
+            config = find_trained(path).inference
         else:
-            resolve_checkpoint(model)
+            config = read_json(resolve_checkpoint(model) / "config.json", CheckpointError)
+        chunks.append(ModelPolicy.of(config, model).chunk)
+    return max(chunks)
 
 
 def evaluate(

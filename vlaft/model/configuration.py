@@ -7,6 +7,7 @@ so that inference does the same).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_type_hints
 
@@ -85,6 +86,22 @@ class Policy(PolicyConfig):
 
     action_size: int | None = None
     state_size: int | None = None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], where: str) -> Policy:
+        """Return what a `config.json` says, or what the released OpenVLA does where it says nothing.
+
+        Raises:
+            CheckpointError: a key holds what it cannot, or a size is missing; the sentence begins with `where`.
+        """
+        try:
+            policy = read_as(cls, config.get("policy") or {}, "policy")
+        except WrongValue as error:
+            raise CheckpointError(f"{where}: {error}") from None
+        if (policy.head == "l1" and not policy.action_size) or (policy.state and not policy.state_size):
+            missing = "action_size" if policy.head == "l1" and not policy.action_size else "state_size"
+            raise CheckpointError(f"{where}: policy.{missing} is missing, which its modules need")
+        return policy
 
 
 class OpenVLAConfig(PretrainedConfig):

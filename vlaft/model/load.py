@@ -9,8 +9,9 @@ from typing import Any
 
 from vlaft.errors import CheckpointError, MissingExtra
 from vlaft.files import read_json
-from vlaft.model.configuration import OpenVLAConfig
+from vlaft.model.configuration import OpenVLAConfig, Policy
 from vlaft.weights.layout import check_tensors, plain_shapes, resolve_checkpoint, tensor_table
+from vlaft.weights.trained import POLICY_PARTS, policy_part
 
 _LLAMA_2_7B = {"model_type": "llama", "pad_token_id": 32000, "vocab_size": 32064}
 
@@ -125,7 +126,57 @@ def load_model(folder: Path, *, dtype: Any = None, device: Any = "cpu", quantiza
                 parameter.data = parameter.data.to(dtype)
     if not quantized:
         model = model.to(device)
+    if config.policy:
+        model.attach(Policy.of({"policy": config.policy}, str(folder / "config.json")))
+        fill_policy(model, read_policy_files(folder), str(folder))
     return model.eval()
+
+
+def read_policy_files(folder: Path) -> dict[str, Any]:
+    """Return a policy's own tensors from their files beside the weights, by their names in the model.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Any] = {}
+    for part in POLICY_PARTS:
+        file = folder / f"{part}.safetensors"
+        try:
+            found = load_file(file) if file.is_file() else {}
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file}: cannot be read ({error}); copy or download the checkpoint again") from None
+        tensors |= {name if part == "film" else f"{part}.{name}": tensor for name, tensor in found.items()}
+    return tensors
+
+
+def write_policy_files(folder: Path, tensors: Mapping[str, Any]) -> None:
+    """Write a policy's own tensors as `read_policy_files` reads them, in the names that OpenVLA-OFT's modules have."""
+    from safetensors.torch import save_file
+
+    for part in POLICY_PARTS:
+        found = {name: tensor for name, tensor in tensors.items() if policy_part(name) == part}
+        if found:
+            plain = {name if part == "film" else name.removeprefix(f"{part}."): found[name] for name in found}
+            save_file(plain, folder / f"{part}.safetensors", metadata={"format": "pt"})
+
+
+def fill_policy(model: Any, tensors: Mapping[str, Any], where: str) -> None:
+    """Put a policy's own tensors into a model that they were attached to, in float32.
+
+    Raises:
+        CheckpointError: one is missing, left over, or of another shape.
+    """
+    parameters = model.policy_parameters()
+    check_tensors(
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        {name: tuple(parameter.shape) for name, parameter in parameters.items()},
+        where,
+    )
+    for name, parameter in parameters.items():
+        parameter.data.copy_(tensors[name])
 
 
 def _stored_quantization(folder: Path) -> bool:

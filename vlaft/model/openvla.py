@@ -27,6 +27,7 @@ from vlaft.model.heads.tokens import TokenHead, TokenOutput
 from vlaft.model.last_layer import LastDecoderLayer
 from vlaft.model.policy_parts import ProprioProjector
 from vlaft.model.vision import AttentionPool, LayerScale, Projector, VisionBackbone, VisionTransformer, vit_config
+from vlaft.weights.trained import policy_part
 
 # What recipes, reports and shards tell apart, and where it lies in the model.
 PARTS = {
@@ -115,6 +116,10 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             for block in chain.from_iterable(self.stacks()[:-1]):
                 block.add_film(width)  # type: ignore[operator]
         self.to(self.device)
+
+    def policy_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that `attach` added, by name: those of the head, the state's projector, and FiLM."""
+        return {name: parameter for name, parameter in self.named_parameters() if policy_part(name) is not None}
 
     @property
     def head(self) -> Head:

@@ -49,30 +49,35 @@ class Observation:
         pad_id: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        state: NDArray[np.float32] | None = None,
     ) -> Observation:
         """Collate observations.
 
         Args:
             prompts: B lists of token ids.
-            frames: uint8 `[B, size, size, 3]`, prepared by the pipeline but for its crop.
+            frames: uint8 `[B, size, size, 3]`, or `[B, N, size, size, 3]` of several cameras in order; prepared by the
+                pipeline but for its crop.
             pipeline: crops where the model is used on the centre of frames, and normalises.
             pad_id: token that fills short prompts.
             device: where to.
             dtype: of the pixels; None: float32.
+            state: float32 `[B, S]`, normalised, of a policy that reads it.
         """
         import torch
 
         from vlaft.observation.augmentation import center_crop, pixel_values
 
         ids, mask = pad_prompts(prompts, pad_id)
-        images = torch.from_numpy(frames).to(device)
+        images = torch.from_numpy(frames).to(device).flatten(0, -4)  # [B * N, size, size, 3]
         if pipeline.center_crop:
             images = center_crop(images)
         pixels = pixel_values(images, pipeline.means, pipeline.stds)
+        pixels = pixels.reshape(len(prompts), -1, *pixels.shape[2:])  # camera by camera along the channels
         return cls(
             prompt_ids=ids.to(device),
             prompt_mask=None if bool(mask.all()) else mask.to(device),
             pixel_values=pixels if dtype is None else pixels.to(dtype),
+            state=None if state is None else torch.from_numpy(state).to(device),
         )
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Observation:

@@ -91,6 +91,11 @@ def open_source(folder: Path) -> Source:
     config = read_json(folder / "config.json", CheckpointError)
     if config.get("quantization_config"):
         raise CheckpointError(f"{folder} is quantised already; export the checkpoint that it was made from")
+    if config.get("policy"):
+        raise CheckpointError(
+            f"{folder} is a policy with a head of its own, which no export carries yet: predict and evaluate take the"
+            " merged folder as it is"
+        )
     statistics = statistics_of(None, folder, config)
     if not statistics:
         raise CheckpointError(

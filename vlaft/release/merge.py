@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from vlaft.action.statistics import STATISTICS_FILE
-from vlaft.adapt.merging import Change, ModuleAdapter, changes
+from vlaft.adapt.merging import Change, ModuleAdapter, changes, policy_tensors
 from vlaft.adapt.rounding import Mode, Rounding
 from vlaft.errors import CheckpointError
 from vlaft.files import check_apart, output_folder, read_json, write_json
+from vlaft.model.load import write_policy_files
 from vlaft.release.record import base_licence, training_record
 from vlaft.weights.layout import (
     INDEX_FILE,
@@ -110,6 +111,7 @@ def merge(
     with output_folder(out, total, overwrite=overwrite) as folder:
         copy_tensors(base, folder, dtypes, changed, advance, rounded, trained.base_checksums)
         copy_release_files(base, folder)
+        write_policy_files(folder, policy_tensors(trained))
         _write_config(base, folder, trained, checkpoint_dtype(dtypes))
         record = {
             "base": base_name or str(base),

@@ -22,11 +22,12 @@ from vlaft.adapt.adapter import base_parameters
 from vlaft.adapt.rounding import Mode, generator_of, round_to
 from vlaft.errors import CheckFailed, CheckpointError, DataError
 from vlaft.files import read_json
+from vlaft.model.configuration import Policy
 from vlaft.observation.batch import Observation
 from vlaft.observation.images import ImagePipeline
 from vlaft.release.record import data_paths
 from vlaft.weights.layout import read_header, tensor_table
-from vlaft.weights.trained import Trained, statistics_of
+from vlaft.weights.trained import Trained, policy_part, statistics_of
 
 _EXAMPLES = 4
 _INSTRUCTION = "put the carrot on the plate"  # of inputs made here, where the training data are gone
@@ -104,16 +105,17 @@ def example_probe(trained: Trained | None, base: Path, count: int = _EXAMPLES) -
     pipeline = ImagePipeline.from_checkpoint(
         config, read_json(preprocessor, CheckpointError) if preprocessor.is_file() else None
     )
+    policy = Policy.of(config, str(base / "config.json"))
     if trained is not None and (paths := data_paths(trained)):
         try:
-            return data_probe(paths, pipeline, count)
+            return data_probe(paths, pipeline, count, policy)
         except (DataError, CheckpointError, OSError):
             pass  # moved, changed or damaged since: the check needs inputs, not these
     sizes = [len(entry["action"]["q01"]) for entry in statistics_of(trained, base, config).values()]
-    return _synthetic(base, pipeline, count, max(sizes, default=_ACTION_SIZE))
+    return _synthetic(base, pipeline, count, max(sizes, default=_ACTION_SIZE), policy)
 
 
-def data_probe(paths: list[Path], pipeline: ImagePipeline, count: int) -> Probe:
+def data_probe(paths: list[Path], pipeline: ImagePipeline, count: int, policy: Policy) -> Probe:
     """Return held-out examples of converted datasets, evenly spread; training examples where none are held out.
 
     Raises:
@@ -132,10 +134,11 @@ def data_probe(paths: list[Path], pipeline: ImagePipeline, count: int) -> Probe:
         pipeline,
         examples.action.shape[1],
         "training data",
+        policy,
     )
 
 
-def _synthetic(base: Path, pipeline: ImagePipeline, count: int, action_size: int) -> Probe:
+def _synthetic(base: Path, pipeline: ImagePipeline, count: int, action_size: int, policy: Policy) -> Probe:
     import numpy as np
 
     prompt = [1, *range(3, 20)]  # for models that have no tokenizer
@@ -147,17 +150,19 @@ def _synthetic(base: Path, pipeline: ImagePipeline, count: int, action_size: int
     size = pipeline.size
     coarse = generator.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
     images = [np.kron(image, np.ones((size // 8 + 1, size // 8 + 1, 1), np.uint8))[:size, :size] for image in coarse]
-    return _batch([prompt] * count, images, pipeline, action_size, "synthetic")
+    return _batch([prompt] * count, images, pipeline, action_size, "synthetic", policy)
 
 
 def _batch(
-    prompts: list[list[int]], images: list[Any], pipeline: ImagePipeline, action_size: int, origin: str
+    prompts: list[list[int]], images: list[Any], pipeline: ImagePipeline, action_size: int, origin: str, policy: Policy
 ) -> Probe:
     import numpy as np
 
-    frames = np.stack([pipeline.prepare(image) for image in images])
+    # any frame and any state will do for a comparison: each camera shows the same, and the state is the mean
+    frames = np.stack([[pipeline.prepare(image)] * len(policy.cameras) for image in images])
+    state = np.zeros((len(images), policy.state_size or 0), np.float32) if policy.state else None
     pipeline = replace(pipeline, center_crop=False)  # a merge does not depend on it
-    return Probe(Observation.of(prompts, frames, pipeline, pad_id=0), action_size, origin)
+    return Probe(Observation.of(prompts, frames, pipeline, pad_id=0, state=state), action_size, origin)
 
 
 def choose_dtype(folder: Path) -> tuple[torch.dtype, torch.device] | None:
@@ -215,6 +220,8 @@ def compare(
     model = first()
     device, dtype = next(model.parameters()).device, model.dtype
     observation = inputs.observation.to(device, dtype)
+    if model.policy.parallel:
+        return _compare_actions(model, second, inputs, observation, rounding, round_first)
     tokens = torch.from_numpy(model.head.predict(model, observation, inputs.action_size).token_ids[:, 0]).to(device)
     exact = reference = _logits(model, observation, tokens)
     if round_first is not None:
@@ -243,6 +250,40 @@ def compare(
         computed_in=str(dtype).removeprefix("torch."),
         unrounded_tokens=int((exact.argmax(dim=-1) == choice).sum()) if round_first else None,
         unrounded_logit_difference=float((exact - other).abs().max()) if round_first else None,
+    )
+
+
+def _compare_actions(
+    first: Any,
+    second: Callable[[], Any],
+    inputs: Probe,
+    observation: Observation,
+    rounding: torch.dtype,
+    round_first: Callable[[Any], None] | None,
+) -> Comparison:
+    """Compare what two policies write all at once: values take the place of tokens, and of logits."""
+    device, dtype = observation.pixel_values.device, first.dtype
+    exact = reference = first.head.predict(first, observation, inputs.action_size).actions
+    if round_first is not None:
+        round_first(first)
+        reference = first.head.predict(first, observation, inputs.action_size).actions
+    del first
+    gc.collect()
+    model = second()
+    other = model.head.predict(model, observation.to(device, model.dtype), inputs.action_size).actions
+    spread = float(reference.max() - reference.min())
+    near = max(_ROUNDING[rounding], _ROUNDING.get(dtype, 0.0)) * spread
+    return Comparison(
+        examples=len(observation),
+        inputs=inputs.origin,
+        tokens=reference.size,
+        identical_tokens=int((abs(reference - other) <= near).sum()),
+        ties=0,
+        largest_logit_difference=float(abs(reference - other).max()),
+        logit_range=spread,
+        computed_in=str(dtype).removeprefix("torch."),
+        unrounded_tokens=int((abs(exact - other) <= near).sum()) if round_first else None,
+        unrounded_logit_difference=float(abs(exact - other).max()) if round_first else None,
     )
 
 
@@ -303,9 +344,12 @@ def _attach(model: Any, trained: Trained) -> Any:
     from vlaft.adapt.adapter import load_adapter
     from vlaft.training.checkpoints import load_trained
 
+    adapted = load_adapter(model, trained.weights) if trained.has_adapter else model
+    if "policy" in trained.inference:
+        model.attach(Policy.of(trained.inference, str(trained.weights)))
     if trained.tensors is not None:
-        load_trained(model, trained.weights)
-    return load_adapter(model, trained.weights) if trained.has_adapter else model
+        load_trained(adapted, trained.weights)
+    return adapted
 
 
 def round_parameters(model: Any, kinds: Mapping[str, torch.dtype]) -> None:
@@ -333,6 +377,8 @@ def _round(model: Any, trained: Trained, kinds: Mapping[str, torch.dtype], mode:
 
         parameters = base_parameters(model)
         for name, entry in read_header(trained.tensors).items():
+            if policy_part(name) is not None:  # kept as they are
+                continue
             parameters[name].copy_(rounded(name, read_tensor(trained.weights, entry)))
     round_parameters(model, kinds)
 

@@ -122,6 +122,7 @@ class TrainingData:
                 "prompt_style": first.info["prompt_style"],
                 # A model trained on random crops of 90 % of the area is used on the central 90 %.
                 "image_pipeline": pipeline.to_json() | {"center_crop": recipe.data.augment},
+                **({} if recipe.policy == PolicyConfig() else {"policy": asdict(_policy(recipe.policy, statistics))}),
             },
             warnings=_left_out(recipe.policy, {"train": loader.windows, "val": val_windows}),
             batch_size=batch_size,

@@ -23,6 +23,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlaft.adapt import adapt
 from vlaft.adapt.methods import quantization_config
+from vlaft.errors import CheckpointError
+from vlaft.model.configuration import Policy
 from vlaft.model.load import load_model
 from vlaft.model.openvla import OpenVLAForActionPrediction
 from vlaft.model.vision import AttentionPool, VisionTransformer
@@ -32,7 +34,11 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load_trainable(
-    recipe: RecipeConfig, precision: PrecisionConfig, folder: Any, device: torch.device
+    recipe: RecipeConfig,
+    precision: PrecisionConfig,
+    folder: Any,
+    device: torch.device,
+    policy: Policy | None = None,
 ) -> tuple[nn.Module, tuple[int, int]]:
     """Load a base and make it trainable as the recipe says.
 
@@ -41,13 +47,19 @@ def load_trainable(
         precision: number formats without `auto`.
         folder: the base's local folder.
         device: where to put the model.
+        policy: what it is to read and write; None leaves it as the base is.
 
     Returns:
         The model, and how many parameters are trained (those that no loss reaches included) and how many there are.
     """
     quantization = quantization_config(recipe.adapt, PRECISIONS[precision.compute])
     model = load_model(folder, dtype=PRECISIONS[precision.frozen], device=device, quantization=quantization)
-    trainable = _adapt_and_cast(model, recipe, precision)
+    if model.policy_parameters():
+        raise CheckpointError(
+            f"{folder} is a policy with a head of its own: train on the base that it was made from, or continue its run"
+            " with --resume"
+        )
+    trainable = _adapt_and_cast(model, recipe, precision, policy)
     counts = trainable_and_total(trainable)
     _prepare_passes(model, recipe)
     if recipe.train.compile:
@@ -55,22 +67,34 @@ def load_trainable(
     return trainable, counts
 
 
-def make_trainable(model: OpenVLAForActionPrediction, recipe: RecipeConfig, precision: PrecisionConfig) -> nn.Module:
-    """Add adapters or unfreeze, cast what is trained, and set up recomputation, in place.
+def make_trainable(
+    model: OpenVLAForActionPrediction,
+    recipe: RecipeConfig,
+    precision: PrecisionConfig,
+    policy: Policy | None = None,
+) -> nn.Module:
+    """Add adapters or unfreeze, attach a policy's modules, cast what is trained, and set up recomputation, in place.
 
     Parameters that no loss reaches (last ViT blocks, final norms, pooling head and adapters on them) are frozen:
     the optimizer would skip them anyway, and with several GPUs they would stall it.
     """
-    trainable = _adapt_and_cast(model, recipe, precision)
+    trainable = _adapt_and_cast(model, recipe, precision, policy)
     _prepare_passes(model, recipe)
     return trainable
 
 
-def _adapt_and_cast(model: OpenVLAForActionPrediction, recipe: RecipeConfig, precision: PrecisionConfig) -> nn.Module:
+def _adapt_and_cast(
+    model: OpenVLAForActionPrediction, recipe: RecipeConfig, precision: PrecisionConfig, policy: Policy | None
+) -> nn.Module:
     trainable = adapt(model, recipe.adapt, upcast=precision.trained == "float32")
     for parameter in trainable.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(PRECISIONS[precision.trained])
+    # The modules of a policy are trained in full and in float32, whatever else is.
+    if policy is not None and policy != model.policy:
+        model.attach(policy)
+    for parameter in model.policy_parameters().values():
+        parameter.requires_grad_(True)
     return trainable
 
 
@@ -99,7 +123,9 @@ def compile_blocks(model: OpenVLAForActionPrediction) -> None:
 
 
 def unreached_modules(model: OpenVLAForActionPrediction) -> Iterator[nn.Module]:
-    """Yield the modules that the release stores and no forward pass runs."""
+    """Yield the modules that the release stores and no loss reaches."""
+    if model.policy.head == "l1":
+        yield model.parts()["head"]
     for module in model.modules():
         if isinstance(module, VisionTransformer):
             yield from (module.blocks[-1], module.norm)

@@ -95,7 +95,9 @@ class Run:
             start: begin as the recipe says; False where `restore` comes next and brings the adapters' state.
         """
         torch.manual_seed(self.recipe.train.seed)
-        model, (self.trainable, self.total) = load_trainable(self.recipe, self.precision, self.base, self.device)
+        model, (self.trainable, self.total) = load_trainable(
+            self.recipe, self.precision, self.base, self.device, self.data.policy
+        )
         self.names = trained_names(model)
         self.pissa_start = pissa.initialise(model) if self._uses_pissa and start else None  # type: ignore[arg-type]
         self.model = distribute(model, self.recipe.adapt.method, self.device)
@@ -106,6 +108,7 @@ class Run:
         """Return where the vision backbone's output is kept, or None where it changes or is not worth keeping."""
         wanted = self.recipe.data.reuse_features
         steady = cacheable(unwrapped(self.model), augment=self.recipe.data.augment) and not is_sharded(self.model)
+        steady = steady and not self.recipe.policy.film  # what the ViTs see depends on the instruction then
         if wanted == "never" or not steady:
             if wanted == "always":
                 raise ConfigError(
@@ -113,9 +116,10 @@ class Run:
                 )
             return None
         vision = base_model(self.model).vision_backbone
-        images = torch.zeros(1, self.data.pipeline.size, self.data.pipeline.size, 3, dtype=torch.uint8)
+        size, cameras = self.data.pipeline.size, len(self.recipe.policy.cameras)
+        images = torch.zeros(1, cameras, size, size, 3, dtype=torch.uint8)
         sample = self._compute_features(images.to(self.device))
-        shape = (self.data.train_examples, vision.num_patches, vision.embed_dim)
+        shape = (self.data.train_examples, cameras * vision.num_patches, vision.embed_dim)
         folder = cache_folder()
         examples = self.recipe.train.steps * self.effective_batch
         bytes_per_row = shape[1] * shape[2] * sample.element_size()
@@ -207,7 +211,8 @@ class Run:
         """
         self._check_finite()
         adapters = self.recipe.adapt.method == "lora"
-        tensors = {} if adapters else trained_tensors(unwrapped(self.model), self.names)
+        base = base_model(self.model)
+        tensors = trained_tensors(base, base.policy_parameters() if adapters else self.names)
         error: VlaftError | None = None
         if self.accelerator.is_main_process:
             try:
@@ -228,11 +233,11 @@ class Run:
         model, base = unwrapped(self.model), (self.base_fingerprint, self.base_checksums)
 
         def write_weights(target: Path) -> None:
-            if not isinstance(model, PeftModel):
+            if tensors:
                 write_trained(tensors, target)
-            elif self.pissa_start is not None:
+            if isinstance(model, PeftModel) and self.pissa_start is not None:
                 pissa.save_converted(model, self.pissa_start, target, *base)
-            else:
+            elif isinstance(model, PeftModel):
                 save_adapter(model, target, *base)
 
         progress = self.progress

@@ -330,3 +330,19 @@ def adapter_base(folder: Path) -> tuple[str | None, str | None]:
             return metadata.get(FINGERPRINT_KEY), metadata.get(BASE_CHECKSUMS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: {error}") from None
+
+
+POLICY_PARTS = ("action_head", "proprio_projector", "film")
+
+
+def policy_part(name: str) -> str | None:
+    """Return which of a policy's own modules a parameter belongs to, or None where it is the released model's.
+
+    >>> policy_part("action_head.model.fc1.weight"), policy_part("vision_backbone.featurizer.blocks.3.scale.bias")
+    ('action_head', 'film')
+    >>> policy_part("projector.fc1.weight") is None
+    True
+    """
+    if name.startswith(("action_head.", "proprio_projector.")):
+        return name.partition(".")[0]
+    return "film" if re.search(r"\.blocks\.\d+\.(scale|shift)\.", name) else None

@@ -1,0 +1,158 @@
+"""Policies that write chunks: trained, continued, merged and asked through the commands' own code."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from small_base import INSTRUCTION, convert_small, write_small_base
+from small_run import Small, checkpoint_content, log_lines, run
+
+from vlaft.accounting.step import trainable_without_data
+from vlaft.cli.main import main
+from vlaft.data.held_out import HeldOut
+from vlaft.errors import CheckpointError, DataError
+from vlaft.evaluation.offline import check_models, evaluate
+from vlaft.model.configuration import Policy
+from vlaft.model.load import base_config
+from vlaft.policy import load
+from vlaft.recipe.resolve import resolve
+from vlaft.recipe.settings import resolve_precision
+from vlaft.weights.trained import find_trained
+
+CHUNK = "policy.chunk=3"
+RECIPES = {"oft": (CHUNK,), "oft-state": (CHUNK,), "oft-film": (CHUNK, "policy.cameras=[main,wrist]")}
+
+
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    """Six episodes of eight steps with two cameras and a state, for two ViTs."""
+    folder = tmp_path_factory.mktemp("rich")
+    base = write_small_base(folder / "base", "fused")
+    return Small(base, convert_small(base, folder / "data", rich=True))
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def trained(request: pytest.FixtureRequest, rich: Small, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    out = tmp_path_factory.mktemp(request.param) / "run"
+    recorder = run(rich.recipe(request.param, *RECIPES[request.param], "train.save_every=2"), out)
+    assert len(recorder.losses) == 3 and all(np.isfinite(recorder.losses))
+    return request.param, out
+
+
+def frames(cameras: list[str]) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(3)
+    return {camera: generator.integers(0, 256, (64, 64, 3), dtype=np.uint8) for camera in cameras}
+
+
+def ask(folder: Path) -> np.ndarray:
+    policy = load(folder, device="cpu")
+    reads = policy.model.policy
+    state = [0.5, 0.1, 0.5] if reads.state else None
+    prediction = policy.predict(frames(list(reads.cameras)), INSTRUCTION, state=state)
+    assert prediction.actions.shape == (3, 7) and prediction.action_token_ids is None
+    return prediction.actions
+
+
+def test_a_checkpoint_holds_adapter_and_head(trained: tuple[str, Path]) -> None:
+    name, out = trained
+    found = find_trained(out)
+    assert found.has_adapter and found.tensors is not None
+    with safe_open(found.tensors, framework="pt") as file:
+        parts = {key.partition(".")[0] for key in file.keys()}  # noqa: SIM118
+    expected = {"oft": {"action_head"}, "oft-state": {"action_head", "proprio_projector"}}
+    assert parts == expected.get(name, {"action_head", "proprio_projector", "vision_backbone"})
+    assert found.inference["policy"]["chunk"] == 3 and found.inference["policy"]["action_size"] == 7
+
+
+def test_a_merged_policy_answers_as_its_run(trained: tuple[str, Path], rich: Small) -> None:
+    _, out = trained
+    merged = out.parent / "merged"
+    assert main(["merge", str(out), "--out", str(merged), "--overwrite"]) == 0
+    assert ask(merged) == pytest.approx(ask(out), abs=1e-4)
+    held_out = HeldOut.open([rich.data], chunk=check_models([str(out), str(merged)]))
+    first, second = (evaluate(str(folder), held_out) for folder in (out, merged))
+    assert first.teacher_forced is None and first.predicted.shape[1:] == (3, 7)
+    assert first.predicted == pytest.approx(second.predicted, abs=1e-4)
+    assert first.free_running.overall.token_accuracy is None
+
+
+def test_what_a_policy_lacks_is_named(trained: tuple[str, Path], tmp_path: Path) -> None:
+    _, out = trained
+    policy = load(out, device="cpu")
+    reads = policy.model.policy
+    if reads.state:
+        with pytest.raises(DataError, match="reads the robot's state: give its 3 numbers"):
+            policy.predict(frames(list(reads.cameras)), INSTRUCTION)
+        with pytest.raises(DataError, match="states of 3 numbers, not"):
+            policy.predict(frames(list(reads.cameras)), INSTRUCTION, state=[1.0])
+        with pytest.raises(DataError, match="lacks the camera 'wrist'"):
+            policy.predict(frames(["main"]), INSTRUCTION, state=[0.0, 0.0, 0.0])
+        with pytest.raises(DataError, match="looks through main, wrist"):
+            policy.predict(frames(["main"])["main"], INSTRUCTION, state=[0.0, 0.0, 0.0])
+
+
+def test_a_merged_policy_is_no_base_and_no_export(trained: tuple[str, Path], rich: Small, tmp_path: Path) -> None:
+    _, out = trained
+    merged = tmp_path / "merged"
+    assert main(["merge", str(out), "--out", str(merged)]) == 0
+    with pytest.raises(CheckpointError, match="a policy with a head of its own: train on the base"):
+        run(replace(rich.recipe("oft", CHUNK), base=str(merged)), tmp_path / "again")
+    assert main(["export", str(merged), "--out", str(tmp_path / "export")]) == 1
+    assert not (tmp_path / "export").exists()
+
+
+def test_continued_as_undisturbed(rich: Small, tmp_path: Path) -> None:
+    """Head, state's projector, FiLM and their optimizer state included."""
+    words = (*RECIPES["oft-film"], "train.save_every=1", "train.evaluate_every=1", "train.keep_checkpoints=9")
+    whole = rich.recipe("oft-film", *words, "train.steps=4")
+    run(whole, tmp_path / "whole")
+    run(rich.recipe("oft-film", *words, "train.steps=2"), tmp_path / "parts")
+    run(whole, tmp_path / "parts", resume=True)
+    names = ["step-000002", "step-000004"]
+    assert [checkpoint_content(tmp_path / "parts", name) for name in names] == [
+        checkpoint_content(tmp_path / "whole", name) for name in names
+    ]
+    assert log_lines(tmp_path / "parts") == log_lines(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "trainable"),
+    [
+        ("oft", (7, None), 261_946_119),
+        ("oft-state", (7, 8), 278_764_295),
+        ("qoft", (7, 8), 278_764_295),
+        ("oft-film", (14, 14), 852_557_326),
+    ],
+)
+def test_parameters_are_those_of_upstream(name: str, sizes: tuple[int, int | None], trainable: int) -> None:
+    recipe = resolve(name)
+    policy = Policy(**asdict(recipe.policy), action_size=sizes[0], state_size=sizes[1])
+    precision = resolve_precision(recipe.precision, on_gpu=True)
+    _, counted = trainable_without_data(recipe, base_config("openvla/openvla-7b"), precision, policy)
+    assert counted.trainable == trainable
+
+
+def test_an_l1_loss_reaches_all_but_the_head_of_tokens_and_the_dead_blocks(rich: Small) -> None:
+    """The count of what is reached, against a backward pass."""
+    from vlaft.training.data import TrainingData, to_inputs
+    from vlaft.training.model import load_trainable
+    from vlaft.training.step import Normalization, forward
+
+    recipe = rich.recipe("oft-film", *RECIPES["oft-film"])
+    data = TrainingData.open(recipe, rich.base)
+    precision = resolve_precision(recipe.precision, on_gpu=False)
+    model, _ = load_trainable(recipe, precision, rich.base, torch.device("cpu"), data.policy)
+    for parameter in model.parameters():  # a fresh adapter's A gets no gradient while B is zero
+        parameter.data += 1e-3 * torch.randn_like(parameter)
+    normalization = Normalization(data.pipeline.means, data.pipeline.stds)
+    output = forward(model, to_inputs(next(data.loader), torch.device("cpu")), normalization, torch.float32)
+    output.loss.backward()
+    asked = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    reached = {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.abs().sum() > 0)}
+    assert reached == asked
+    assert not any("lm_head" in name for name in asked)
