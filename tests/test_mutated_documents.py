@@ -227,7 +227,7 @@ def write_info(made: Path, place: Path) -> Try:
     def attempt(seed: int) -> None:
         (place / "meta/info.json").write_bytes(json_mutations(document, seed))
         opened = open_request(SourceRequest(path=place))
-        opened.reader.read(opened.source.episodes()[0])
+        opened.reader.read(opened.reader.episodes()[0])
 
     return attempt
 

@@ -248,7 +248,7 @@ def test_of_two_at_once_one_is_refused(tmp_path: Path) -> None:
     script = """
 import sys, pathlib
 from vlaft.errors import VlaftError
-from vlaft.output_folder import output_folder
+from vlaft.files import output_folder
 out, name, overwrite = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
 for line in sys.stdin:
     try:

@@ -41,7 +41,7 @@ def test_counts_are_those_of_the_design(name, base, column):
     else:
         unreached = UNREACHED_WEIGHTS[column] if name in ("full", "sandwich") else 0
     assert counted.reached_by_gradient == trainable - unreached
-    assert tuple(counted.parts) == PARTS
+    assert tuple(counted.parts) == tuple(PARTS)
     for groups in (counted.parts, counted.modules):
         assert sum(part.total for part in groups.values()) == counted.total
         assert sum(part.trainable for part in groups.values()) == counted.trainable

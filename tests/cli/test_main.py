@@ -68,7 +68,7 @@ def test_light_commands_import_nothing_heavy(words: list[str]) -> None:
 
 
 def test_resolving_a_recipe_does_not_import_torch() -> None:
-    code = "import sys; from vlaft.recipe.settings import resolve; resolve('lora32'); print('torch' in sys.modules)"
+    code = "import sys; from vlaft.recipe.resolve import resolve; resolve('lora32'); print('torch' in sys.modules)"
     assert run(code=code).stdout == "False\n"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from repository import ROOT
+
 import json
 import os
 import subprocess
@@ -62,7 +64,7 @@ def test_an_export_loads_as_its_documentation_says(tmp_path: Path) -> None:
     action = {key: [0.5] * 7 for key in ("mean", "std", "min", "max", "q01", "q99")}
     (base / "dataset_statistics.json").write_text(json.dumps({"mine": {"action": action}}))
     assert main(["export", str(base), "--out", str(tmp_path / "model-nf4"), "--to", "nf4"]) == 0
-    text = (Path(__file__).parents[1] / "docs/export.md").read_text()
+    text = (ROOT / "docs/export.md").read_text()
     (code,) = [block.partition("```")[0] for block in text.split("```python\n")[1:] if "import vlaft" in block]
     code = code.replace('"model-nf4"', repr(str(tmp_path / "model-nf4")))
     found = run(f"{code}\nprint(type(model).__name__, type(model.projector.fc1).__name__)")

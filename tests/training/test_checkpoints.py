@@ -30,6 +30,8 @@ from vlaft.training.checkpoints import (
 )
 from vlaft.weights.trained import TRAINED_FILE
 
+POSITION = {"seed": 3, "epoch": 0, "offset": 7, "data": "a dataset"}
+
 
 def build(seed: int = 0) -> tuple[nn.Module, torch.optim.AdamW]:
     torch.manual_seed(seed)
@@ -284,7 +286,7 @@ def test_state_lists_a_checksum_of_every_other_file(tmp_path: Path) -> None:
 
 
 def test_every_changed_digit_of_the_state_is_seen(tmp_path: Path) -> None:
-    path = write(tmp_path, 12, *build(), progress={"step": 12, "best_l1": 0.25}, loader={"offset": 7})
+    path = write(tmp_path, 12, *build(), progress={"step": 12, "best_l1": 0.25}, loader=POSITION)
     file = path / "state.json"
     text = file.read_text()
     places = [place for place, letter in enumerate(text) if letter.isdigit()]
@@ -294,7 +296,7 @@ def test_every_changed_digit_of_the_state_is_seen(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="step-000012"):
             read_checkpoint(path)
     file.write_text(text)
-    assert read_checkpoint(path)[0]["loader"] == {"offset": 7}
+    assert read_checkpoint(path)[0]["loader"] == POSITION
 
 
 def test_a_state_without_its_own_checksum_is_taken_and_told(tmp_path: Path) -> None:

@@ -378,10 +378,10 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_told_and_the_run_goes_on(
 
 def test_what_lies_where_old_and_damaged_checkpoints_go_is_in_nobodys_way(small: Small, tmp_path: Path) -> None:
     recipe, out = small.recipe("lora8", *STEPS, "train.keep_checkpoints=1"), tmp_path / "run"
-    (out / "checkpoints").mkdir(parents=True)
+    run(small.recipe("lora8", *STEPS, "train.keep_checkpoints=1", "train.steps=2"), out)
     (out / "checkpoints" / ".step-000002.old").write_text("a file")
     (out / "checkpoints" / ".step-000004.old").symlink_to(tmp_path)
-    told = run(recipe, out)
+    told = run(recipe, out, resume=True)
     assert checkpoints(out) == ["step-000006"] and not told.warnings
     damage(out, "step-000006", "state.json")
     (out / "checkpoints" / ".step-000006.damaged").write_text("a file")

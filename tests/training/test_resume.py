@@ -275,8 +275,8 @@ def test_rotating_on_a_broken_disk_is_a_sentence(small: Small, tmp_path: Path, m
 
     monkeypatch.setattr(Path, "rename", broken)
     recipe = small.recipe("lora8", *STEPS, "train.keep_checkpoints=1", "train.evaluate_every=0")
-    with pytest.raises(VlaftError, match=r"step-000002: cannot be written \(Input/output error\).*--resume"):
-        run(recipe, tmp_path / "run")
+    told = run(recipe, tmp_path / "run")
+    assert "step-000002: an old checkpoint could not be deleted (Input/output error)" in told.warnings[0]
     monkeypatch.undo()
     run(recipe, tmp_path / "run", resume=True)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000006"]

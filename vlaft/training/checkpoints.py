@@ -218,10 +218,12 @@ def write_checkpoint(
         (partial / STATE_FILE).write_text(json.dumps(sealed(content), indent=2) + "\n")
         for path in partial.iterdir():
             sync(path)
+        replaced = folder / f".{final.name}.old"
         if final.exists():  # the same step, written before an interruption
-            _move_away(final, folder / f".{final.name}.old")
+            _move_away(final, replaced)
         partial.rename(final)
         sync(folder)
+        _delete(replaced)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

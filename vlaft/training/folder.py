@@ -18,7 +18,7 @@ from typing import Any
 
 from vlaft.action.statistics import STATISTICS_FILE
 from vlaft.errors import ConfigError, VlaftError
-from vlaft.files import SEAL, content_checksum, disk_errors, sealed, staged, sync
+from vlaft.files import SEAL, content_checksum, disk_errors, sealed, staged, sync, unsealed
 from vlaft.recipe.settings import RecipeConfig
 from vlaft.training.events import flat_settings
 from vlaft.weights.trained import (
@@ -170,7 +170,7 @@ class RunFolder:
         Raises:
             CheckpointError: it is damaged.
         """
-        return read_status(self.path) if (self.path / RUN_FILE).is_file() else {}
+        return unsealed(read_status(self.path)) if (self.path / RUN_FILE).is_file() else {}
 
     def read_base_checksums(self) -> str | None:
         """Return the checksums of the base's tensors that the run began with, or None where it did not note them.

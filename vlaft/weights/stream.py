@@ -36,6 +36,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 4 * 2**20
+_OF_NOTHING = "00000000"  # CRC-32C of no bytes
 
 
 def read_tensor(folder: Path, entry: TensorEntry) -> Tensor:
@@ -90,6 +91,8 @@ def read_rows(folder: Path, entry: TensorEntry, scratch: Scratch) -> Iterator[tu
     if entry.dtype not in DTYPES:
         raise CheckpointError(f"{folder / entry.file}: tensors of type {entry.dtype} are not supported")
     if entry.begin == entry.end:  # of no bytes, and perhaps of very many empty rows
+        if entry.crc32c not in (None, _OF_NOTHING):
+            raise changed_tensor(folder, entry)
         yield 0, torch.empty(entry.shape or (0,), dtype=DTYPES[entry.dtype])
         return
     checksum = 0

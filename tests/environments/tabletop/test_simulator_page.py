@@ -29,7 +29,7 @@ COMMANDS = [line.strip() for line in re.findall(r"^    (?:vlaft|python) .*$", PA
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with the page's environment, and a base wherever the page names a model."""
     for name in ("base", "run"):
-        write_small_base(tmp_path / name, "fused")
+        write_small_base(tmp_path / "demo-out" / name, "fused")
     (tmp_path / "reach.py").write_text(EXAMPLES[1], encoding="utf-8")
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "reach", raising=False)
@@ -40,16 +40,16 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_commands(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(COMMANDS) == 4
     for command in COMMANDS:
-        words = shlex.split(re.sub(r"--episodes \d+", "--episodes 2", command.replace("BASE", "base")))
+        words = shlex.split(re.sub(r"--episodes \d+", "--episodes 2", command))
         if words[0] == "python":
             assert words[1:3] == ["-m", "vlaft.environments.tabletop.recording"] and recording.main(words[3:]) == 0
         else:
             words += ["--overwrite"] if "--plots" in words else ["--workers", "1"]
             assert main(words[1:]) == 0, command
-    assert (here / "data/dataset.json").is_file()
+    assert (here / "data-b/dataset.json").is_file()
     assert sorted(path.name for path in (here / "films").iterdir()) == ["episodes.gif", "episodes.png"]
     capsys.readouterr()
-    assert main(["evaluate", "run", "--env", "reach:Reach", "--episodes", "3", "--json"]) == 0
+    assert main(["evaluate", "demo-out/run", "--env", "reach:Reach", "--episodes", "3", "--json"]) == 0
     outcomes = json.loads(capsys.readouterr().out)["models"][0]["outcomes"]
     assert [each["instruction"] for each in outcomes] == ["move to the red square"] * 3
 
