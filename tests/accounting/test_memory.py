@@ -25,7 +25,7 @@ from vlaft.accounting.memory import (
     smallest_card,
     usual_tokens,
 )
-from vlaft.accounting.meta import example_inputs, example_normalization, meta_model
+from vlaft.accounting.meta import ACTION_SIZE, example_inputs, example_normalization, meta_model, policy_of
 from vlaft.accounting.parameters import count_parameters
 from vlaft.accounting.step import follow_steps, trace_step
 from vlaft.accounting.tracker import KINDS
@@ -49,8 +49,11 @@ def peaks(folder, recipe, batch_size=3, tokens=24):
     config = load_config(folder)
     precision = resolve_precision(recipe.precision, on_gpu=False)
     (predicted,), _ = trace_step(recipe, config, batch_sizes=[batch_size], tokens=tokens, labels=LABELS, on_gpu=False)
-    model, _ = load_trainable(recipe, precision, folder, CPU)
-    inputs = example_inputs(config, batch_size=batch_size, tokens=tokens, labels=LABELS, device=CPU)
+    policy = policy_of(recipe)
+    model, _ = load_trainable(recipe, precision, folder, CPU, policy)
+    more = policy.chunk * (policy.action_size or ACTION_SIZE) - ACTION_SIZE
+    sizes = {"batch_size": batch_size, "tokens": tokens + more, "labels": LABELS + more}
+    inputs = example_inputs(config, **sizes, device=CPU, policy=policy)
     optimizer = build_optimizer(model, recipe.train)
     real = follow_steps(model, optimizer, inputs, example_normalization(config), recipe, precision)
     return predicted.at_peak()[0], real.at_peak()[0], predicted, real

@@ -2,6 +2,7 @@
 
 import pytest
 
+from vlaft.accounting.meta import policy_of
 from vlaft.accounting.parameters import PARTS, count_parameters, folded_module, part_of
 from vlaft.model.load import base_config
 from vlaft.recipe.resolve import recipe_names, resolve
@@ -19,6 +20,14 @@ TRAINABLE = {  # design.md
     "qlora32": (110_828_288, 97_603_968),
     "rslora64": (221_656_576, 195_207_936),
 }
+# OpenVLA-OFT's: recipe, action and state dimensions, what is trained on openvla-7b.
+POLICIES = [
+    ("oft", 7, 8, 261_946_119),
+    ("oft-state", 7, 8, 278_764_295),
+    ("qoft", 7, 8, 278_764_295),
+    ("oft-film", 14, 14, 852_557_326),
+]
+UNREACHED_HEAD = 1_157_120  # the adapter on the language model's head: an L1 head writes the actions
 TOTAL = (7_541_237_184, 7_188_124_608)
 # What no loss reaches: the last ViT blocks, the final norms and the pooling head (or the adapters on them).
 UNREACHED_WEIGHTS = (43_080_480, 30_480_160)
@@ -26,7 +35,7 @@ UNREACHED_RANK_32 = (1_701_888, 1_177_600)
 
 
 def test_the_table_is_about_the_shipped_recipes():
-    assert set(TRAINABLE) == set(recipe_names())
+    assert {*TRAINABLE, *(name for name, *_ in POLICIES)} == set(recipe_names())
 
 
 @pytest.mark.parametrize("column, base", enumerate([FUSED, SIGLIP]))
@@ -45,6 +54,22 @@ def test_counts_are_those_of_the_design(name, base, column):
     for groups in (counted.parts, counted.modules):
         assert sum(part.total for part in groups.values()) == counted.total
         assert sum(part.trainable for part in groups.values()) == counted.trainable
+
+
+@pytest.mark.parametrize("name, action_size, state_size, trainable", POLICIES)
+def test_policies_count_the_modules_of_their_own(name, action_size, state_size, trainable):
+    recipe = resolve(name)
+    counted = count_parameters(recipe, base_config(FUSED), policy_of(recipe, action_size, state_size))
+    assert counted.trainable == trainable and counted.total == TOTAL[0] + trainable
+    assert counted.reached_by_gradient == trainable - UNREACHED_RANK_32[0] - UNREACHED_HEAD - film_of_last_blocks(name)
+    own = {part: entry.trainable for part, entry in counted.parts.items() if part not in PARTS}
+    assert sum(own.values()) == trainable - TRAINABLE["lora32"][0]
+    assert sum(part.trainable for part in counted.parts.values()) == trainable
+
+
+def film_of_last_blocks(name):
+    """Scale and shift of the ViTs' last blocks, whose output no loss reads."""
+    return sum(2 * (4096 * width + width) for width in (1024, 1152)) if name == "oft-film" else 0
 
 
 def test_parts_are_those_of_the_reference():

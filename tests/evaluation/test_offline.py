@@ -321,7 +321,7 @@ def test_data_that_do_not_fit(
     ("statistics", "sentence"),
     [
         ({"small": compute_statistics([np.zeros((3, 2), np.float32)])}, "gives 2 action dimensions for 'small'"),
-        ({"small": {"action": {"q01": [0.0]}}}, "small\.action\.q99 has to be a list of finite numbers"),
+        ({"small": {"action": {"q01": [0.0]}}}, r"small\.action\.q99 has to be a list of finite numbers"),
         ({"small": 3}, "small.action is missing"),
     ],
 )

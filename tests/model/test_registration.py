@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from repository import ROOT
-
 import json
 import os
 import subprocess
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from golden_models import MINI
+from repository import ROOT
 from small_base import write_small_base
 
 from vlaft.cli.main import main

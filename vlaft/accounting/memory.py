@@ -23,7 +23,7 @@ from vlaft.accounting.allocator import BLOCK, peak_reserved
 from vlaft.accounting.parameters import ParameterCount, base_name
 from vlaft.accounting.step import ForwardPass, largest_unit, trace_step, trainable_without_data
 from vlaft.accounting.tracker import KINDS, Trace
-from vlaft.model.configuration import OpenVLAConfig
+from vlaft.model.configuration import OpenVLAConfig, Policy
 from vlaft.recipe.settings import RecipeConfig, resolve_precision
 from vlaft.training.step import forward
 from vlaft.weights.layout import tensor_table
@@ -184,6 +184,7 @@ def memory_model(
     tokens: int | None = None,
     labels: int = LABELS,
     forward_pass: ForwardPass = forward,
+    policy: Policy | None = None,
 ) -> MemoryModel:
     """Trace a recipe's training step on a base as it runs on a GPU.
 
@@ -194,13 +195,14 @@ def memory_model(
         tokens: text tokens per example, actions and end of sequence included; None: as usual for the base.
         labels: of those, the ones with a label: actions and end of sequence.
         forward_pass: the trainer's, or another to compare it with.
+        policy: what is read and written; None takes the recipe's on usual data.
 
     Raises:
         ConfigError: LoRA targets that the base does not have.
     """
     tokens = tokens or usual_tokens(config)
     traces, counted = trace_step(
-        recipe, config, batch_sizes=batch_sizes, tokens=tokens, labels=labels, forward_pass=forward_pass
+        recipe, config, batch_sizes=batch_sizes, tokens=tokens, labels=labels, forward_pass=forward_pass, policy=policy
     )
     if len({tuple(trace.keys) for trace in traces}) > 1:
         raise AssertionError("two batch sizes took different steps")
@@ -215,6 +217,7 @@ def predict_memory(
     tokens: int | None = None,
     labels: int = LABELS,
     gpus: int = 1,
+    policy: Policy | None = None,
 ) -> MemoryPrediction:
     """Predict the memory of a recipe's training step on a GPU, at one batch size.
 
@@ -225,9 +228,11 @@ def predict_memory(
         tokens: text tokens per example, actions and end of sequence included; None: as usual for the base.
         labels: of those, the ones with a label: actions and end of sequence.
         gpus: over how many GPUs FSDP shards weights, gradients and optimizer state.
+        policy: what is read and written; None takes the recipe's on usual data.
     """
     size = int(recipe.train.batch_size) if batch_size is None else batch_size
-    return memory_model(recipe, config, batch_sizes=[size], tokens=tokens, labels=labels).predict(size, gpus)
+    model = memory_model(recipe, config, batch_sizes=[size], tokens=tokens, labels=labels, policy=policy)
+    return model.predict(size, gpus)
 
 
 @dataclass(frozen=True)
@@ -245,12 +250,13 @@ class MainMemory:
     moment: str
 
 
-def predict_main_memory(recipe: RecipeConfig, config: OpenVLAConfig) -> MainMemory:
+def predict_main_memory(recipe: RecipeConfig, config: OpenVLAConfig, policy: Policy | None = None) -> MainMemory:
     """Predict the main memory of a recipe's training step on a CPU, at its batch size, in one process.
 
     Args:
         recipe: resolved settings, `train.batch_size` a number.
         config: of the base.
+        policy: what is read and written; None takes the recipe's on usual data.
 
     Raises:
         CheckpointError: the files of a local base are missing or damaged.
@@ -262,9 +268,10 @@ def predict_main_memory(recipe: RecipeConfig, config: OpenVLAConfig) -> MainMemo
         tokens=usual_tokens(config),
         labels=LABELS,
         on_gpu=False,
+        policy=policy,
     )
     live, event = trace.at_peak()
-    model, _ = trainable_without_data(recipe, config, resolve_precision(recipe.precision, on_gpu=False))
+    model, _ = trainable_without_data(recipe, config, resolve_precision(recipe.precision, on_gpu=False), policy)
     mapped = _mapped_bytes(model, recipe.base, config)
     return MainMemory(live - mapped, mapped, trace.names[trace.places[event]])
 

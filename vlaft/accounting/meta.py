@@ -49,16 +49,21 @@ def meta_model(config: OpenVLAConfig, dtype: torch.dtype = torch.float32) -> Ope
 
 RELEASED = Policy()
 # where no data tell: an arm with a gripper, as LIBERO has it in OpenVLA-OFT
-_ACTION_SIZE, _STATE_SIZE = 7, 8
+ACTION_SIZE, STATE_SIZE = 7, 8
 
 
-def policy_of(recipe: RecipeConfig) -> Policy:
-    """Return what a recipe's policy reads and writes, on usual data where its modules need sizes."""
+def policy_of(recipe: RecipeConfig, action_size: int = ACTION_SIZE, state_size: int = STATE_SIZE) -> Policy:
+    """Return what a recipe's policy reads and writes.
+
+    Args:
+        recipe: resolved settings.
+        action_size: A of the data.
+        state_size: S of the data, where the policy reads a state.
+    """
     if recipe.policy == PolicyConfig():
         return RELEASED
-    return Policy(
-        **asdict(recipe.policy), action_size=_ACTION_SIZE, state_size=_STATE_SIZE if recipe.policy.state else None
-    )
+    state = state_size if recipe.policy.state else None
+    return Policy(**asdict(recipe.policy), action_size=action_size, state_size=state)
 
 
 def example_inputs(

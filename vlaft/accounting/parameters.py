@@ -13,10 +13,18 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from vlaft.accounting.meta import WithoutValues, example_inputs, example_normalization, meta_model
+from vlaft.accounting.meta import (
+    ACTION_SIZE,
+    RELEASED,
+    WithoutValues,
+    example_inputs,
+    example_normalization,
+    meta_model,
+    policy_of,
+)
 from vlaft.adapt import adapt
 from vlaft.adapt.methods import trained_modules
-from vlaft.model.configuration import OpenVLAConfig
+from vlaft.model.configuration import OpenVLAConfig, Policy
 from vlaft.model.openvla import PARTS, OpenVLAForActionPrediction
 from vlaft.recipe.settings import AdaptConfig, RecipeConfig
 from vlaft.training.step import forward
@@ -48,7 +56,7 @@ class ParameterCount:
         trainable: those that the recipe trains.
         total: all, adapters included.
         reached_by_gradient: trainable ones that a backward pass gave a gradient.
-        parts: by part, keys `PARTS`.
+        parts: by part, keys `PARTS` and those of `POLICY_PARTS` that the model has.
         modules: by module of the base, numbered ones folded: `language_model.model.layers.N.mlp.up_proj`.
     """
 
@@ -60,7 +68,7 @@ class ParameterCount:
 
 
 def part_of(name: str) -> str:
-    """Return the part of the model, one of `PARTS`, that a parameter or module belongs to.
+    """Return the part of the model, one of `PARTS` or of `POLICY_PARTS`, that a parameter or module belongs to.
 
     >>> part_of("base_model.model.language_model.lm_head.base_layer.weight"), part_of("projector.fc1.bias")
     ('head', 'projector')
@@ -132,20 +140,25 @@ def _group(
     return groups
 
 
-def count_parameters(recipe: RecipeConfig, config: OpenVLAConfig) -> ParameterCount:
+def count_parameters(recipe: RecipeConfig, config: OpenVLAConfig, policy: Policy | None = None) -> ParameterCount:
     """Count what `recipe` trains on a base, by running a forward and a backward pass on the meta device.
 
     Args:
-        recipe: resolved settings; only `adapt` matters.
+        recipe: resolved settings; only `adapt` and `policy` matter.
         config: of the base.
+        policy: what is read and written; None takes the recipe's on usual data.
 
     Raises:
         ConfigError: LoRA targets that the base does not have.
     """
+    policy = policy or policy_of(recipe)
     base = meta_model(config)
     with WithoutValues():
         model = adapt(base, recipe.adapt)
-    inputs = example_inputs(config, batch_size=1, tokens=16, labels=8)
+        if policy != RELEASED:
+            base.attach(policy)
+    written = policy.chunk * (policy.action_size or ACTION_SIZE) + 1
+    inputs = example_inputs(config, batch_size=1, tokens=8 + written, labels=written, policy=policy)
     loss = forward(model, inputs, example_normalization(config), torch.float32).loss
     assert loss is not None
     loss.backward()

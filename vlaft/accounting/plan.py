@@ -5,6 +5,7 @@ The trainer knows nothing of predictions and the memory model nothing of runs; h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from vlaft.accounting.memory import (
     predict_main_memory,
     predict_memory,
 )
+from vlaft.accounting.meta import STATE_SIZE, policy_of
 from vlaft.accounting.parameters import ParameterCount, count_parameters
 from vlaft.data.loader import RELEASED
 from vlaft.data.store import SPLITS, ConvertedDataset
 from vlaft.data.windows import Windows
+from vlaft.model.configuration import Policy
 from vlaft.model.load import base_config
 from vlaft.recipe.settings import PolicyConfig, RecipeConfig
 from vlaft.training.events import check_trackers
@@ -68,18 +71,33 @@ def plan_run(recipe: RecipeConfig, gpu_memory: int | None = None, *, on_cpu: boo
     """
     check_installed(recipe.train)
     check_trackers(recipe.train.trackers)
-    data = [describe(ConvertedDataset(Path(path)), recipe.policy) for path in recipe.data.paths]
+    datasets = [ConvertedDataset(Path(path)) for path in recipe.data.paths]
+    data = [describe(dataset, recipe.policy) for dataset in datasets]
     config = base_config(recipe.base)
-    recipe = settle_batch(recipe, gpu_memory)
-    counted, prediction = count_parameters(recipe, config), predict_memory(recipe, config)
-    return Plan(recipe, counted, prediction, gpu_memory, predict_main_memory(recipe, config) if on_cpu else None, data)
+    policy = policy_on(recipe, datasets)
+    recipe = settle_batch(recipe, gpu_memory, policy)
+    counted, prediction = count_parameters(recipe, config, policy), predict_memory(recipe, config, policy=policy)
+    main_memory = predict_main_memory(recipe, config, policy) if on_cpu else None
+    return Plan(recipe, counted, prediction, gpu_memory, main_memory, data)
 
 
-def settle_batch(recipe: RecipeConfig, gpu_memory: int | None) -> RecipeConfig:
+def policy_on(recipe: RecipeConfig, datasets: Sequence[ConvertedDataset]) -> Policy:
+    """Return what a recipe's policy reads and writes, with the sizes of the data: all are of one width, or refused."""
+    first = next(iter(datasets[0].statistics.values()))
+    state = first.get("proprio", {}).get("mean", ())
+    return policy_of(recipe, len(first["action"]["mean"]), len(state) or STATE_SIZE)
+
+
+def settle_batch(recipe: RecipeConfig, gpu_memory: int | None, policy: Policy | None = None) -> RecipeConfig:
     """Return `recipe` with a number in place of `train.batch_size=auto`: the largest that is predicted to fit.
 
     Examples per step stay `EFFECTIVE_BATCH * train.accumulation`. Where not even one is predicted to fit, it is one:
     the prediction may err on the safe side, and the run says so if it does not.
+
+    Args:
+        recipe: resolved settings.
+        gpu_memory: bytes of the GPU; None means none is known.
+        policy: what is read and written; None takes the recipe's on usual data.
     """
     if recipe.train.batch_size != "auto":
         return recipe
@@ -87,7 +105,8 @@ def settle_batch(recipe: RecipeConfig, gpu_memory: int | None) -> RecipeConfig:
     if gpu_memory is None:
         return with_batch(recipe, effective)
     # traced with accumulation, so that the gradients which wait for the next pass are counted
-    largest = memory_model(with_batch(recipe, 1), base_config(recipe.base)).largest_batch(gpu_memory)
+    model = memory_model(with_batch(recipe, 1), base_config(recipe.base), policy=policy)
+    largest = model.largest_batch(gpu_memory)
     return with_batch(recipe, next((size for size in divisors(effective) if size <= largest), 1))
 
 

@@ -11,7 +11,15 @@ import torch
 from torch import nn
 
 from vlaft.accounting.gpu import DeviceEmulation, GpuOptimizer, in_recomputed_blocks, quantize_stand_in
-from vlaft.accounting.meta import META, WithoutValues, example_inputs, example_normalization, meta_model, policy_of
+from vlaft.accounting.meta import (
+    ACTION_SIZE,
+    META,
+    WithoutValues,
+    example_inputs,
+    example_normalization,
+    meta_model,
+    policy_of,
+)
 from vlaft.accounting.parameters import ParameterCount, count, trained_by
 from vlaft.accounting.tracker import ADAPTERS, GRADIENTS, OPTIMIZER, WEIGHTS, StorageTracker, Trace
 from vlaft.model.configuration import OpenVLAConfig, Policy
@@ -33,6 +41,7 @@ def trace_step(
     labels: int,
     on_gpu: bool = True,
     forward_pass: ForwardPass = forward,
+    policy: Policy | None = None,
 ) -> tuple[list[Trace], ParameterCount]:
     """Follow a training step of `recipe` on the meta device, once for each batch size.
 
@@ -47,12 +56,14 @@ def trace_step(
         labels: of those, the ones with a label.
         on_gpu: whose number formats and kernels.
         forward_pass: the trainer's, or another to compare it with.
+        policy: what is read and written; None takes the recipe's on usual data.
     """
+    policy = policy or policy_of(recipe)
     precision = resolve_precision(recipe.precision, on_gpu)
-    model, counted = trainable_without_data(recipe, config, precision)
+    model, counted = trainable_without_data(recipe, config, precision, policy)
     in_recomputed_blocks(model, on_gpu)
-    policy = policy_of(recipe)
-    written = (policy.chunk - 1) * (policy.action_size or 0)  # values beyond those of one action
+    # `tokens` and `labels` are those of one action of the usual arm
+    written = policy.chunk * (policy.action_size or ACTION_SIZE) - ACTION_SIZE
     traces = []
     for batch_size in batch_sizes:
         inputs = example_inputs(

@@ -222,12 +222,12 @@ def cost_table(costs: Sequence[RecipeCost], gpu_memory: int, *, paper: bool) -> 
 
 
 def parts_table(costs: Sequence[RecipeCost]) -> Table:
-    """Return trained parameters per part of the model."""
-    from vlaft.model.openvla import PARTS
-
-    table = _table("trained in", *PARTS)
+    """Return trained parameters per part of the model; a policy's own modules where any recipe has them."""
+    parts = list(dict.fromkeys(part for cost in costs for part in cost.counted.parts))
+    table = _table("trained in", *(part.replace("_", " ") for part in parts))
     for cost in costs:
-        table.add_row(cost.name, *(f"{cost.counted.parts[part].trainable:,}" for part in PARTS))
+        counts = (cost.counted.parts.get(part) for part in parts)
+        table.add_row(cost.name, *("" if count is None else f"{count.trainable:,}" for count in counts))
     return table
 
 

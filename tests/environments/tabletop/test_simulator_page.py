@@ -28,8 +28,8 @@ COMMANDS = [line.strip() for line in re.findall(r"^    (?:vlaft|python) .*$", PA
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with the page's environment, and a base wherever the page names a model."""
-    for name in ("base", "run"):
-        write_small_base(tmp_path / "demo-out" / name, "fused")
+    for name in ("demo-out/base", "demo-out/run", "run"):
+        write_small_base(tmp_path / name, "fused")
     (tmp_path / "reach.py").write_text(EXAMPLES[1], encoding="utf-8")
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "reach", raising=False)
