@@ -22,7 +22,7 @@ from small_run import Small, log_lines, run
 from vlaft.errors import VlaftError
 from vlaft.release.merge import merge
 from vlaft.training.data import TrainingData
-from vlaft.weights.trained import find_trained
+from vlaft.weights.trained import TRAINED_FILE, find_trained
 
 WORDS = ("data.augment=false", "train.steps=4", "train.save_every=2", "train.evaluate_every=2", "data.val_examples=7")
 CLOSE = 1e-5  # relative: sums over processes are taken in another order
@@ -99,6 +99,17 @@ def test_two_processes_do_what_one_does(small: Small, tmp_path: Path, recipe: st
     )
     merge(find_trained(tmp_path / "two"), small.base, tmp_path / "merged")
     assert base_tensors(tmp_path / "merged").keys() == base_tensors(small.base).keys()
+
+
+def test_two_processes_share_the_gradients_of_a_head(small: Small, tmp_path: Path) -> None:
+    """OpenVLA-OFT's own trainer leaves each process with a head of its own; here there is one, as in one process."""
+    words = ("policy.chunk=3", "train.learning_rate=1e-4")
+    run(small.recipe("oft", *WORDS, *words), tmp_path / "one")
+    train_in_two(small, tmp_path / "two", "oft", *words)
+    assert_same_log(tmp_path / "two", tmp_path / "one")
+    assert_same_weights(tmp_path / "two", tmp_path / "one", "step-000004")
+    kept = load_file(tmp_path / "two" / "checkpoints" / "step-000004" / TRAINED_FILE)
+    assert any(name.startswith("action_head.") for name in kept)
 
 
 @pytest.mark.parametrize("recipe", [pytest.param("lora8", marks=pytest.mark.slow), "full"])

@@ -54,11 +54,13 @@ def report(
     Example: vlaft report --recipe lora32 --recipe qlora32 --gpu-memory 24GB train.gradient_checkpointing=all
     """
     from vlaft.accounting.costs import PAPER_BASE, recipe_cost
+    from vlaft.accounting.meta import ACTION_SIZE, STATE_SIZE
     from vlaft.accounting.plan import present_gpu
     from vlaft.cli.arguments import parse_size
     from vlaft.cli.console import print_json, progress, show
     from vlaft.errors import UsageError
     from vlaft.model.load import base_config
+    from vlaft.model.openvla import PARTS
     from vlaft.recipe.resolve import recipe_names, resolve
 
     if explain and recipe:
@@ -96,6 +98,11 @@ def report(
         show(modules_table(costs[0]))
         return
     show(parts_table(costs))
+    if any(set(cost.counted.parts) - set(PARTS) for cost in costs):
+        show(
+            f"\nHeads and the state are counted for {ACTION_SIZE} action and {STATE_SIZE} state dimensions;"
+            " `vlaft train --dry-run` counts them for your data."
+        )
     if paper:
         show("\nThe paper's figures are its own: another training stack, and nothing recomputed in the backward pass.")
 
