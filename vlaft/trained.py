@@ -97,7 +97,9 @@ def read_status(run: Path) -> dict[str, Any]:
     try:
         read_as(RunStatus, content)
     except WrongValue as error:
-        raise CheckpointError(f"{run / RUN_FILE}: {error}") from None
+        raise CheckpointError(
+            f"{run / RUN_FILE}: {error}; delete the file, and vlaft train --resume writes it anew"
+        ) from None
     return content
 
 

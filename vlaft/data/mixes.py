@@ -13,12 +13,12 @@ The name is the dataset's key in the statistics. A weight multiplies its number 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlaft.checked import fits, shown
 from vlaft.data.opened_source import SourceRequest
 from vlaft.data.presets import find_file, known_datasets, layout_fields, preset_of_dataset, read_yaml
 from vlaft.data.reader_options import separate_options
@@ -115,8 +115,8 @@ def _mixed(name: str, entry: object, file: Path, problems: list[str]) -> MixedDa
     known = known_datasets()
     if not isinstance(entry, Mapping) and name not in known:
         problems.append(f"{file}: no preset for dataset '{name}'{did_you_mean(name, known)}")
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-        problems.append(f"{file}: the weight of '{name}' is {weight!r}; it has to be a positive number")
+    if not fits(weight, float) or not weight > 0:
+        problems.append(f"{file}: the weight of '{name}' is {shown(weight)}; it has to be a positive number")
         weight = 1.0
     for key, value in (("preset", preset), ("path", path)):
         if value is not None and (not isinstance(value, str) or not value):

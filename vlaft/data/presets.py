@@ -7,13 +7,13 @@ dataset is published by.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from vlaft.checked import fits
 from vlaft.data.layout import Layout
 from vlaft.data.reader_options import ADDED_STEPS, separate_options
 from vlaft.data.standardize import parse_steps
@@ -137,7 +137,7 @@ def layout_fields(content: Mapping[str, Any], path: Path | str) -> dict[str, Any
         if key == "datasets":
             problem = None if _is_texts(value) else "has to be a list of names"
         elif key not in _KEYS and key != ADDED_STEPS:
-            problems.append(f"{path}: unknown key '{key}'{did_you_mean(str(key), [*_KEYS, 'datasets'])}")
+            problems.append(f"{path}: unknown key '{key}'{did_you_mean(str(key)[:100], [*_KEYS, 'datasets'])}")
         elif key in _TEXTS:
             problem = None if _is_texts(value) else "has to be a list of texts"
             values[key] = tuple(value or ()) if problem is None else ()
@@ -159,7 +159,7 @@ def layout_fields(content: Mapping[str, Any], path: Path | str) -> dict[str, Any
             problem = None if value is None or isinstance(value, str) else "has to be a text"
             values[key] = value
         elif key == "fps":
-            is_rate = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+            is_rate = fits(value, float) and value > 0
             problem = None if value is None or is_rate else "has to be a positive number (Hz)"
             values[key] = None if value is None else float(value) if is_rate else None
         else:
