@@ -10,7 +10,8 @@ import pytest
 from vlaft.cli.main import main
 from vlaft.recipe.resolve import find_recipe, recipe_names, resolve, to_yaml
 
-# Trainable parameters on openvla-7b and openvla-v01-7b (docs: reference counts on the meta device).
+# Trainable parameters on openvla-7b and openvla-v01-7b (docs: reference counts on the meta device); of policies with a
+# head of their own, on openvla-7b.
 COUNTS = {
     "full": ("7,541,237,184", "7,188,124,608"),
     "frozen-vision": ("6,810,325,504", "6,760,443,904"),
@@ -22,6 +23,10 @@ COUNTS = {
     "lora64": ("221,656,576", "195,207,936"),
     "rslora64": ("221,656,576", "195,207,936"),
     "qlora32": ("110,828,288", "97,603,968"),
+    "oft": ("261,946,119",),
+    "oft-state": ("278,764,295",),
+    "oft-film": ("852,557,326",),
+    "qoft": ("278,764,295",),
 }
 
 
