@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from small_base import INSTRUCTION, convert_small, write_small_base
 from small_run import Small, checkpoint_content, log_lines, run
+from transformers import AutoModelForImageTextToText
 
 from vlaft.accounting.step import trainable_without_data
 from vlaft.cli.main import main
@@ -103,6 +104,8 @@ def test_a_merged_policy_is_no_base_and_no_export(trained: tuple[str, Path], ric
     with pytest.raises(CheckpointError, match="a policy with a head of its own: train on the base"):
         run(replace(rich.recipe("oft", CHUNK), base=str(merged)), tmp_path / "again")
     assert main(["export", str(merged), "--out", str(tmp_path / "export")]) == 1
+    with pytest.raises(CheckpointError, match=r"load it with vlaft\.load"):  # it would write other actions, silently
+        AutoModelForImageTextToText.from_pretrained(merged)
     assert not (tmp_path / "export").exists()
 
 

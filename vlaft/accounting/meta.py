@@ -47,7 +47,7 @@ def meta_model(config: OpenVLAConfig, dtype: torch.dtype = torch.float32) -> Ope
     return model.to(dtype).eval()
 
 
-RELEASED = Policy()
+_RELEASED = Policy()
 # where no data tell: an arm with a gripper, as LIBERO has it in OpenVLA-OFT
 ACTION_SIZE, STATE_SIZE = 7, 8
 
@@ -61,7 +61,7 @@ def policy_of(recipe: RecipeConfig, action_size: int = ACTION_SIZE, state_size: 
         state_size: S of the data, where the policy reads a state.
     """
     if recipe.policy == PolicyConfig():
-        return RELEASED
+        return _RELEASED
     state = state_size if recipe.policy.state else None
     return Policy(**asdict(recipe.policy), action_size=action_size, state_size=state)
 
@@ -73,7 +73,7 @@ def example_inputs(
     tokens: int,
     labels: int,
     device: torch.device = META,
-    policy: Policy = RELEASED,
+    policy: Policy = _RELEASED,
 ) -> Inputs:
     """Return a batch of zeros.
 

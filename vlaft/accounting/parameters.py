@@ -15,7 +15,6 @@ from torch import nn
 
 from vlaft.accounting.meta import (
     ACTION_SIZE,
-    RELEASED,
     WithoutValues,
     example_inputs,
     example_normalization,
@@ -155,7 +154,7 @@ def count_parameters(recipe: RecipeConfig, config: OpenVLAConfig, policy: Policy
     base = meta_model(config)
     with WithoutValues():
         model = adapt(base, recipe.adapt)
-        if policy != RELEASED:
+        if policy != Policy():
             base.attach(policy)
     written = policy.chunk * (policy.action_size or ACTION_SIZE) + 1
     inputs = example_inputs(config, batch_size=1, tokens=8 + written, labels=written, policy=policy)

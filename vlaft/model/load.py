@@ -88,6 +88,7 @@ def load_model(folder: Path, *, dtype: Any = None, device: Any = "cpu", quantiza
     from vlaft.model.openvla import OpenVLAForActionPrediction
 
     config = load_config(folder)
+    policy, config.policy = config.policy, None  # its modules come after the weights, and say so themselves
     table = tensor_table(folder)
     try:
         with torch.device("meta"):
@@ -126,8 +127,8 @@ def load_model(folder: Path, *, dtype: Any = None, device: Any = "cpu", quantiza
                 parameter.data = parameter.data.to(dtype)
     if not quantized:
         model = model.to(device)
-    if config.policy:
-        model.attach(Policy.of({"policy": config.policy}, str(folder / "config.json")))
+    if policy:
+        model.attach(Policy.of({"policy": policy}, str(folder / "config.json")))
         fill_policy(model, read_policy_files(folder), str(folder))
     return model.eval()
 

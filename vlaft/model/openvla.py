@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText, LlamaForCausalLM, PreTrain
 from transformers import initialization as init
 
 from vlaft.action.tokens import IGNORED, ActionTokenizer
+from vlaft.errors import CheckpointError
 from vlaft.model.configuration import OpenVLAConfig, Policy
 from vlaft.model.heads import Head
 from vlaft.model.heads.regression import RegressionHead
@@ -80,9 +81,19 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
         On some CPUs bitsandbytes repacks them for a kernel that fails on widths that 64 does not divide, SigLIP's 4304
         among them.
+
+        Raises:
+            CheckpointError: the checkpoint is of another policy than the released one; read as that, it would write
+                other actions and not say so.
         """
         loaded = super().from_pretrained(*arguments, **options)
-        for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.policy:
+            raise CheckpointError(
+                f"{model.name_or_path}: a policy that reads or writes otherwise than the released OpenVLA; load it with"
+                " vlaft.load"
+            )
+        for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
         return loaded

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -162,12 +161,7 @@ class TokenHead:
     def _written(self, tokens: NDArray[np.int64]) -> Written:
         return Written(self.actions.decode(tokens), tokens, self.actions.is_action(tokens))
 
-    @cached_property
-    def _centers(self) -> Tensor:
-        return torch.tensor(self.actions.centers, dtype=torch.float32)
-
     def _decode(self, ids: Tensor) -> Tensor:
-        """Return what `ActionTokenizer.decode` does, float32, without leaving the device."""
-        self._centers = self._centers.to(ids.device)
-        index = (self.actions.vocab_size - ids - 1).clamp(0, len(self._centers) - 1)
-        return self._centers[index]
+        """Return what `ActionTokenizer.decode` does, float32, on the device."""
+        centers = torch.tensor(self.actions.centers, dtype=torch.float32, device=ids.device)
+        return centers[(self.actions.vocab_size - ids - 1).clamp(0, len(centers) - 1)]
