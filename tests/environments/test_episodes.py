@@ -11,11 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from two_steps import MADE, Failing, TwoSteps
 
+from vlaft.action.execution import Execution
 from vlaft.environments.episodes import Rollout, roll_out, wilson_interval
+from vlaft.environments.interface import Moment
 from vlaft.environments.tabletop.environment import TabletopEnv
 from vlaft.environments.tabletop.recording import expert_action
 from vlaft.environments.tabletop.scene import SETUP_A, SETUP_B, SetUp
 from vlaft.errors import ConfigError, DataError, VlaftError
+
+
+def idle(moments: list[Moment]) -> list[np.ndarray]:
+    return [np.zeros((1, 7))] * len(moments)
 
 
 class Expert:
@@ -30,9 +36,9 @@ class Expert:
         self.environments.append(TabletopEnv(self.setup))
         return self.environments[-1]
 
-    def __call__(self, frames: list[np.ndarray], instructions: list[str]) -> list[np.ndarray]:
-        self.batches.append(len(frames))
-        return [self.action(frame, text) for frame, text in zip(frames, instructions, strict=True)]
+    def __call__(self, moments: list[Moment]) -> list[np.ndarray]:
+        self.batches.append(len(moments))
+        return [self.action(each.frame, each.instruction)[None] for each in moments]
 
     def action(self, frame: np.ndarray, instruction: str) -> np.ndarray:
         if instruction in self.idle:
@@ -103,10 +109,10 @@ def test_instructions_are_handed_through_and_may_change() -> None:
 
     told: list[list[str]] = []
 
-    def act(frames: list[np.ndarray], instructions: list[str]) -> list[np.ndarray]:
-        assert all(frame.shape == (100, 140, 3) for frame in frames)
-        told.append(instructions)
-        return [np.zeros(7)] * len(frames)
+    def act(moments: list[Moment]) -> list[np.ndarray]:
+        assert all(each.frame.shape == (100, 140, 3) for each in moments)
+        told.append([each.instruction for each in moments])
+        return idle(moments)
 
     rollout = roll_out(act, Changing, seeds=[4, 5, 6], parallel=2)
     push = "push the red cube {}".format
@@ -116,13 +122,52 @@ def test_instructions_are_handed_through_and_may_change() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("execution", "asked", "done"),
+    [
+        (Execution(), [0, 3, 6], [0, 0.1, 0.2, 3, 3.1, 3.2, 6, 6.1]),
+        (Execution(2), [0, 2, 4, 6], [0, 0.1, 2, 2.1, 4, 4.1, 6, 6.1]),
+        (Execution(ensemble=True), [*range(8)], None),
+    ],
+    ids=["whole chunks", "two of three", "ensemble"],
+)
+def test_chunks_are_executed(execution: Execution, asked: list[int], done: list[float] | None) -> None:
+    """The policy's chunk of step t is t, t + 0.1, t + 0.2; each environment keeps to its own."""
+
+    class Counting(TwoSteps):
+        def step(self, action: np.ndarray) -> Any:
+            super().step(action)
+            count = np.full((4, 5, 3), self.steps, np.uint8)
+            return {"image": count}, 0.0, self.steps == 8, False, {"success": False}
+
+        def observation(self) -> Any:
+            return {"image": np.zeros((4, 5, 3), np.uint8)}
+
+    seen: list[int] = []
+
+    def act(moments: list[Moment]) -> list[np.ndarray]:
+        seen.extend(int(each.frame[0, 0, 0]) for each in moments)
+        return [np.array([[each.frame[0, 0, 0] + 0.1 * step] for step in range(3)]) for each in moments]
+
+    rollout = roll_out(act, Counting, seeds=[0, 1, 2], parallel=2, execution=execution, keep=3)
+    assert sorted(seen) == sorted(asked * 3)
+    for episode in rollout.episodes:
+        actions = np.concatenate(episode.actions)
+        assert np.allclose(actions, done) if done else np.allclose(actions[2:], np.arange(2, 8) - 0.9, atol=0.02)
+
+
+def test_an_action_without_its_chunk_is_refused() -> None:
+    with pytest.raises(DataError, match=r"a chunk has to be \[K, A\], K actions of A numbers, not \[7\]"):
+        roll_out(lambda moments: [np.zeros(7)], TwoSteps, seeds=[0])
+
+
 def test_success_and_max_steps_end_episodes() -> None:
     class Endless(TwoSteps):
         def step(self, action: np.ndarray) -> Any:
             observation, *_, info = super().step(action)
             return observation, 0.0, False, False, info
 
-    rollout = roll_out(lambda frames, texts: [np.zeros(7)] * len(frames), Endless, seeds=[0, 1], max_steps=9)
+    rollout = roll_out(idle, Endless, seeds=[0, 1], max_steps=9)
     assert [(each.success, each.steps) for each in rollout.episodes] == [(True, 2), (False, 9)]
 
 
@@ -133,9 +178,9 @@ def test_large_frames_are_kept_smaller() -> None:
 
     seen: list[tuple[int, ...]] = []
 
-    def act(frames: list[np.ndarray], texts: list[str]) -> list[np.ndarray]:
-        seen.append(frames[0].shape)
-        return [np.zeros(7)]
+    def act(moments: list[Moment]) -> list[np.ndarray]:
+        seen.append(moments[0].frame.shape)
+        return idle(moments)
 
     (episode,) = roll_out(act, Large, seeds=[1], keep=1).episodes
     assert set(seen) == {(600, 1300, 3)}
@@ -145,24 +190,24 @@ def test_large_frames_are_kept_smaller() -> None:
 def test_environments_are_closed_also_when_one_fails() -> None:
     MADE.clear()
     with pytest.raises(VlaftError, match=r"step\(\) 1 of the episode with seed 1 failed: RuntimeError: a motor is hot"):
-        roll_out(lambda frames, texts: [np.zeros(7)] * len(frames), Failing, seeds=range(5), parallel=3)
+        roll_out(idle, Failing, seeds=range(5), parallel=3)
     assert [env.closed for env in MADE] == [1, 1, 1]
     MADE.clear()
 
-    def interrupted(frames: list[np.ndarray], texts: list[str]) -> list[np.ndarray]:
+    def interrupted(moments: list[Moment]) -> list[np.ndarray]:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         roll_out(interrupted, TwoSteps, seeds=range(5), parallel=2)
     assert [env.closed for env in MADE] == [1, 1]
     MADE.clear()
-    roll_out(lambda frames, texts: [np.zeros(7)] * len(frames), TwoSteps, seeds=range(5), parallel=2)
+    roll_out(idle, TwoSteps, seeds=range(5), parallel=2)
     assert [env.closed for env in MADE] == [1, 1] and sorted(MADE[0].seeds + MADE[1].seeds) == [*range(5)]
 
 
 def test_actions_of_another_robot_are_refused_by_the_tabletop() -> None:
     with pytest.raises(DataError, match=r"seven finite numbers, not \[0\.0, 0\.0\]"):
-        roll_out(lambda frames, texts: [np.zeros(2)] * len(frames), TabletopEnv, seeds=[0])
+        roll_out(lambda moments: [np.zeros((1, 2))] * len(moments), TabletopEnv, seeds=[0])
 
 
 @pytest.mark.parametrize(
@@ -171,7 +216,7 @@ def test_actions_of_another_robot_are_refused_by_the_tabletop() -> None:
 )
 def test_counts_are_checked(seeds: list[int], parallel: int, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        roll_out(lambda frames, texts: [], TwoSteps, seeds=seeds, parallel=parallel)
+        roll_out(lambda moments: [], TwoSteps, seeds=seeds, parallel=parallel)
 
 
 @given(data=st.data(), trials=st.integers(1, 2000))

@@ -16,6 +16,7 @@ from vlaft.environments.tabletop.environment import TabletopEnv
 from vlaft.errors import DataError, VlaftError
 
 ACTION = np.zeros(7, np.float32)
+FRAME = np.zeros((4, 5, 3), np.uint8)
 
 
 def environment(**methods: Callable[..., Any]) -> TwoSteps:
@@ -34,20 +35,31 @@ def answering(**info: Any) -> TwoSteps:
 
 def test_what_a_good_one_answers() -> None:
     env = TwoSteps()
-    frame, instruction = begin(env, 4)
-    assert frame.shape == (100, 140, 3) and instruction == "push the red cube 4"
-    first, second = (step(env, ACTION, 4, number) for number in (1, 2))
-    assert (first.ended, first.success, first.instruction) == (False, False, None)
+    moment = begin(env, 4)
+    assert list(moment.frames) == ["main"] and moment.frame.shape == (100, 140, 3)
+    assert moment.state is not None and moment.state.tolist() == [0, 0, 0]
+    assert moment.instruction == "push the red cube 4"
+    first, second = (step(env, ACTION, 4, number, "as before") for number in (1, 2))
+    assert (first.ended, first.success, first.moment.instruction) == (False, False, "as before")
     assert (second.ended, second.success) == (True, True)
     assert second.info == {"success": True, "dry": True} and type(second.info["dry"]) is bool
 
 
 def test_a_frame_may_be_the_whole_observation_and_is_copied() -> None:
     whole = np.arange(6 * 5 * 3, dtype=np.uint8).reshape(6, 5, 3)
-    frame, _ = begin(observing(whole[::-1]), 0)
+    frame = begin(observing(whole[::-1]), 0).frame
     assert (frame == whole[::-1]).all() and frame.flags.c_contiguous
     whole[:] = 0
     assert frame.any()
+
+
+def test_cameras_and_state_are_named_as_columns_are() -> None:
+    main, wrist = (np.full((4, 5, 3), level, np.uint8) for level in (1, 2))
+    observation = {"image_wrist": wrist, "state": np.array([1, 2.5]), "image": main, "depth": None}
+    moment = begin(observing(observation), 0)
+    assert list(moment.frames) == ["main", "wrist"]
+    assert (moment.frames["main"] == main).all() and (moment.frames["wrist"] == wrist).all()
+    assert moment.state is not None and moment.state.dtype == np.float32 and moment.state.tolist() == [1, 2.5]
 
 
 @pytest.mark.parametrize(
@@ -64,6 +76,10 @@ def test_a_frame_may_be_the_whole_observation_and_is_copied() -> None:
         (np.zeros((0, 5, 3), np.uint8), r"not ndarray uint8 \[0, 5, 3\]"),
         (torch.zeros(4, 5, 3, dtype=torch.uint8), r"not Tensor torch.uint8 \[4, 5, 3\]"),
         (None, "not NoneType"),
+        ({"image": FRAME, "image_wrist": None}, "environment's image_wrist must be .* not NoneType"),
+        ({"image": FRAME, "state": [1.0]}, r"environment's state must be a numpy array of numbers \[S\], not list"),
+        ({"image": FRAME, "state": np.zeros((1, 3))}, r"not ndarray float64 \[1, 3\]"),
+        ({"image": FRAME, "state": np.array([1, np.nan])}, "state has numbers that are not finite"),
     ],
 )
 def test_other_observations(observation: Any, told: str) -> None:
@@ -100,7 +116,7 @@ def test_other_resets(reset: Callable[..., Any], told: str) -> None:
 )
 def test_other_infos(info: dict, told: str) -> None:
     with pytest.raises(DataError, match=told):
-        step(answering(**info), ACTION, 0, 1)
+        step(answering(**info), ACTION, 0, 1, "go")
 
 
 @pytest.mark.parametrize(
@@ -113,15 +129,15 @@ def test_other_infos(info: dict, told: str) -> None:
     ],
 )
 def test_ways_to_say_success(info: dict, success: bool) -> None:
-    assert step(answering(**info), ACTION, 0, 1).success is success
+    assert step(answering(**info), ACTION, 0, 1, "go").success is success
 
 
 def test_only_plain_info_is_kept() -> None:
     kept = step(
-        answering(success=True, instruction="now the blue", score=np.float32(0.5), grid=np.ones(3)), ACTION, 0, 1
+        answering(success=True, instruction="now the blue", score=np.float32(0.5), grid=np.ones(3)), ACTION, 0, 1, "go"
     )
     assert kept.info == {"success": True, "instruction": "now the blue", "score": 0.5}
-    assert kept.instruction == "now the blue"
+    assert kept.moment.instruction == "now the blue"
 
 
 def test_other_steps() -> None:
@@ -129,15 +145,15 @@ def test_other_steps() -> None:
     old.reset(seed=0)
     names = "observation, reward, terminated, truncated, info"
     with pytest.raises(DataError, match=rf"step\(\) must return {names}, not 4 values"):
-        step(old, ACTION, 0, 1)
+        step(old, ACTION, 0, 1, "go")
     failing = environment(step=lambda self, action: {}["joint"])
     with pytest.raises(VlaftError, match=r"step\(\) 9 of the episode with seed 5 failed: KeyError: 'joint'") as caught:
-        step(failing, ACTION, 5, 9)
+        step(failing, ACTION, 5, 9, "go")
     assert isinstance(caught.value.__cause__, KeyError)  # for --debug
     tabletop = TabletopEnv()
     begin(tabletop, 0)
     with pytest.raises(DataError, match=r"^the tabletop takes actions of seven"):  # vlaft's own sentence, as it is
-        step(tabletop, ACTION[:2], 0, 1)
+        step(tabletop, ACTION[:2], 0, 1, "go")
 
 
 def test_what_factories_make() -> None:

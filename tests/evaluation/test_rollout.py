@@ -202,7 +202,7 @@ def test_models_that_go_wrong(base: Path, tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(CheckpointError, match="no such folder"):
         evaluate_in(str(tmp_path / "absent"), "two_steps:TwoSteps", episodes=1)
 
-    def full(self: object, frames: object, texts: object) -> None:
+    def full(self: object, moments: object) -> None:
         raise torch.cuda.OutOfMemoryError
 
     monkeypatch.setattr(module._Actor, "__call__", full)

@@ -68,6 +68,15 @@ def evaluate(
     unnorm_key: Annotated[
         str | None, typer.Option("--unnorm-key", help="With --env: statistics to use.", show_default=False)
     ] = None,
+    execute: Annotated[
+        int | None,
+        typer.Option(
+            "--execute", help="With --env: act N actions of each chunk; by default all.", min=1, show_default=False
+        ),
+    ] = None,
+    ensemble: Annotated[
+        bool, typer.Option("--ensemble", help="With --env: ask at each step, act the mean of overlapping chunks.")
+    ] = False,
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", help="float32, bfloat16 or float16; by default by the device.", show_default=False),
@@ -89,6 +98,8 @@ def evaluate(
         raise UsageError("evaluate on demonstrations with --data, or in an environment with --env: one of them")
     if env is not None and limit is not None:
         raise UsageError("--limit is for --data; with --env, say how many with --episodes")
+    if env is None and (execute is not None or ensemble):
+        raise UsageError("--execute and --ensemble are for --env; with --data, every action of a chunk is compared")
     if env is None and unnorm_key is not None:
         raise UsageError("--unnorm-key is for --env; with --data, statistics are those of the dataset's name")
     if plots is not None and plots.exists() and not plots.is_dir():
@@ -98,8 +109,11 @@ def evaluate(
     from vlaft.evaluation.offline import check_models
 
     if env is not None:
+        from vlaft.action.execution import Execution
+
         check_models(models)
-        options = {"unnorm_key": unnorm_key, "dtype": dtype, "device": device, "base": base}
+        execution = Execution(execute, ensemble)
+        options = {"execution": execution, "unnorm_key": unnorm_key, "dtype": dtype, "device": device, "base": base}
         in_environment(models, env, episodes, seed, batch_size, plots, as_json, options)
         return
     from vlaft.data.held_out import HeldOut

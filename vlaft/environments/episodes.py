@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlaft.environments.interface import Environment, begin, opened_environments, step
+from vlaft.action.execution import Execution, Executor
+from vlaft.environments.interface import Environment, Moment, begin, opened_environments, step
 from vlaft.errors import ConfigError
 from vlaft.observation.images import Image
 
+OPEN_LOOP = Execution()  # whole chunks
 LARGEST_KEPT = 504  # pixels: a film is smaller, and a thousand large frames do not fit in memory
 
-Act = Callable[[list[Image], list[str]], Sequence[NDArray[Any]]]  # frames and instructions to actions `[A]`
+Act = Callable[[list[Moment]], Sequence[NDArray[Any]]]  # a chunk `[K, A]` for what is seen in each environment
 
 
 @dataclass
@@ -90,6 +92,7 @@ def roll_out(
     *,
     seeds: Sequence[int],
     parallel: int = 50,
+    execution: Execution = OPEN_LOOP,
     max_steps: int = 1000,
     keep: int = 0,
     advance: Callable[[int], None] = lambda count: None,
@@ -105,6 +108,7 @@ def roll_out(
         make: makes an environment.
         seeds: one per episode.
         parallel: environments at a time.
+        execution: how much of each chunk is done before the next is asked for.
         max_steps: ends an episode that its environment does not end.
         keep: keep frames and actions of so many first episodes.
         advance: told of each episode that has ended.
@@ -116,7 +120,9 @@ def roll_out(
     """
     check_counts(seeds, parallel)
     with opened_environments(make, min(parallel, len(seeds))) as environments:
-        return run_episodes(act, environments, seeds=seeds, max_steps=max_steps, keep=keep, advance=advance)
+        return run_episodes(
+            act, environments, seeds=seeds, execution=execution, max_steps=max_steps, keep=keep, advance=advance
+        )
 
 
 def check_counts(seeds: Sequence[int], parallel: int) -> None:
@@ -138,6 +144,7 @@ def run_episodes(
     environments: Sequence[Environment],
     *,
     seeds: Sequence[int],
+    execution: Execution = OPEN_LOOP,
     max_steps: int = 1000,
     keep: int = 0,
     advance: Callable[[int], None] = lambda count: None,
@@ -146,18 +153,28 @@ def run_episodes(
     began = time.monotonic()
     waiting = iter(enumerate(seeds))
     outcomes: dict[int, EpisodeOutcome] = {}
-    running = [slot for slot in (_begin(env, waiting, outcomes, keep) for env in environments) if slot is not None]
+
+    def following(environment: Environment) -> _Slot | None:
+        number, seed = next(waiting, (None, 0))
+        if number is None:
+            return None
+        moment = begin(environment, seed)
+        outcomes[number] = EpisodeOutcome(seed, moment.instruction)
+        return _Slot(environment, outcomes[number], moment, number < keep, Executor(execution))
+
+    running = [slot for slot in map(following, environments) if slot is not None]
     while running:
-        actions = act([slot.frame for slot in running], [slot.instruction for slot in running])
+        asking = [slot for slot in running if slot.executor.wants_chunk]
+        for slot, chunk in zip(asking, act([slot.moment for slot in asking]), strict=True) if asking else ():
+            slot.executor.add(chunk)
         going = []
-        for slot, action in zip(running, actions, strict=True):
-            if slot.step(np.asarray(action, np.float32), max_steps):
+        for slot in running:
+            if slot.step(max_steps):
                 going.append(slot)
                 continue
             advance(1)
-            following = _begin(slot.environment, waiting, outcomes, keep)
-            if following is not None:
-                going.append(following)
+            if (other := following(slot.environment)) is not None:
+                going.append(other)
         running = going
     return Rollout(tuple(outcomes[number] for number in range(len(seeds))), time.monotonic() - began)
 
@@ -168,37 +185,29 @@ class _Slot:
 
     environment: Environment
     outcome: EpisodeOutcome
-    frame: Image
-    instruction: str
+    moment: Moment
     keep: bool
+    executor: Executor
 
-    def step(self, action: NDArray[np.float32], max_steps: int) -> bool:
-        """Do an action; return whether the episode goes on."""
+    def __post_init__(self) -> None:
+        self._keep_frame()
+
+    def step(self, max_steps: int) -> bool:
+        """Do the next action; return whether the episode goes on."""
         outcome = self.outcome
         outcome.steps += 1
+        action = self.executor.next_action().astype(np.float32)
         if self.keep:
             outcome.actions.append(action.copy())
-        answer = step(self.environment, action, outcome.seed, outcome.steps)
+        answer = step(self.environment, action, outcome.seed, outcome.steps, self.moment.instruction)
         outcome.success = answer.success
         outcome.info = answer.info
-        self.frame = answer.frame
-        self.instruction = answer.instruction or self.instruction
-        if self.keep:
-            outcome.frames.append(_kept(self.frame))
+        self.moment = answer.moment
+        self._keep_frame()
         return not (answer.ended or answer.success or outcome.steps >= max_steps)
 
-
-def _begin(
-    environment: Environment, waiting: Iterator[tuple[int, int]], outcomes: dict[int, EpisodeOutcome], keep: int
-) -> _Slot | None:
-    number, seed = next(waiting, (None, 0))
-    if number is None:
-        return None
-    frame, instruction = begin(environment, seed)
-    outcomes[number] = EpisodeOutcome(seed, instruction, frames=[_kept(frame)] if number < keep else [])
-    return _Slot(environment, outcomes[number], frame, instruction, number < keep)
-
-
-def _kept(frame: Image) -> Image:
-    every = -(-max(frame.shape[:2]) // LARGEST_KEPT)
-    return frame if every == 1 else frame[::every, ::every].copy()
+    def _keep_frame(self) -> None:
+        if self.keep:
+            frame = self.moment.frame
+            every = -(-max(frame.shape[:2]) // LARGEST_KEPT)
+            self.outcome.frames.append(frame if every == 1 else frame[::every, ::every].copy())

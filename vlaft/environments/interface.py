@@ -2,7 +2,9 @@
 
 Any Gymnasium environment will do that keeps to this:
 
-* an observation is a mapping with the frame under `image`, or the frame itself: uint8 `[H, W, 3]`, RGB, of any size;
+* an observation is a mapping, named as the columns of a converted dataset are: the main camera's frame under `image`,
+  others under `image_<camera>`, the robot's state, if there is one, under `state`; or the main camera's frame itself;
+* frames are uint8 `[H, W, 3]`, RGB, of any size; a state is `[S]`, in the units of the model's statistics;
 * `info["instruction"]` says what is to be done, at `reset` and, where it changes, at `step`;
 * `info["success"]` (or `info["is_success"]`) says at each `step` whether it has been done; once is enough;
 * `step` takes the action in the units of the model's statistics, float32 `[A]`.
@@ -36,19 +38,37 @@ class Environment(Protocol):
 
 
 @dataclass(frozen=True)
+class Moment:
+    """What a policy reads at one step.
+
+    Attributes:
+        frames: camera to frame, uint8 `[H, W, 3]`; the main camera's first.
+        instruction: what is to be done.
+        state: float32 `[S]`, as the environment observes it; None where it observes none.
+    """
+
+    frames: Mapping[str, Image]
+    instruction: str
+    state: NDArray[np.float32] | None = None
+
+    @property
+    def frame(self) -> Image:
+        """The main camera's frame."""
+        return next(iter(self.frames.values()))
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What an environment answers to an action.
 
     Attributes:
-        frame: uint8 `[H, W, 3]`.
-        instruction: None where it has not been said again.
+        moment: what can be seen afterwards.
         ended: whether the environment ended the episode.
         success: whether what was to be done has been done.
         info: of `info`, what is text, number or truth value.
     """
 
-    frame: Image
-    instruction: str | None
+    moment: Moment
     ended: bool
     success: bool
     info: dict[str, Any]
@@ -79,8 +99,8 @@ def opened_environments(make: Callable[[], Environment], count: int) -> Iterator
                 _log.warning("an environment could not be closed (%s)", described(error))
 
 
-def begin(environment: Environment, seed: int) -> tuple[Image, str]:
-    """Reset an environment; return the first frame and the instruction.
+def begin(environment: Environment, seed: int) -> Moment:
+    """Reset an environment; return what can be seen first.
 
     Raises:
         DataError: it does not keep to the interface.
@@ -91,10 +111,10 @@ def begin(environment: Environment, seed: int) -> tuple[Image, str]:
     observation, info = _parts(answer, "reset", ("observation", "info"))
     if not isinstance(info.get("instruction"), str):
         raise DataError("the environment's reset() gives no info['instruction']; the policy must be told what to do")
-    return _frame(observation), info["instruction"]
+    return _moment(observation, info["instruction"])
 
 
-def step(environment: Environment, action: NDArray[np.float32], seed: int, number: int) -> Outcome:
+def step(environment: Environment, action: NDArray[np.float32], seed: int, number: int, instruction: str) -> Outcome:
     """Do an action.
 
     Args:
@@ -102,6 +122,7 @@ def step(environment: Environment, action: NDArray[np.float32], seed: int, numbe
         action: float32 `[A]`.
         seed: of the episode, for the sentence when something fails.
         number: of the action in the episode, likewise.
+        instruction: that holds unless the environment gives another.
 
     Raises:
         DataError: the environment does not keep to the interface.
@@ -111,10 +132,9 @@ def step(environment: Environment, action: NDArray[np.float32], seed: int, numbe
         answer = environment.step(action)
     names = ("observation", "reward", "terminated", "truncated", "info")
     observation, _, terminated, truncated, info = _parts(answer, "step", names)
-    instruction = info.get("instruction")
+    said = info.get("instruction")
     return Outcome(
-        frame=_frame(observation),
-        instruction=instruction if isinstance(instruction, str) else None,
+        moment=_moment(observation, said if isinstance(said, str) else instruction),
         ended=_truth(terminated, "terminated") or _truth(truncated, "truncated"),
         success=_success(info),
         info=_plain(info),
@@ -160,24 +180,46 @@ def _parts(answer: Any, method: str, names: tuple[str, ...]) -> tuple[Any, ...]:
     return tuple(answer)
 
 
-def _frame(observation: Any) -> Image:
-    if isinstance(observation, Mapping):
-        if "image" not in observation:
-            keys = ", ".join(map(str, observation)) or "none"
-            raise DataError(f"the environment's observations have no 'image' (keys: {keys})")
-        observation = observation["image"]
+def _moment(observation: Any, instruction: str) -> Moment:
+    if not isinstance(observation, Mapping):
+        return Moment({"main": _frame(observation, "image")}, instruction)
+    if "image" not in observation:
+        keys = ", ".join(map(str, observation)) or "none"
+        raise DataError(f"the environment's observations have no 'image' (keys: {keys})")
+    frames = {"main": _frame(observation["image"], "image")}
+    for key, value in observation.items():
+        if str(key).startswith("image_"):
+            frames[str(key).removeprefix("image_")] = _frame(value, str(key))
+    return Moment(frames, instruction, _state(observation["state"]) if "state" in observation else None)
+
+
+def _frame(value: Any, name: str) -> Image:
     if (
-        not isinstance(observation, np.ndarray)
-        or observation.dtype != np.uint8
-        or observation.ndim != 3
-        or observation.shape[2] != 3
-        or not observation.size
+        not isinstance(value, np.ndarray)
+        or value.dtype != np.uint8
+        or value.ndim != 3
+        or value.shape[2] != 3
+        or not value.size
     ):
-        found = type(observation).__name__
-        if hasattr(observation, "dtype") and hasattr(observation, "shape"):
-            found += f" {observation.dtype} {[*observation.shape]}"
-        raise DataError(f"the environment's image must be a numpy array, uint8 [height, width, 3], not {found}")
-    return np.array(observation, order="C")  # a copy, for an environment may draw its next frame over this one
+        raise DataError(
+            f"the environment's {name} must be a numpy array, uint8 [height, width, 3], not {_found(value)}"
+        )
+    return np.array(value, order="C")  # a copy, for an environment may draw its next frame over this one
+
+
+def _state(value: Any) -> NDArray[np.float32]:
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu" or value.ndim != 1 or not value.size:
+        raise DataError(f"the environment's state must be a numpy array of numbers [S], not {_found(value)}")
+    if not np.isfinite(value).all():
+        raise DataError("the environment's state has numbers that are not finite")
+    return np.array(value, np.float32)
+
+
+def _found(value: Any) -> str:
+    found = type(value).__name__
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        found += f" {value.dtype} {[*value.shape]}"
+    return found
 
 
 def _success(info: Mapping[str, Any]) -> bool:

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
+from vlaft.action.execution import Execution
 from vlaft.action.statistics import choose_key
-from vlaft.environments.episodes import Rollout, check_counts, run_episodes
-from vlaft.environments.interface import opened_environments
+from vlaft.environments.episodes import OPEN_LOOP, Rollout, check_counts, run_episodes
+from vlaft.environments.interface import Moment, opened_environments
 from vlaft.environments.registry import _SHIPPED, environment_maker
 from vlaft.errors import DataError, VlaftError
 from vlaft.files import disk_errors, locked
-from vlaft.observation.images import Image
 from vlaft.policy import Policy, load
 
 KEPT = 6  # episodes that pictures show
@@ -76,6 +76,7 @@ def evaluate_in(
     seed: int = 0,
     parallel: int = 50,
     keep: int = 0,
+    execution: Execution = OPEN_LOOP,
     unnorm_key: str | None = None,
     dtype: str | None = None,
     device: str = "auto",
@@ -91,6 +92,7 @@ def evaluate_in(
         seed: of the first.
         parallel: environments at a time.
         keep: keep the frames of so many first episodes, for pictures.
+        execution: how much of a chunk is done before the next is asked for.
         unnorm_key: name of the statistics; None takes the environment's where the model has them, else its only one.
         dtype: as `vlaft.load` takes it.
         device: likewise.
@@ -99,9 +101,11 @@ def evaluate_in(
 
     Raises:
         UsageError: no such environment.
-        ConfigError: `episodes` or `parallel` is not positive, or `seed` is negative.
+        ConfigError: `episodes` or `parallel` is not positive, `seed` is negative, or more actions are to be executed
+            than the policy's chunks have.
         CheckpointError: the model is missing or damaged.
-        DataError: the statistics cannot be told, or the environment does not keep to the interface.
+        DataError: the statistics cannot be told, or the environment does not keep to the interface or lacks what the
+            policy reads.
         VlaftError: the environment fails, or the GPU's memory is full.
     """
     make, seeds = environment_maker(env), range(seed, seed + episodes)
@@ -110,8 +114,9 @@ def evaluate_in(
         # first, for a model may take minutes to load
         with opened_environments(make, min(parallel, episodes)) as environments:
             policy = load(model, dtype=dtype, device=device, base=base)
-            actor = _Actor(policy, _statistics_key(policy, model, env, unnorm_key))
-            rollout = run_episodes(actor, environments, seeds=seeds, keep=keep, advance=advance)
+            execution.check(policy.model.policy.chunk)
+            actor = _Actor(policy, _statistics_key(policy, model, env, unnorm_key), model, env)
+            rollout = run_episodes(actor, environments, seeds=seeds, execution=execution, keep=keep, advance=advance)
         return RolloutEvaluation(model, actor.key, rollout, actor.tokens, actor.non_action_tokens)
     except torch.cuda.OutOfMemoryError as error:
         raise VlaftError(f"the GPU's memory is full at --batch-size {parallel}: halve it") from error
@@ -153,14 +158,38 @@ def write_pictures(folder: Path, evaluations: Sequence[RolloutEvaluation]) -> li
 class _Actor:
     policy: Policy
     key: str
+    model: str
+    env: str
     tokens: int = 0
     non_action_tokens: int = 0
 
-    def __call__(self, frames: list[Image], instructions: list[str]) -> list[NDArray[Any]]:
-        predictions = self.policy.predict(frames, instructions, unnorm_key=self.key)
+    def __call__(self, moments: list[Moment]) -> list[NDArray[Any]]:
+        for moment in moments:
+            self._check(moment)
+        predictions = self.policy.predict(
+            [moment.frames for moment in moments],
+            [moment.instruction for moment in moments],
+            state=[moment.state for moment in moments] if self.policy.model.policy.state else None,  # type: ignore[arg-type]
+            unnorm_key=self.key,
+        )
         self.tokens += sum(len(each.action_token_ids or ()) for each in predictions)
         self.non_action_tokens += sum(each.non_action_tokens for each in predictions)
-        return [each.action for each in predictions]
+        return [each.actions for each in predictions]
+
+    def _check(self, moment: Moment) -> None:
+        """Refuse an environment that does not observe what the policy reads."""
+        reads = self.policy.model.policy
+        for camera in reads.cameras:
+            if camera not in moment.frames:
+                there = ", ".join(moment.frames)
+                raise DataError(
+                    f"{self.model}: it reads the camera '{camera}', which {self.env} lacks (it has: {there})"
+                )
+        if reads.state and (moment.state is None or len(moment.state) != reads.state_size):
+            found = "none" if moment.state is None else f"one of {len(moment.state)}"
+            raise DataError(
+                f"{self.model}: it reads a state of {reads.state_size} numbers, and {self.env} observes {found}"
+            )
 
 
 def _statistics_key(policy: Policy, model: str, env: str, wanted: str | None) -> str:

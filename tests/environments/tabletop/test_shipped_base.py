@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from vlaft.environments.episodes import Rollout, roll_out
+from vlaft.environments.interface import Moment
 from vlaft.environments.tabletop.environment import TabletopEnv
 from vlaft.environments.tabletop.scene import SETUP_A, SETUP_B
 from vlaft.policy import Policy, load
@@ -34,8 +35,9 @@ class Misled(TabletopEnv):
 
 
 def outcomes(policy: Policy, make: Any) -> Rollout:
-    def act(frames: list, instructions: list) -> list:
-        return [each.action for each in policy.predict(frames, instructions)]
+    def act(moments: list[Moment]) -> list:
+        answers = policy.predict([each.frames for each in moments], [each.instruction for each in moments])
+        return [each.actions for each in answers]
 
     return roll_out(act, make, seeds=SEEDS, parallel=len(SEEDS))
 

@@ -15,6 +15,7 @@ from small_base import write_small_base
 
 from vlaft.cli.main import main
 from vlaft.environments.episodes import wilson_interval
+from vlaft.environments.interface import Moment
 from vlaft.environments.tabletop import recording
 from vlaft.environments.tabletop.environment import EPISODE_STEPS, MOTION_NOISE
 from vlaft.environments.tabletop.scene import LIFTED, SETUP_A, SETUP_B
@@ -72,12 +73,14 @@ def test_who_goes_to_the_goal_succeeds(here: Path) -> None:
     from vlaft.environments.episodes import roll_out
     from vlaft.environments.registry import environment_maker
 
-    def towards(frames: list[np.ndarray], instructions: list[str]) -> list[np.ndarray]:
+    def towards(moments: list[Moment]) -> list[np.ndarray]:
         moves = []
-        for frame in frames:
-            white, red = (np.argwhere((frame == colour).all(axis=2)) for colour in ((255, 255, 255), (220, 40, 40)))
+        for moment in moments:
+            white, red = (
+                np.argwhere((moment.frame == colour).all(axis=2)) for colour in ((255, 255, 255), (220, 40, 40))
+            )
             row, column = (red.mean(axis=0) - white.mean(axis=0)) / 500 if len(red) else (0.0, 0.0)
-            moves.append(np.clip([column, row, 0, 0, 0, 0, 1], -0.03, 0.03))
+            moves.append(np.clip([[column, row, 0, 0, 0, 0, 1]], -0.03, 0.03))
         return moves
 
     rollout = roll_out(towards, environment_maker("reach:Reach"), seeds=range(10), parallel=4)
