@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from golden_models import MINI, NAMES, base_tensors
+from PIL import Image
 from safetensors.torch import save_file
 from small_base import write_small_base
 
@@ -21,7 +22,8 @@ import vlaft
 from vlaft.action.statistics import STATISTICS_FILE
 from vlaft.action.tokens import unnormalize
 from vlaft.adapt.methods import attach_lora
-from vlaft.errors import CheckpointError, DataError, UsageError
+from vlaft.cli.main import main
+from vlaft.errors import Assumed, CheckpointError, DataError, UsageError
 from vlaft.model.load import load_model
 from vlaft.model.packed_linear import PackedLinear, can_pack
 from vlaft.policy import Policy, Prediction, load
@@ -152,6 +154,52 @@ def test_frames_go_through_the_pipeline_that_the_checkpoint_records(
         policy.predict(frames[0], TEXTS[0])
     assert seen[0].shape == seen[1].shape == (1, 3, 56, 56)
     assert not torch.equal(seen[0], seen[1])
+
+
+def upstreams_finetune(folder: Path) -> Path:
+    """A release's folder with a fine-tune's statistics beside it, as upstream's script leaves it."""
+    write_small_base(folder, "single")
+    mini = json.loads((folder / "config.json").read_text())["norm_stats"]["mini"]
+    (folder / STATISTICS_FILE).write_text(json.dumps({"libero_object_no_noops": mini}))
+    return folder
+
+
+def test_a_finetune_of_upstreams_is_used_as_upstream_evaluates_it(
+    tmp_path: Path, frames: list[np.ndarray], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = upstreams_finetune(tmp_path / "tuned")
+    with pytest.warns(Assumed, match=r"is a fine-tune \(libero_object_no_noops\) .* through JPEG, by lanczos, cropped"):
+        policy = load(folder, device="cpu")
+    assert (policy.pipeline.resize, policy.pipeline.center_crop, policy.pipeline.jpeg) == ("lanczos", True, True)
+    said = load(folder, device="cpu", center_crop=False, resize="bicubic")  # nothing is assumed, so nothing is told
+    assert said.pipeline == load(write_small_base(tmp_path / "base", "single"), device="cpu").pipeline
+    with pytest.raises(UsageError, match="--resize cubic: give lanczos or bicubic"):
+        load(folder, device="cpu", resize="cubic")
+    Image.fromarray(frames[0]).save(tmp_path / "frame.png")
+    words = ["predict", str(folder), "--image", str(tmp_path / "frame.png"), "--instruction", TEXTS[0], "--json"]
+    printed = []
+    for options in ([], ["--no-center-crop", "--resize", "lanczos"]):
+        assert main([*words, *options, "--device", "cpu"]) == 0
+        out, told = capsys.readouterr()
+        assert ("fine-tune" in told) is (not options) and "warning" not in told
+        printed.append(json.loads(out)["action_token_ids"])
+    assert printed[0] == list(policy.predict(frames[0], TEXTS[0]).action_token_ids or ())
+
+
+def test_what_is_merged_into_a_base_by_upstreams_adapter_acts_as_the_adapter(
+    tmp_path: Path, frames: list[np.ndarray]
+) -> None:
+    base = in_bfloat16(tmp_path / "base", "single")
+    adapter = Path(shutil.copytree(MINI / "single/adapter_trained", tmp_path / "run/adapter"))
+    mini = json.loads((base / "config.json").read_text())["norm_stats"]["mini"]
+    (tmp_path / "run" / STATISTICS_FILE).write_text(json.dumps({"my_robot": mini}))
+    merge(find_trained(adapter), base, tmp_path / "merged")
+    with pytest.warns(Assumed, match="my_robot"):
+        beside = load(adapter, base=str(base), dtype="float32", device="cpu")
+    merged = load(tmp_path / "merged", dtype="float32", device="cpu")
+    assert beside.pipeline == merged.pipeline and merged.pipeline.center_crop and merged.pipeline.jpeg
+    assert ids_of(beside.predict(frames, TEXTS)) == ids_of(merged.predict(frames, TEXTS))
+    assert json.loads((tmp_path / "merged/config.json").read_text())["center_crop"] is True
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -30,6 +30,7 @@ FIRST_LOGIT = 31744  # the first action token; its 256, the pad and what fills t
 SPECIAL = (0, 1, 2, 29871, *range(3, 259), *range(FIRST_LOGIT, 32064))  # UNK, BOS, EOS, the blank, bytes, and those
 EMBEDDINGS = "language_model.model.embed_tokens.weight"
 HEAD_COPY = "base_model.model.language_model.lm_head.base_layer.weight"
+EVALUATION_IMAGES = ("0", "0.resized_cropped", "1", "1.policy")
 FRAMES = (7, 10, 13, 14, 16, 17, 20, 23)  # of bridge/frames224: those that oft-tiny shows
 PIXEL_ROWS = 56  # every so many rows of the pixel values
 
@@ -196,6 +197,10 @@ def main() -> None:
     shutil.copyfile(options.originals / "action_tokens.json", options.target / "action_tokens.json")
     for name in ("examples.jsonl", "dataset_statistics.json", *(f"frames224/{i:02d}.png" for i in FRAMES)):
         shutil.copyfile(options.originals / "bridge" / name, options.target / "bridge" / name)
+    images = Path("oft-tiny/data/evaluation_images")
+    (options.target / images).mkdir(parents=True, exist_ok=True)
+    for name in EVALUATION_IMAGES:
+        shutil.copyfile(options.originals / images / f"{name}.png", options.target / images / f"{name}.png")
 
 
 if __name__ == "__main__":

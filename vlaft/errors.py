@@ -51,6 +51,10 @@ class Unchecked(UserWarning):
     """Something is used without a check, because what wrote it left nothing to check it by; told once."""
 
 
+class Assumed(UserWarning):
+    """What nobody said is taken to be so, for a reason that is given; told once."""
+
+
 class MissingExtra(VlaftError):
     """A feature needs a package that is not installed."""
 

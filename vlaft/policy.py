@@ -11,10 +11,11 @@ What makes it fast: prompts whose last block is computed at one position, a cach
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -23,13 +24,13 @@ from numpy.typing import ArrayLike, NDArray
 from vlaft.action.statistics import choose_key
 from vlaft.action.tokens import normalize, unnormalize
 from vlaft.action.written import Written
-from vlaft.errors import CheckpointError, DataError, UsageError
+from vlaft.errors import Assumed, CheckpointError, DataError, UsageError
 from vlaft.model.configuration import Policy as ModelPolicy
 from vlaft.model.cuda_graphs import CudaGraphs
 from vlaft.model.load import fill_policy, load_model
 from vlaft.model.packed_linear import pack_linears
 from vlaft.observation.batch import Observation
-from vlaft.observation.images import Image, ImagePipeline
+from vlaft.observation.images import Image, ImagePipeline, Resize, is_finetune
 from vlaft.observation.prompts import BaseFiles, load_base_files, prompt_style_of
 from vlaft.weights.layout import check_tensor_checksums, fingerprint, resolve_checkpoint
 from vlaft.weights.trained import Trained, base_name, check_base, find_trained, is_trained, statistics_of
@@ -214,6 +215,8 @@ def load(
     checkpoint: str | None = None,
     dtype: str | None = None,
     device: str = "auto",
+    center_crop: bool | None = None,
+    resize: str | None = None,
 ) -> Policy:
     """Load a checkpoint for prediction.
 
@@ -229,16 +232,24 @@ def load(
             on a GPU and float32 on a CPU. A checkpoint that was saved quantised stays so, and `dtype` is the type of
             what is not quantised in it.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        center_crop: whether the model acts on the central 90 % of frames; None does as the checkpoint says, and takes
+            that of a fine-tune that says nothing.
+        resize: filter for frames, `lanczos` or `bicubic`; None likewise (`ImagePipeline.for_acting`).
+
+    Warns:
+        Assumed: it is a fine-tune that does not say how its frames are prepared.
 
     Raises:
         CheckpointError: something is missing, damaged, or does not fit together.
         MissingExtra: quantised weights, and bitsandbytes is not installed.
-        UsageError: there is no such device.
+        UsageError: there is no such device or filter.
     """
     place = _place(device)
     default = "bfloat16" if place.type == "cuda" else "float32"
     if dtype is not None and dtype not in (*_TYPES, *_QUANTIZED):
         raise CheckpointError(f"dtype '{dtype}' is not known: give {', '.join(_TYPES)}, int8 or nf4")
+    if resize not in (None, *get_args(Resize)):
+        raise UsageError(f"--resize {resize}: give {' or '.join(get_args(Resize))}")
     kind = _TYPES.get(dtype or default, _TYPES[default])
     quantize = dtype if dtype in _QUANTIZED else None
     path = Path(source)
@@ -256,7 +267,27 @@ def load(
     if place.type == "cpu" and not getattr(model, "is_quantized", False):
         pack_linears(model)
     statistics = statistics_of(trained, folder, files.config)
-    return Policy(model, files, _pipeline(files), statistics, place, _graphs(model, place))
+    pipeline = ImagePipeline.for_acting(
+        files.config,
+        files.preprocessor,
+        statistics,
+        resize=resize,  # type: ignore[arg-type]  # checked above
+        center_crop=center_crop,
+    )
+    if None in (resize, center_crop) and is_finetune(files.config, statistics):
+        _tell_assumed(str(source), pipeline, statistics)
+    return Policy(model, files, pipeline, statistics, place, _graphs(model, place))
+
+
+def _tell_assumed(name: str, pipeline: ImagePipeline, statistics: Mapping[str, Any]) -> None:
+    crop = "cropped" if pipeline.center_crop else "not cropped"
+    how = f"{'through JPEG, ' * pipeline.jpeg}by {pipeline.resize}, {crop}"
+    warnings.warn(
+        f"{name} is a fine-tune ({', '.join(sorted(statistics))}) that does not say how its frames are prepared, so"
+        f" they are as in OpenVLA's own evaluation: {how}; --resize and --[no-]center-crop say otherwise",
+        Assumed,
+        stacklevel=3,
+    )
 
 
 def _place(device: str) -> torch.device:
@@ -314,7 +345,3 @@ def _attach_policy(model: Any, trained: Trained, config: Mapping[str, Any]) -> N
 
     model.attach(ModelPolicy.of(config, str(trained.run or trained.weights)))
     fill_policy(model, policy_tensors(trained), str(trained.weights))
-
-
-def _pipeline(files: BaseFiles) -> ImagePipeline:
-    return ImagePipeline.from_checkpoint(files.config, files.preprocessor)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ from PIL import Image as PillowImage
 from safetensors.torch import load_file
 
 from vlaft.errors import CheckpointError
-from vlaft.observation.augmentation import pixel_values
-from vlaft.observation.images import ImagePipeline
+from vlaft.observation.augmentation import center_crop, pixel_values
+from vlaft.observation.images import ImagePipeline, is_finetune, recorded
 
+EVALUATION_FRAMES = Path(__file__).parents[1] / "golden/oft-tiny/data/evaluation_images"
 KEPT_ROWS = 56  # of upstream's pixel values every so many rows are kept
 PIPELINE = ImagePipeline(
     size=32,
@@ -62,6 +65,67 @@ def test_training_resizes_with_lanczos_and_a_checkpoint_of_ours_keeps_its_own() 
     assert (training.resize, training.strategy, training.size) == ("lanczos", "resize-naive", 224)
     config["image_pipeline"] = PIPELINE.to_json()
     assert ImagePipeline.for_training(config) == ImagePipeline.from_checkpoint(config) == PIPELINE
+
+
+FINETUNE = {"vision_backbone_id": "siglip-vit-so400m", "image_sizes": [224], "norm_stats": {"bridge_orig": {}}}
+LIBERO = {**FINETUNE, "norm_stats": {"libero_goal_no_noops": {}}}
+
+
+@pytest.mark.parametrize(("frame", "expected"), [("0", "0.resized_cropped"), ("1", "1.policy")])
+def test_a_finetunes_frames_are_those_of_upstreams_evaluation(frame: str, expected: str) -> None:
+    """Of 256 and of 224 pixels; JPEG's and Lanczos' rounding differs by one level on average, and bicubic by twelve."""
+    pipeline = ImagePipeline.for_acting(LIBERO, None, ["libero_goal_no_noops"])
+    assert pipeline.center_crop
+    prepared = pipeline.prepare(np.array(PillowImage.open(EVALUATION_FRAMES / f"{frame}.png")))
+    ours = center_crop(torch.from_numpy(prepared)[None])[0].numpy()
+    golden = np.asarray(PillowImage.open(EVALUATION_FRAMES / f"{expected}.png"))
+    difference = np.abs(ours.astype(int) - golden)
+    assert difference.mean() < 1 and difference.max() <= 20
+    as_released = ImagePipeline.from_checkpoint(LIBERO).prepare(
+        np.array(PillowImage.open(EVALUATION_FRAMES / f"{frame}.png"))
+    )
+    assert np.abs(as_released.astype(int) - golden).mean() > 10
+
+
+@pytest.mark.parametrize(
+    ("config", "statistics", "finetune"),
+    [
+        (FINETUNE, ["bridge_orig"], False),  # a base, or a copy that writes its statistics beside the weights too
+        (FINETUNE, ["my_robot"], True),
+        ({**FINETUNE, "norm_stats": {"bridge_orig": {}, "kuka": {}}}, ["bridge_orig"], True),
+        ({key: value for key, value in FINETUNE.items() if key != "norm_stats"}, ["my_robot"], True),
+        (LIBERO, ["libero_goal_no_noops"], True),
+        (FINETUNE, [], False),
+        ({**LIBERO, "image_pipeline": PIPELINE.to_json()}, ["libero_goal_no_noops"], False),
+    ],
+)
+def test_finetunes_are_known_by_their_statistics(config: dict[str, Any], statistics: list[str], finetune: bool) -> None:
+    assert is_finetune(config, statistics) is finetune
+    pipeline = ImagePipeline.for_acting(config, None, statistics)
+    if not finetune:
+        assert pipeline == ImagePipeline.from_checkpoint(config)
+        assert recorded(config, None, statistics) == config
+        return
+    assert (pipeline.resize, pipeline.strategy, pipeline.center_crop, pipeline.jpeg) == (
+        "lanczos",
+        "resize-naive",
+        True,
+        True,
+    )
+    kept = recorded(config, None, statistics)  # a copy acts as the checkpoint that it was made of
+    assert ImagePipeline.for_acting(kept, None, kept.get("norm_stats", ())) == pipeline
+    assert not ImagePipeline.for_training(kept).jpeg
+
+
+def test_what_is_said_of_frames_wins() -> None:
+    base, tuned = (partial(ImagePipeline.for_acting, FINETUNE, None, [name]) for name in ("bridge_orig", "mine"))
+    released = ImagePipeline.from_checkpoint(FINETUNE)
+    assert base(center_crop=True) == replace(released, center_crop=True)
+    assert tuned(center_crop=False, resize="bicubic") == base() == released
+    assert tuned(center_crop=False) == base(resize="lanczos") == replace(tuned(), center_crop=False)
+    own = partial(ImagePipeline.for_acting, {"image_pipeline": PIPELINE.to_json()}, None, ["mine"])
+    assert own() == PIPELINE and "jpeg" not in PIPELINE.to_json()
+    assert own(resize="lanczos", center_crop=True) == replace(PIPELINE, resize="lanczos", center_crop=True)
 
 
 @settings(max_examples=60, deadline=None)

@@ -31,6 +31,18 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in
 GpuMemory = Annotated[
     str | None, typer.Option("--gpu-memory", help="Memory of the GPU, such as 24GB or 22.5GiB.", show_default=False)
 ]
+CenterCrop = Annotated[
+    bool | None,
+    typer.Option(
+        "--center-crop/--no-center-crop",
+        help="Act on the central 90 % of frames, as after training on crops; by default as the checkpoint says.",
+        show_default=False,
+    ),
+]
+Resize = Annotated[
+    str | None,
+    typer.Option("--resize", help="Filter for frames: lanczos or bicubic; by default as the checkpoint says."),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}

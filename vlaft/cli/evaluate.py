@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlaft.cli.arguments import AsJson, Base, Device, Overwrite
+from vlaft.cli.arguments import AsJson, Base, CenterCrop, Device, Overwrite, Resize
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -81,6 +81,8 @@ def evaluate(
         str | None,
         typer.Option("--dtype", help="float32, bfloat16 or float16; by default by the device.", show_default=False),
     ] = None,
+    center_crop: CenterCrop = None,
+    resize: Resize = None,
     base: Base = None,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -102,6 +104,8 @@ def evaluate(
         raise UsageError("--execute and --ensemble are for --env; with --data, every action of a chunk is compared")
     if env is None and unnorm_key is not None:
         raise UsageError("--unnorm-key is for --env; with --data, statistics are those of the dataset's name")
+    if env is None and resize is not None:
+        raise UsageError("--resize is for --env; with --data, frames are taken as vlaft convert stored them")
     if plots is not None and plots.exists() and not plots.is_dir():
         raise VlaftError(f"{plots} is a file; --plots needs a folder")
     if plots is not None and not overwrite and plots.is_dir() and any(plots.iterdir()):
@@ -113,7 +117,14 @@ def evaluate(
 
         check_models(models)
         execution = Execution(execute, ensemble)
-        options = {"execution": execution, "unnorm_key": unnorm_key, "dtype": dtype, "device": device, "base": base}
+        options: dict[str, Any] = {
+            "execution": execution,
+            "unnorm_key": unnorm_key,
+            "dtype": dtype,
+            "device": device,
+            "base": base,
+        }
+        options |= {"center_crop": center_crop, "resize": resize}
         in_environment(models, env, episodes, seed, batch_size, plots, as_json, options)
         return
     from vlaft.data.held_out import HeldOut
@@ -132,6 +143,7 @@ def evaluate(
                     dtype=dtype,
                     device=device,
                     base=base,
+                    center_crop=center_crop,
                     advance=partial(advance, note=model),
                 )
             )

@@ -33,7 +33,7 @@ from vlaft.cli import (
 )
 from vlaft.cli.console import fail
 from vlaft.documents import is_text
-from vlaft.errors import ConfigError, Unchecked, VlaftError
+from vlaft.errors import Assumed, ConfigError, Unchecked, VlaftError
 from vlaft.version import __version__
 
 app = typer.Typer(
@@ -92,12 +92,12 @@ def _run(arguments: Sequence[str] | None) -> int:
         fail(f"'{odd[0]}' is no text in UTF-8, in which paths and instructions are kept; write it in UTF-8")
         return 1
     with warnings.catch_warnings():
-        _tell_what_is_unchecked()
+        _tell_what_is_taken_on_trust()
         return _run_words(words, debug)
 
 
-def _tell_what_is_unchecked() -> None:
-    """Show warnings of what cannot be checked as sentences, each once; all others stay as they are."""
+def _tell_what_is_taken_on_trust() -> None:
+    """Show what cannot be checked, or is assumed, as sentences, each once; all other warnings stay as they are."""
     show, told = warnings.showwarning, set[str]()
 
     def show_warning(
@@ -108,15 +108,16 @@ def _tell_what_is_unchecked() -> None:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        if not issubclass(category, Unchecked):
+        if not issubclass(category, Unchecked | Assumed):
             show(message, category, filename, lineno, file, line)
         elif str(message) not in told:
-            from vlaft.cli.console import warn
+            from vlaft.cli.console import say, warn
 
             told.add(str(message))
-            warn(str(message))
+            (warn if issubclass(category, Unchecked) else say)(str(message))
 
     warnings.simplefilter("always", Unchecked)
+    warnings.simplefilter("always", Assumed)
     warnings.showwarning = show_warning
 
 

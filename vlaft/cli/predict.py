@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vlaft.cli.arguments import AsJson, Base, Device
+from vlaft.cli.arguments import AsJson, Base, CenterCrop, Device, Resize
 
 
 def predict(
@@ -30,6 +30,8 @@ def predict(
     action_ids_only: Annotated[
         bool, typer.Option("--action-ids-only", help="Choose among action tokens only.")
     ] = False,
+    center_crop: CenterCrop = None,
+    resize: Resize = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -45,7 +47,9 @@ def predict(
             frames.append(decode_image(path.read_bytes(), str(path)))
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    policy = load(model, base=base, checkpoint=checkpoint, dtype=dtype, device=device)
+    policy = load(
+        model, base=base, checkpoint=checkpoint, dtype=dtype, device=device, center_crop=center_crop, resize=resize
+    )
     predictions = policy.predict(frames, instruction, unnorm_key=unnorm_key, action_ids_only=action_ids_only)
     for path, prediction in zip(image, predictions, strict=True):
         if prediction.non_action_tokens:

@@ -89,6 +89,7 @@ def evaluate(
     dtype: str | None = None,
     device: str = "auto",
     base: str | None = None,
+    center_crop: bool | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Evaluation:
     """Predict the actions of held-out examples, teacher-forced and free-running, and measure them.
@@ -104,6 +105,7 @@ def evaluate(
         dtype: as `vlaft.load` takes it.
         device: likewise.
         base: of a run or adapter, where its base has moved.
+        center_crop: whether the model acts on the centre of frames; None as `vlaft.load` does.
         advance: called with the number of examples that each batch has finished.
 
     Raises:
@@ -115,7 +117,8 @@ def evaluate(
     if batch_size < 1:
         raise ConfigError(f"a batch size of {batch_size} is too small; give at least 1")
     try:
-        return _evaluate(model, load(model, base=base, dtype=dtype, device=device), held_out, batch_size, advance)
+        policy = load(model, base=base, dtype=dtype, device=device, center_crop=center_crop)
+        return _evaluate(model, policy, held_out, batch_size, advance)
     except torch.cuda.OutOfMemoryError as error:
         raise VlaftError(f"the GPU's memory is full at --batch-size {batch_size}: halve it") from error
     finally:

@@ -81,6 +81,8 @@ def evaluate_in(
     dtype: str | None = None,
     device: str = "auto",
     base: str | None = None,
+    center_crop: bool | None = None,
+    resize: str | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> RolloutEvaluation:
     """Let a model act in an environment.
@@ -97,6 +99,8 @@ def evaluate_in(
         dtype: as `vlaft.load` takes it.
         device: likewise.
         base: likewise.
+        center_crop: likewise.
+        resize: likewise.
         advance: told of each episode that has ended.
 
     Raises:
@@ -113,7 +117,7 @@ def evaluate_in(
     try:
         # first, for a model may take minutes to load
         with opened_environments(make, min(parallel, episodes)) as environments:
-            policy = load(model, dtype=dtype, device=device, base=base)
+            policy = load(model, dtype=dtype, device=device, base=base, center_crop=center_crop, resize=resize)
             execution.check(policy.model.policy.chunk)
             actor = _Actor(policy, _statistics_key(policy, model, env, unnorm_key), model, env)
             rollout = run_episodes(actor, environments, seeds=seeds, execution=execution, keep=keep, advance=advance)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -28,6 +30,8 @@ _NORMALIZATION: dict[str, tuple[tuple[Triple, Triple], ...]] = {
     "in1k": (_HALF,),
     "clip": (_CLIP,),
 }
+_JPEG_QUALITY = 95  # TensorFlow's, with colours at half the resolution
+_LIBERO = re.compile(r"libero_(spatial|object|goal|10|90|spatial_object_goal_10)(_no_noops)?")
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class ImagePipeline:
             random crops of that area (`augmentation.center_crop`); `prepare` does not crop.
         means: per backbone and channel, on the 0..1 scale.
         stds: likewise.
+        jpeg: whether a frame goes through JPEG first, as upstream's evaluation does with what a simulator drew.
     """
 
     size: int
@@ -52,11 +57,14 @@ class ImagePipeline:
     center_crop: bool
     means: tuple[Triple, ...]
     stds: tuple[Triple, ...]
+    jpeg: bool = False
 
     def prepare(self, image: Image) -> Image:
         """Return the frame (uint8 `[H, W, 3]`) as uint8 `[size, size, 3]`."""
         from PIL import Image as PillowImage
 
+        if self.jpeg:
+            image = _through_jpeg(image)
         resample = PillowImage.Resampling.LANCZOS if self.resize == "lanczos" else PillowImage.Resampling.BICUBIC
         if self.strategy == "letterbox":
             image = self._letterbox(image)
@@ -83,7 +91,10 @@ class ImagePipeline:
 
     def to_json(self) -> dict[str, Any]:
         """Return a plain dict that `from_json` takes back."""
-        return asdict(self)
+        value = asdict(self)
+        if not self.jpeg:
+            del value["jpeg"]  # as it was before there was such a key: records are compared
+        return value
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ImagePipeline:
@@ -103,7 +114,7 @@ class ImagePipeline:
 
     @classmethod
     def from_checkpoint(cls, config: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = None) -> ImagePipeline:
-        """Return the pipeline with which a checkpoint is to be used.
+        """Return the pipeline that a checkpoint itself names; `for_acting` knows fine-tunes that name the wrong one.
 
         The key `image_pipeline`, which vlaft writes, wins: it is what the model was trained on. A release without
         it is used as its processor says (bicubic, no crop; docs/upstream.md, In the release's processor).
@@ -147,13 +158,49 @@ class ImagePipeline:
         return pipeline
 
     @classmethod
+    def for_acting(
+        cls,
+        config: Mapping[str, Any],
+        preprocessor: Mapping[str, Any] | None = None,
+        statistics: Collection[str] = (),
+        *,
+        resize: Resize | None = None,
+        center_crop: bool | None = None,
+    ) -> ImagePipeline:
+        """Return the pipeline with which a checkpoint is to act.
+
+        What vlaft recorded is kept. Of the others a fine-tune (`is_finetune`) is used as upstream evaluates its own:
+        JPEG, Lanczos, the central 90 % (docs/upstream.md, At evaluation), and a release as its processor says.
+
+        Args:
+            config: `config.json`.
+            preprocessor: `preprocessor_config.json`, or None.
+            statistics: names of the dataset statistics by which it acts.
+            resize: what is used instead. Where nothing is recorded, Lanczos means upstream's evaluation, and bicubic
+                the release's processor, with all that goes with them but the crop.
+            center_crop: likewise.
+
+        Raises:
+            CheckpointError: a value is missing, unknown or contradicts another.
+        """
+        pipeline = cls.from_checkpoint(config, preprocessor)
+        if isinstance(config.get("image_pipeline"), Mapping):
+            resize, crop = resize or pipeline.resize, pipeline.center_crop
+            pipeline = replace(pipeline, resize=resize)
+        else:
+            crop = is_finetune(config, statistics)
+            if (resize or ("lanczos" if crop else "bicubic")) == "lanczos":
+                pipeline = replace(pipeline, resize="lanczos", strategy="resize-naive", jpeg=True)
+        return replace(pipeline, center_crop=crop if center_crop is None else center_crop)
+
+    @classmethod
     def for_training(cls, config: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = None) -> ImagePipeline:
         """Return the pipeline for converting demonstrations to train this checkpoint with.
 
         A checkpoint of vlaft keeps its own; upstream trains every release on Lanczos-resized frames of ignored
         aspect ratio, whatever its processor does when it is served (docs/upstream.md, In training).
         """
-        pipeline = cls.from_checkpoint(config, preprocessor)
+        pipeline = replace(cls.from_checkpoint(config, preprocessor), jpeg=False)  # demonstrations are stored anyway
         if isinstance(config.get("image_pipeline"), Mapping):
             return pipeline
         return replace(pipeline, resize="lanczos", strategy="resize-naive")
@@ -169,6 +216,50 @@ class ImagePipeline:
             raise CheckpointError("the image pipeline needs a mean and a positive std per backbone and channel")
         if len(self.letterbox_fill) != 3 or not all(0 <= level <= 255 for level in self.letterbox_fill):
             raise CheckpointError(f"the letterbox fill {self.letterbox_fill} is no RGB colour of levels 0 to 255")
+
+
+def is_finetune(config: Mapping[str, Any], statistics: Collection[str]) -> bool:
+    """Say whether a checkpoint is a fine-tune that nobody recorded a pipeline of, such as upstream's own.
+
+    Its statistics tell: upstream leaves the base's in `config.json` and puts the fine-tune's beside the weights, and no
+    base was trained on LIBERO's suites.
+
+    Args:
+        config: `config.json`.
+        statistics: names of the dataset statistics by which it acts.
+
+    >>> base = {"norm_stats": {"bridge_orig": {}, "fractal20220817_data": {}}}
+    >>> is_finetune(base, ["bridge_orig", "fractal20220817_data"]), is_finetune(base, ["bridge_orig"])
+    (False, True)
+    >>> is_finetune({"norm_stats": {"libero_goal_no_noops": {}}}, ["libero_goal_no_noops"])
+    True
+    """
+    if isinstance(config.get("image_pipeline"), Mapping) or not statistics:
+        return False
+    return set(statistics) != set(config.get("norm_stats") or ()) or any(map(_LIBERO.fullmatch, statistics))
+
+
+def recorded(
+    config: Mapping[str, Any], preprocessor: Mapping[str, Any] | None, statistics: Collection[str]
+) -> dict[str, Any]:
+    """Return a `config.json` that says how a fine-tune is to be used, for a copy that looks like a base.
+
+    Args:
+        config: `config.json`; comes back as it is of whatever is no fine-tune.
+        preprocessor: `preprocessor_config.json`, or None.
+        statistics: names of the dataset statistics by which it acts.
+    """
+    if not is_finetune(config, statistics):
+        return dict(config)
+    return {**config, "image_pipeline": ImagePipeline.for_acting(config, preprocessor, statistics).to_json()}
+
+
+def _through_jpeg(image: Image) -> Image:
+    from PIL import Image as PillowImage
+
+    file = io.BytesIO()
+    PillowImage.fromarray(np.ascontiguousarray(image)).save(file, "JPEG", quality=_JPEG_QUALITY, subsampling="4:2:0")
+    return np.asarray(PillowImage.open(file))
 
 
 def _triples(values: Any) -> tuple[Triple, ...]:

@@ -16,7 +16,7 @@ from vlaft.action.statistics import STATISTICS_FILE, check_statistics
 from vlaft.errors import CheckpointError
 from vlaft.files import read_json, write_json
 from vlaft.model.load import load_config
-from vlaft.observation.images import ImagePipeline
+from vlaft.observation.images import ImagePipeline, recorded
 from vlaft.release.merge import MERGE_FILE, copy_release_files, merge_record
 from vlaft.weights.layout import is_hub_name
 from vlaft.weights.trained import is_trained, statistics_of
@@ -105,6 +105,8 @@ def open_source(folder: Path) -> Source:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: {name} is missing; copy it from the base")
+    processor = folder / "preprocessor_config.json"
+    config = recorded(config, read_json(processor, CheckpointError) if processor.is_file() else None, statistics)
     return Source(folder, config, check_statistics(statistics, str(folder)))
 
 
