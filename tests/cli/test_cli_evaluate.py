@@ -51,6 +51,14 @@ def test_models_in_one_table(small: tuple[str, str], tmp_path: Path, capsys: pyt
     assert main(["evaluate", base, str(link), "--data", data, "--dtype", "float32", "--device", "cpu"]) == 0
     captured = capsys.readouterr()
     lines = [line.split() for line in captured.out.splitlines() if line.strip()]
+    whole, lines = lines, lines[: 1 + 8 * 2 * 2]
+    looks = whole[len(lines) :]  # the other table: whether they look
+    assert looks[0] == ["moved", "by", "model", "another's", "black", "white"]
+    assert [line[:3] for line in looks[1:]] == [
+        ["camera", "main", "base"], ["instruction", "base", "not"],
+        ["camera", "main", "second"], ["instruction", "second", "not"],
+    ]  # fmt: skip
+    assert looks[1][3:] == looks[3][3:] and looks[1][3] == "100%"
     assert lines[0][:3] == ["dimension", "model", "decoding"] and lines[0][-2:] == ["gripper", "F1"]
     assert len(lines) == 1 + 8 * 2 * 2
     assert [line[:3] for line in lines[1:5]] == [
@@ -80,6 +88,7 @@ def test_refused(small: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureF
         ([base], 2, "evaluate on demonstrations with --data, or in an environment with --env: one of them"),
         ([base, "--data", data, "--env", "tabletop"], 2, "with --data, or in an environment with --env: one of them"),
         ([base, "--data", data, "--unnorm-key", "mini"], 2, "--unnorm-key is for --env"),
+        ([base, "--data", data, "--resize", "lanczos"], 2, "--resize is for --env; with --data, frames are taken"),
         (["--data", data], 2, "Missing argument"),
         ([base, "--env", "tabeltop"], 2, "there is no such environment; did you mean 'tabletop'?"),
         ([base, "--env", "absent_module:make"], 2, "there is no module 'absent_module'"),

@@ -320,6 +320,49 @@ def test_a_converted_dataset_is_to_be_converted_again() -> None:
     assert "convert the source again with instruction=" in warning
 
 
+def filmed(every: int = 1, stops: tuple[int, int] | None = None, length: int = 60) -> CameraFacts:
+    """Frames of which only every so many is new, or that stop between two steps."""
+    frames = np.random.default_rng(0).integers(0, 255, (length, 12, 16, 3), dtype=np.uint8)[
+        np.arange(length) // every * every
+    ]
+    if stops is not None:
+        frames[stops[0] : stops[1]] = frames[stops[0]]
+    return look_at(ArrayFrames(frames))
+
+
+def test_frames_that_repeat_while_the_arm_moves() -> None:
+    def episodes(*shown: CameraFacts) -> list[EpisodeFacts]:
+        return [facts(n, arm(60, n), cameras={"front": each}) for n, each in enumerate(shown)]
+
+    assert filmed().repeated == () and len(filmed().paired) == 7 and filmed().still is None
+    assert find(inspection(episodes(*[filmed()] * 6))).warnings == ()
+    warning = only(find(inspection(episodes(*[filmed(every=2)] * 6))), "repeats its last picture while the arm moves")
+    assert "slower than the control rate" in warning and "steps='[{resample: {fps: " in warning
+    fps = float(warning.split("fps: ")[1].split("}")[0])
+    assert 3 <= fps <= 7  # of 10, where five are new; seven frames of each episode tell so much
+    stopped = filmed(stops=(16, 50))
+    assert stopped.still is not None and 16 <= stopped.still[0] < stopped.still[1] < 50
+    warning = only(find(inspection(episodes(filmed(), stopped, filmed()))), "stands still while the arm moves")
+    assert f"demo_1, steps {stopped.still[0]} to {stopped.still[1]} of 60" in warning
+
+
+def test_frames_may_repeat_while_the_arm_waits() -> None:
+    def waiting(number: int) -> NDArray[np.float64]:
+        action = arm(60, number)
+        action[16:50, :6] *= 1e-4
+        return action
+
+    shown = filmed(stops=(16, 50))
+    assert shown.still is not None
+    found = find(inspection([facts(n, waiting(n), cameras={"front": shown}) for n in range(6)]))
+    assert not [text for text in found.warnings if "camera" in text]
+    targets = Layout(cameras={"primary": "obs/front"}, action_names=NAMES, action_mask=MASK)
+    positions = [facts(n, waiting(n).cumsum(axis=0), cameras={"front": shown}) for n in range(6)]
+    absolute = [replace(e, state=(e.action[:, :6] + 1e-3).astype(np.float32)) for e in positions]
+    found = find(inspection(absolute, layout=targets))  # targets that stay where they are do not move
+    assert found.absolute and not [text for text in found.warnings if "stands still" in text]
+
+
 def test_frames_are_looked_at_from_first_to_last() -> None:
     random = np.random.default_rng(0)
     moving = random.integers(0, 255, (20, 48, 64, 3), dtype=np.uint8)

@@ -174,6 +174,9 @@ def test_merging_is_verified_by_default(run: Path, tmp_path: Path, capsys: pytes
     record = read_json(tmp_path / "out" / MERGE_FILE)
     assert record["verified"]["identical_tokens"] == record["verified"]["tokens"] == 28
     assert record["verified"]["inputs"] == "training data"
+    sight = record["verified"]["sight"]
+    assert sight["examples"] == 8 and sight["looks"] is True and sight["together"]["swapped"] == 1
+    assert "it looks: with the frames of other moments its actions move by 100% of what they differ by" in said
     assert record["verified"]["largest_logit_difference"] < 1e-4
     # trained on a base in nf4, merged into the base in full precision
     assert {entry.dtype for entry in base_tensors(tmp_path / "out").values()} == {torch.float32}

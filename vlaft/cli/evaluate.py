@@ -165,6 +165,13 @@ def evaluate(
         return
     say(f"{len(held_out):,} examples of {evaluated:,} episode{'s' * (evaluated != 1)} in split '{split}'")
     show(comparison(evaluations))
+    say("actions move so far when one thing is another moment's, or black or white; moments differ by 100 %:")
+    show(looking(evaluations))
+    for evaluation in evaluations:
+        if evaluation.sight is None:
+            say(f"whether {evaluation.model} looks is not told by so few examples")
+        for sentence in evaluation.sight.warnings() if evaluation.sight else ():
+            warn(f"{evaluation.model} {sentence}")
 
 
 def in_environment(
@@ -252,6 +259,31 @@ def comparison(evaluations: Sequence[Evaluation]) -> Table:
     return table
 
 
+def looking(evaluations: Sequence[Evaluation]) -> Table:
+    """Return one table: how far each model's actions move when something that it reads is another moment's."""
+    from rich.table import Table
+
+    table = Table("moved by", "model", box=None, pad_edge=False)
+    for heading in ("another's", "black", "white"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    names = _short_names([each.model for each in evaluations])
+    for each in evaluations:
+        sight = each.sight
+        if sight is None or sight.together is None:
+            continue
+        rows = {f"camera {name}": shares for name, shares in sight.cameras.items()}
+        if len(rows) > 1:
+            rows["all cameras"] = sight.together
+        for what, shares in rows.items():
+            swapped = "not tellable" if shares.swapped is None else f"{shares.swapped:.0%}"
+            table.add_row(what, names[each.model], swapped, f"{shares.black:.0%}", f"{shares.white:.0%}")
+        said = "not tellable" if sight.instruction is None else f"{sight.instruction:.0%}"
+        table.add_row("instruction", names[each.model], said, "", "")
+        if sight.state is not None:
+            table.add_row("state", names[each.model], f"{sight.state:.0%}", "", "")
+    return table
+
+
 def _short_names(models: Sequence[str]) -> dict[str, str]:
     """Name models by their folder, or as they were given where two folders are called the same."""
     folders = [Path(model).name or model for model in models]
@@ -277,7 +309,6 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _as_dict(evaluation: Evaluation) -> dict[str, Any]:
-    return {
-        name: getattr(evaluation, name)
-        for name in ("model", "statistics_from", "seconds", "teacher_forced", "free_running")
-    }
+    named = ("model", "statistics_from", "seconds", "teacher_forced", "free_running")
+    sight = None if evaluation.sight is None else evaluation.sight.to_json()
+    return {name: getattr(evaluation, name) for name in named} | {"sight": sight}

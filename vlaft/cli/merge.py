@@ -116,7 +116,7 @@ def _check(trained: Trained, base: Path, wanted: bool | None, mode: Mode) -> Cal
             )
         say("not verified: the model does not fit into free memory (merging itself does not need it there)")
         return None
-    run = merge_check(trained, base, *place, mode)
+    run = merge_check(trained, base, *place, mode, _look(trained))
 
     def check(folder: Path) -> Mapping[str, Any]:
         say("verifying: base with adapter, then the merged model, on the same examples")
@@ -133,6 +133,37 @@ def _check(trained: Trained, base: Path, wanted: bool | None, mode: Mode) -> Cal
                 f" {found['tokens']} tokens are the same; largest logit difference"
                 f" {found['unrounded_logit_difference']:.3g}"
             )
+        _tell_sight(found.get("sight"))
         return found
 
     return check
+
+
+def _look(trained: Trained) -> Callable[[Any, Path], dict[str, Any] | None] | None:
+    """Return what says of the merged model whether it looks, or None where its training data are gone."""
+    from vlaft.evaluation.offline import look_at_merged
+    from vlaft.release.record import data_paths
+
+    data = data_paths(trained)
+
+    def look(model: Any, folder: Path) -> dict[str, Any] | None:
+        sight = look_at_merged(model, folder, data)
+        return None if sight is None else sight.to_json()
+
+    return look if data else None
+
+
+def _tell_sight(sight: Mapping[str, Any] | None) -> None:
+    """Say whether the merged model looks at its frames."""
+    from vlaft.cli.console import say, warn
+
+    if sight is None:
+        return
+    for sentence in sight["warnings"]:
+        warn(f"the merged model {sentence}")
+    if sight["looks"]:
+        share = sight["together"]["swapped"]
+        say(
+            f"it looks: with the frames of other moments its actions move by {share:.0%} of what they differ by between"
+            f" moments ({sight['examples']} examples)"
+        )

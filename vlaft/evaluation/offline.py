@@ -11,7 +11,6 @@ import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,15 @@ from vlaft.action.tokens import normalize, unnormalize
 from vlaft.action.written import Written
 from vlaft.data.held_out import HeldOut
 from vlaft.errors import CheckpointError, ConfigError, DataError, VlaftError
+from vlaft.evaluation.blind import EXAMPLES, FEWEST, Sight, look
 from vlaft.files import read_json
 from vlaft.model.configuration import Policy as ModelPolicy
-from vlaft.observation.batch import Reader, check_fits
+from vlaft.observation.batch import Observation, Reader, check_fits
+from vlaft.observation.images import ImagePipeline
+from vlaft.observation.prompts import load_base_files
 from vlaft.policy import Policy, load
 from vlaft.weights.layout import resolve_checkpoint
-from vlaft.weights.trained import find_trained, is_trained
+from vlaft.weights.trained import find_trained, is_trained, statistics_of
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Evaluation:
         seconds: without loading.
         predicted: float64 `[N, K, A]`, free-running, in the robot's units.
         error: float64 `[N, K, A]`, free-running: written less demonstrated as the head would write it, normalised.
+        sight: whether it looks, by a few of the examples; None where there are too few.
     """
 
     model: str
@@ -56,6 +59,7 @@ class Evaluation:
     seconds: float
     predicted: NDArray[np.float64]
     error: NDArray[np.float64]
+    sight: Sight | None
 
 
 def check_models(models: Sequence[str]) -> int:
@@ -130,52 +134,26 @@ def evaluate(
 def _evaluate(
     model: str, policy: Policy, held_out: HeldOut, batch_size: int, advance: Callable[[int], None]
 ) -> Evaluation:
-    for dataset in held_out.datasets:
-        check_fits(dataset.path, dataset.info, dataset.pipeline, _reader(model, policy))
-    vocabulary = policy.model.config.text_config.vocab_size
-    if not all(0 <= token < vocabulary for row in held_out.chosen for token in held_out.prompts[row]):
-        raise DataError(
-            f"{held_out.datasets[0].path}: a prompt has tokens that {model} does not have; convert it again"
-        )
+    _check_data(model, policy, held_out)
     statistics, own_statistics = _statistics(model, policy, held_out)
     began = time.monotonic()
-    rows, head, reads = held_out.chosen, policy.model.head, policy.model.policy
-    demonstrated, names = held_out.chunks(rows, head.chunk), held_out.dataset[rows]
-
-    def by_dataset(function: Callable[..., NDArray], values: NDArray, part: str = "action") -> NDArray[np.float64]:
-        return _by_dataset(partial(function, normalization=reads.normalization), values, names, statistics, part)
-
-    targets = head.as_written(by_dataset(normalize, demonstrated))
-    state = None
-    if reads.state:
-        if held_out.state is None:
-            raise DataError(
-                f"{model} reads the robot's state, which the demonstrations lack; convert them again with its arrays as"
-                " state='[...]'"
-            )
-        if silent := [name for name, entry in statistics.items() if not tells_of_state(entry)]:
-            raise DataError(f"{model}: its statistics of '{silent[0]}' say nothing of the state, which it reads")
-        state = torch.from_numpy(by_dataset(normalize, held_out.state[rows], "proprio")).float()
+    examples = _Examples.of(model, policy, held_out, statistics, held_out.chosen)
+    rows, head, targets = examples.rows, policy.model.head, examples.targets
     forced: dict[int, Written] = {}
     free: dict[int, Written] = {}
     # Prompts of one length in a batch save the padding; the sort is stable, so neighbours stay neighbours on disk.
     order = np.argsort([len(held_out.prompts[row]) for row in rows], kind="stable")
     for start in range(0, len(rows), batch_size):
         part = order[start : start + batch_size]
-        frames = np.stack([held_out.images(rows[part], camera) for camera in reads.cameras], axis=1)
-        observation = policy.observe([held_out.prompts[row] for row in rows[part]], frames)
-        if state is not None:
-            observation = replace(observation, state=state[part].to(policy.device))
-        for found, written in zip(
-            (forced, free), head.predict_both(policy.model, observation, targets[part]), strict=True
-        ):
+        both = head.predict_both(policy.model, examples.observe(part), targets[part])
+        for found, written in zip((forced, free), both, strict=True):
             if written is not None:
                 found |= {int(row): written[[index]] for index, row in enumerate(part)}
         advance(len(part))
 
     def measured(found: dict[int, Written]) -> tuple[Written, NDArray[np.float64], ActionMetrics]:
         written = Written.joined([found[row] for row in range(len(rows))])
-        predicted = by_dataset(unnormalize, written.actions)
+        predicted = examples.by_dataset(unnormalize, written.actions)
         return (
             written,
             predicted,
@@ -183,7 +161,7 @@ def _evaluate(
                 written,
                 targets,
                 predicted,
-                demonstrated,
+                examples.demonstrated,
                 ends=head.ends,
                 names=held_out.names,
                 gripper=held_out.gripper,
@@ -191,29 +169,140 @@ def _evaluate(
         )
 
     written, predicted, free_running = measured(free)
+    seconds = time.monotonic() - began
     return Evaluation(
         model=model,
         teacher_forced=measured(forced)[2] if forced else None,
         free_running=free_running,
         statistics_from="model" if own_statistics else "dataset",
-        seconds=time.monotonic() - began,
+        seconds=seconds,
         predicted=predicted,
         error=written.actions - targets.actions,
+        sight=look_at(model, policy, held_out, batch_size),
     )
 
 
-def _by_dataset(
-    function: Callable[[Any, Any], NDArray],
-    values: NDArray,
-    names: NDArray[np.str_],
-    statistics: Mapping[str, Any],
-    part: str,
-) -> NDArray[np.float64]:
-    """Apply `normalize` or `unnormalize` to each row `[K, A]` or `[S]` with that part of its dataset's statistics."""
-    result = np.empty(values.shape, dtype=np.float64)
-    for name in np.unique(names):
-        result[names == name] = function(values[names == name], statistics[str(name)][part])
-    return result
+def _check_data(model: str, policy: Policy, held_out: HeldOut) -> None:
+    """Refuse examples that were made for another model."""
+    for dataset in held_out.datasets:
+        check_fits(dataset.path, dataset.info, dataset.pipeline, _reader(model, policy))
+    vocabulary = policy.model.config.text_config.vocab_size
+    if not all(0 <= token < vocabulary for row in held_out.chosen for token in held_out.prompts[row]):
+        raise DataError(
+            f"{held_out.datasets[0].path}: a prompt has tokens that {model} does not have; convert it again"
+        )
+
+
+def look_at(model: str, policy: Policy, held_out: HeldOut, batch_size: int = 16) -> Sight | None:
+    """Say whether a policy looks, by a few examples that are spread evenly over those to be evaluated.
+
+    Args:
+        model: as it is named.
+        policy: loaded.
+        held_out: examples that fit it.
+        batch_size: examples per forward pass.
+
+    Returns:
+        None where there are too few examples.
+
+    Raises:
+        DataError: a frame is damaged or missing, or a state that the policy reads.
+    """
+    few = np.linspace(0, len(held_out) - 1, min(EXAMPLES, len(held_out))).round().astype(np.int64)
+    statistics, _ = _statistics(model, policy, held_out)
+    examples = _Examples.of(model, policy, held_out, statistics, held_out.chosen[few])
+    everything = examples.observe(np.arange(len(few)))
+    return look(policy.model, everything, examples.targets.actions, policy.pipeline, batch_size=batch_size)
+
+
+def look_at_merged(model: Any, folder: Path, data: Sequence[Path], batch_size: int = 4) -> Sight | None:
+    """Say whether a merged model looks, by as few examples of its training data as tell it; held-out ones if any.
+
+    Args:
+        model: in memory, in eval mode.
+        folder: its checkpoint.
+        data: converted datasets that it was trained on, as far as they are still there.
+        batch_size: examples per forward pass.
+
+    Returns:
+        None where the data are gone, changed or damaged, or too few.
+    """
+    try:
+        files = load_base_files(str(folder))
+        statistics = statistics_of(None, folder, files.config)
+        pipeline = ImagePipeline.for_acting(files.config, files.preprocessor, statistics)
+        policy = Policy(model, files, pipeline, statistics, next(model.parameters()).device)
+        try:
+            held_out = HeldOut.open(data, "val", FEWEST, model.head.chunk)
+        except DataError:  # converted without a held-out split
+            held_out = HeldOut.open(data, "train", FEWEST, model.head.chunk)
+        _check_data(str(folder), policy, held_out)
+        return look_at(str(folder), policy, held_out, batch_size)
+    except (DataError, CheckpointError, OSError):
+        return None  # merging does not depend on it
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """Examples as one policy reads and writes them.
+
+    Attributes:
+        policy: the policy.
+        held_out: where the examples are.
+        statistics: by dataset name.
+        rows: int64 `[N]`, of the split.
+        demonstrated: float32 `[N, K, A]`, in the robot's units.
+        targets: the same as the policy's head would write it.
+        state: float32 `[N, S]`, normalised; None of a policy that reads none.
+    """
+
+    policy: Policy
+    held_out: HeldOut
+    statistics: Mapping[str, Any]
+    rows: NDArray[np.int64]
+    demonstrated: NDArray[np.float32]
+    targets: Written
+    state: torch.Tensor | None
+
+    @classmethod
+    def of(
+        cls, model: str, policy: Policy, held_out: HeldOut, statistics: Mapping[str, Any], rows: NDArray[np.int64]
+    ) -> _Examples:
+        head, reads = policy.model.head, policy.model.policy
+        demonstrated = held_out.chunks(rows, head.chunk)
+        bare = cls(policy, held_out, statistics, rows, demonstrated, Written(demonstrated.astype(np.float64)), None)
+        made = replace(bare, targets=head.as_written(bare.by_dataset(normalize, demonstrated)))
+        if not reads.state:
+            return made
+        if held_out.state is None:
+            raise DataError(
+                f"{model} reads the robot's state, which the demonstrations lack; convert them again with its arrays as"
+                " state='[...]'"
+            )
+        if silent := [name for name, entry in statistics.items() if not tells_of_state(entry)]:
+            raise DataError(f"{model}: its statistics of '{silent[0]}' say nothing of the state, which it reads")
+        state = torch.from_numpy(made.by_dataset(normalize, held_out.state[rows], "proprio")).float()
+        return replace(made, state=state)
+
+    def observe(self, part: NDArray[np.int64]) -> Observation:
+        """Return what the policy reads at some of the examples."""
+        rows, cameras = self.rows[part], self.policy.model.policy.cameras
+        frames = np.stack([self.held_out.images(rows, camera) for camera in cameras], axis=1)
+        observation = self.policy.observe([self.held_out.prompts[row] for row in rows], frames)
+        if self.state is None:
+            return observation
+        return replace(observation, state=self.state[part].to(self.policy.device))
+
+    def by_dataset(
+        self, function: Callable[..., NDArray], values: NDArray, part: str = "action"
+    ) -> NDArray[np.float64]:
+        """Apply `normalize` or `unnormalize` to each row `[K, A]` or `[S]` by that part of its dataset's statistics."""
+        normalization, names = self.policy.model.policy.normalization, self.held_out.dataset[self.rows]
+        result = np.empty(values.shape, dtype=np.float64)
+        for name in np.unique(names):
+            entry = self.statistics[str(name)][part]
+            result[names == name] = function(values[names == name], entry, normalization=normalization)
+        return result
 
 
 def _statistics(model: str, policy: Policy, held_out: HeldOut) -> tuple[dict[str, Any], bool]:

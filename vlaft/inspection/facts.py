@@ -38,6 +38,7 @@ FRAMES_PER_EPISODE = 8
 THUMBNAIL_HEIGHT = 96  # pixels
 _DARK = 8.0  # mean level of 0..255 below which a frame counts as black; a lens cap in a dim room stays below
 _FLAT = 1.0  # standard deviation in levels below which a frame is of one colour
+_RUN = 3  # frames that make a stretch; two may be alike where the arm waits
 _STILL = 0.25  # mean difference in levels; a still scene through a lossy codec differs by more than a frozen one
 
 
@@ -375,6 +376,10 @@ class CameraFacts:
         black: how many of them are black.
         flat: how many are of one colour, black ones included.
         frozen: whether all of them are the same picture.
+        paired: which of them the frame after was looked at too.
+        repeated: which of these it repeats, to the last bit.
+        still: first and last of the longest run of frames looked at that show one picture to the last bit, where these
+            are three or more and neither is the episode's whole; else None.
         thumbnails: small copies of them, where asked for.
         error: why a frame could not be decoded, or an empty text.
     """
@@ -383,12 +388,18 @@ class CameraFacts:
     black: int = 0
     flat: int = 0
     frozen: bool = False
+    paired: tuple[int, ...] = ()
+    repeated: tuple[int, ...] = ()
+    still: tuple[int, int] | None = None
     thumbnails: tuple[Image, ...] = ()
     error: str = ""
 
 
 def look_at(frames: Frames, *, thumbnails: bool = False) -> CameraFacts:
-    """Decode up to `FRAMES_PER_EPISODE` frames, from the first to the last at even distances, and measure them."""
+    """Decode up to `FRAMES_PER_EPISODE` frames, from the first to the last at even distances, and measure them.
+
+    The frame after each is decoded too, to see whether pictures repeat.
+    """
     try:
         count = len(frames)
     except DataError as error:  # a video that is no video, or has too few frames
@@ -399,9 +410,23 @@ def look_at(frames: Frames, *, thumbnails: bool = False) -> CameraFacts:
     black = flat = 0
     differs = False
     first: Image | None = None
+    before: Image | None = None
+    runs: list[list[int]] = []
+    repeated: list[int] = []
     kept: list[Image] = []
+    wanted = sorted({*steps, *(step + 1 for step in steps if step + 1 < count)})
     try:
-        for image in frames.read(steps):
+        for step, image in zip(wanted, frames.read(wanted), strict=True):
+            same = before is not None and np.array_equal(before, image)
+            if same and step - 1 in steps:
+                repeated.append(step - 1)
+            if step not in steps:
+                continue  # `before` stays the last frame that was looked at
+            if same:
+                runs[-1].append(step)
+            else:
+                runs.append([step])
+            before = image
             black += bool(image.mean() < _DARK)
             flat += bool(image.std(axis=(0, 1)).max() < _FLAT)
             if first is None:
@@ -412,7 +437,17 @@ def look_at(frames: Frames, *, thumbnails: bool = False) -> CameraFacts:
                 kept.append(thumbnail(image))
     except DataError as error:
         return CameraFacts(steps=tuple(steps), thumbnails=tuple(kept), error=str(error))
-    return CameraFacts(tuple(steps), black, flat, len(steps) > 1 and not differs, tuple(kept))
+    longest = max(runs, key=len)
+    return CameraFacts(
+        steps=tuple(steps),
+        black=black,
+        flat=flat,
+        frozen=len(steps) > 1 and not differs,
+        paired=tuple(step for step in steps if step + 1 < count),
+        repeated=tuple(repeated),
+        still=(longest[0], longest[-1]) if _RUN <= len(longest) < len(steps) else None,
+        thumbnails=tuple(kept),
+    )
 
 
 def thumbnail(image: Image) -> Image:

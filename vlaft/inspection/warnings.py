@@ -28,6 +28,9 @@ from vlaft.inspection.measures import (
 _MOST = 0.8  # share of the episodes that makes a habit of the recorder
 _IDLE_WARNED = 0.05  # share of idle steps
 _FAR = 2.0  # how far a motion may lie beyond q01/q99, in widths of that range
+_MOVING = 0.3  # share of steps of at least the usual motion in a stretch where the arm moves; by chance it is a half
+_FEWEST_PAIRS = 10  # of neighbouring frames that a habit is seen in
+_REPEATED = 0.2  # share of them; a frame or two is dropped by many a recorder
 _NAMED = 5  # episodes named one by one in a sentence
 
 
@@ -73,6 +76,7 @@ def find(inspection: Inspection) -> Findings:
     warnings += _copies(inspection)
     warnings += _lengths(inspection)
     warnings += _frames(inspection)
+    warnings += _stale_frames(inspection, bool(absolute))
     warnings += steps.together()
     joined = np.concatenate(actions) if actions else np.zeros((0, 0), np.float32)
     clipped = clipped_shares(joined, _full_mask(inspection, size)) if actions else []
@@ -244,6 +248,47 @@ def _frames(inspection: Inspection) -> list[str]:
             sentences.append(
                 f"frames of this format are stored upside down or mirrored, and no step turns them:"
                 f" {_with_steps(inspection, step)} if the pictures of --html page.html are wrong"
+            )
+    return sentences
+
+
+def _stale_frames(inspection: Inspection, absolute: bool) -> list[str]:
+    """Look for pictures that stay while the arm moves: the camera is slower than the control rate, or stopped."""
+    size = inspection.episodes[0].action.shape[1]
+    grippers = gripper_dims(size, inspection.action_names)
+    norms = motion([episode.action for episode in inspection.episodes], grippers, absolute).norms
+    joined = np.concatenate(norms)
+    usual = float(np.nanmedian(joined[joined > 0])) if (joined > 0).any() else np.inf
+    sentences = []
+    for camera in inspection.labels:
+        pairs = same = 0
+        where: list[str] = []
+        stood: list[str] = []
+        for episode, norm in zip(inspection.episodes, norms, strict=True):
+            facts = episode.cameras.get(camera)
+            if facts is None or facts.frozen:
+                continue
+            moves = np.append(norm[1:], 0.0) if absolute else norm  # from each step to the next
+            moving = {step for step in facts.paired if step < len(moves) and moves[step] >= usual}
+            repeats = moving & set(facts.repeated)
+            pairs, same = pairs + len(moving), same + len(repeats)
+            where += [episode.name] * bool(repeats)
+            if facts.still is not None:
+                first, last = facts.still
+                if (moves[first:last] >= usual).mean() >= _MOVING:
+                    stood.append(f"{episode.name}, steps {first} to {last} of {episode.steps}")
+        if stood:
+            sentences.append(
+                f"camera '{camera}' stands still while the arm moves ({_some_of(stood)}): cut these stretches out of"
+                " the source, since a policy learns from them not to look"
+            )
+        elif pairs >= _FEWEST_PAIRS and same >= _REPEATED * pairs:
+            rate = inspection.fps
+            slower = {"resample": {"fps": float(f"{(rate or 0) * (1 - same / pairs):.2g}")}}
+            mend = _with_steps(inspection, slower) if rate and same < pairs else "record again"
+            sentences.append(
+                f"camera '{camera}' repeats its last picture while the arm moves, in {same / pairs:.0%} of the steps"
+                f" looked at ({_some_of(where)}), as one that is slower than the control rate: {mend}"
             )
     return sentences
 

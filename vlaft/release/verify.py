@@ -300,7 +300,12 @@ def _logits(model: Any, observation: Observation, tokens: Tensor) -> Tensor:
 
 
 def merge_check(
-    trained: Trained, base: Path, dtype: torch.dtype, device: torch.device, mode: Mode = "nearest"
+    trained: Trained,
+    base: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    mode: Mode = "nearest",
+    look: Callable[[Any, Path], Any] | None = None,
 ) -> Callable[[Path], dict[str, Any]]:
     """Return the check that `merge` calls on its finished folder.
 
@@ -310,6 +315,8 @@ def merge_check(
         dtype: number format of both computations.
         device: where they run.
         mode: how the merge rounds.
+        look: called with the merged model and its folder while it is in memory; what it returns goes into the record
+            as `sight`.
 
     Returns:
         A function of the merged folder that returns a record for `merge.json`, and raises `CheckFailed` when the
@@ -320,11 +327,19 @@ def merge_check(
         from vlaft.model.load import load_model
         from vlaft.weights.stream import DTYPES
 
+        record: dict[str, Any] = {}
+
+        def merged() -> Any:
+            model = load_model(folder, dtype=dtype, device=device)
+            if look is not None:
+                record["sight"] = look(model, folder)
+            return model
+
         kinds = {name: DTYPES[entry.dtype] for name, entry in tensor_table(folder).items()}
         floats = set(kinds.values()) & set(_ROUNDING)
         result = compare(
             lambda: _attach(load_model(base, dtype=dtype, device=device), trained),
-            lambda: load_model(folder, dtype=dtype, device=device),
+            merged,
             example_probe(trained, base),
             max(floats, key=lambda kind: _ROUNDING[kind], default=torch.float32),
             partial(_round, trained=trained, kinds=kinds, mode=mode) if floats - {torch.float32} else None,
@@ -335,7 +350,7 @@ def merge_check(
                 f" {result.tokens} tokens are the same, and logits differ by up to"
                 f" {result.largest_logit_difference:.3g}; nothing was written"
             )
-        return result.to_json()
+        return result.to_json() | record
 
     return check
 
