@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from vlaft.recipe.resolve import resolve
 from vlaft.recipe.settings import RecipeConfig
+from vlaft.training import trainer
 from vlaft.training.events import Banner, EvaluationLine, Listener, RunSummary, StepLine
 from vlaft.training.trainer import train
 
@@ -97,3 +99,19 @@ def log_lines(out: Path) -> list[dict[str, Any]]:
     """Return the log without what a clock says."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+class Stopped(Exception):
+    """What a test stops a run with."""
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let the run die after `step`, without a chance to save."""
+    original = trainer.Run.step
+
+    def step_or_die(self: trainer.Run, *arguments, **keywords):  # type: ignore[no-untyped-def]
+        if self.progress.step == step:
+            raise Stopped
+        return original(self, *arguments, **keywords)
+
+    monkeypatch.setattr(trainer.Run, "step", step_or_die)

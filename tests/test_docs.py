@@ -14,7 +14,8 @@ from vlaft.cli.main import main
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCS = REPOSITORY / "docs"
 PAGES = ("evaluation", "export", "inference", "recipes")
-ELSEWHERE = ("--push", "--env", "tests/data/", "trackers")  # needs the Hub, another page's files, an extra
+# needs the Hub, another page's files, an extra; or many episodes (tests/training/test_success.py runs a few)
+ELSEWHERE = ("--push", "--env", "tests/data/", "trackers", "evaluate_env")
 
 
 def commands(page: str) -> list[str]:

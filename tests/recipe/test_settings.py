@@ -137,6 +137,8 @@ def test_a_wrong_word_is_one_sentence(word: str, sentence: str) -> None:
         (("adapt.lora.init=pissa", "adapt.quantize=int8"), "adapt.lora.init=pissa needs adapt.quantize=none, not int8"),
         (("train.schedule.warmup_steps=9", "train.steps=9"), "must be below train.steps=9"),
         (("train.early_stopping=2", "train.evaluate_every=0"), "needs evaluations"),
+        (("train.best_by=success",), "train.best_by=success needs an environment to succeed in"),
+        (("train.evaluate_env_episodes=0",), "train.evaluate_env_episodes must be at least 1, not 0"),
         (("policy.head=l1", "policy.chunk=0"), "policy.chunk must be at least 1, not 0"),
         (("policy.chunk=2",), "policy.chunk=2 needs all actions written at once: policy.decoding=parallel"),
         (("policy.state=true",), "policy.state=true needs all actions written at once"),

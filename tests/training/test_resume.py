@@ -13,7 +13,7 @@ from pathlib import Path
 
 import faults
 import pytest
-from small_run import Small, checkpoint_content, log_lines, run
+from small_run import Small, Stopped, checkpoint_content, log_lines, run, stop_after
 
 from vlaft.errors import Interrupted
 from vlaft.files import locked, restored
@@ -37,22 +37,6 @@ VARIANTS = {
     "all in bfloat16": ["precision.frozen=bfloat16", "precision.trained=bfloat16"],
     "threads": ["data.workers=2"],
 }
-
-
-class Stopped(Exception):
-    """What a test stops a run with."""
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Let the run die after `step`, without a chance to save."""
-    original = trainer.Run.step
-
-    def step_or_die(self: trainer.Run, *arguments, **keywords):  # type: ignore[no-untyped-def]
-        if self.progress.step == step:
-            raise Stopped
-        return original(self, *arguments, **keywords)
-
-    monkeypatch.setattr(trainer.Run, "step", step_or_die)
 
 
 @pytest.mark.parametrize("words", VARIANTS.values(), ids=VARIANTS.keys())

@@ -13,7 +13,8 @@ from vlaft.training.events import Listener
 if TYPE_CHECKING:
     from vlaft.accounting.plan import Plan
     from vlaft.recipe.settings import RecipeConfig
-    from vlaft.training.events import Banner, EvaluationLine, RunSummary, StepLine
+    from vlaft.training.events import Banner, EvaluationLine, RunSummary, StepLine, SuccessLine
+    from vlaft.training.run import Acting
 
 
 def train(
@@ -48,6 +49,7 @@ def train(
         raise ConfigError("data.path is missing: name the converted dataset with --data")
     if resume:
         _check_there(resolved, out)
+    acting = _acting(resolved)
     plan = plan_run(resolved, memory or present_gpu(), on_cpu=runs_on_cpu())
     if dry_run:
         _show_plan(plan)
@@ -62,7 +64,25 @@ def train(
 
     cpu = plan.main_memory
     predicted = PredictedMemory(plan.prediction.allocated, cpu.own if cpu else None, cpu.mapped if cpu else None)
-    run_training(plan.recipe, out, _Printer(), resume=resume, overwrite=overwrite or again, predicted=predicted)
+    run_training(
+        plan.recipe,
+        out,
+        _Printer(),
+        resume=resume,
+        overwrite=overwrite or again,
+        predicted=predicted,
+        acting=acting,
+    )
+
+
+def _acting(recipe: RecipeConfig) -> Acting | None:
+    """Return what lets the model act while it is trained, or None where no environment is named."""
+    env = recipe.train.evaluate_env
+    if not env:
+        return None
+    from vlaft.evaluation.rollout import acting
+
+    return acting(env, recipe.train.evaluate_env_episodes)
 
 
 def _check_there(recipe: RecipeConfig, run: Path) -> None:
@@ -231,6 +251,15 @@ class _Printer(Listener):
             f" | L1 {line.val_action_l1:.4f}{mark}"
         )
 
+    def acted(self, line: SuccessLine) -> None:
+        from vlaft.cli.console import say
+
+        mark = " (best so far)" if line.best else ""
+        say(
+            f"step {line.step:>6} | acted: {line.success_rate:.0%} of {line.episodes} episodes succeeded"
+            f" ({line.success_low:.0%} to {line.success_high:.0%}){mark}"
+        )
+
     def saved(self, checkpoint: Path) -> None:
         from vlaft.cli.console import say
 
@@ -240,7 +269,9 @@ class _Printer(Listener):
         from vlaft.cli.console import say
 
         stopped = ", stopped early" if summary.stopped_early else ""
-        best = f"; best: {summary.best} (held-out action L1 {summary.best_l1:.4f})" if summary.best else ""
+        by = f"held-out action L1 {summary.best_l1:.4f}" if summary.best_l1 is not None else ""
+        by = f"{summary.best_success:.0%} succeeded" if summary.best_success is not None else by
+        best = f"; best: {summary.best} ({by})" if summary.best else ""
         say(f"{summary.steps} steps in {_duration(summary.seconds)}{stopped}; last: {summary.last}{best}")
         say(f"peak memory {_peak(summary)}; written to {summary.folder}")
         say(f"next: vlaft merge {summary.folder} --out {summary.folder}-merged")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,12 @@ from vlaft.environments.interface import Moment, opened_environments
 from vlaft.environments.registry import _SHIPPED, environment_maker
 from vlaft.errors import DataError, VlaftError
 from vlaft.files import disk_errors, locked
+from vlaft.observation.images import ImagePipeline
+from vlaft.observation.prompts import load_base_files, prompt_style_of
 from vlaft.policy import Policy, load
 
+TRAINING_SEED = 1_000_000  # of the first episode while training: far from those that `evaluate --env` reports on
+TRAINING_PARALLEL = 10
 KEPT = 6  # episodes that pictures show
 _PICTURES = re.compile(r"episodes(-\d+-.+)?\.(gif|png)")
 
@@ -129,6 +133,43 @@ def evaluate_in(
         gc.collect()  # the next model needs the place of this one
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def acting(
+    env: str, episodes: int, seed: int = TRAINING_SEED
+) -> Callable[[Any, Path, Mapping[str, Any], Mapping[str, Any], torch.device], Rollout]:
+    """Return what lets a model in training act in an environment.
+
+    Args:
+        env: as `environment_maker` takes it; one is made and closed again, so that what is wrong shows at once.
+        episodes: how many each time, with the same seeds each time.
+        seed: of the first.
+
+    Returns:
+        A function of the model in eval mode, its base's folder, its `inference` (`run.json`), its statistics and its
+        device, as `vlaft.training.run.Run.act` calls it.
+
+    Raises:
+        UsageError: no such environment.
+        VlaftError: it fails.
+    """
+    make = environment_maker(env)
+    with opened_environments(make, 1):
+        pass
+
+    def act(
+        model: Any, base: Path, inference: Mapping[str, Any], statistics: Mapping[str, Any], device: torch.device
+    ) -> Rollout:
+        files = load_base_files(str(base))
+        files = replace(files, config={**files.config, **inference})
+        files = replace(files, prompt_style=prompt_style_of(files.config))
+        pipeline = ImagePipeline.from_checkpoint(files.config, files.preprocessor)
+        policy = Policy(model, files, pipeline, statistics, device)
+        actor = _Actor(policy, _statistics_key(policy, "the run", env, None), "the run", env)
+        with opened_environments(make, min(TRAINING_PARALLEL, episodes)) as environments:
+            return run_episodes(actor, environments, seeds=range(seed, seed + episodes))
+
+    return act
 
 
 def write_pictures(folder: Path, evaluations: Sequence[RolloutEvaluation]) -> list[Path]:

@@ -47,6 +47,7 @@ PANELS = (
     Panel("learning rate", "learning_rate", from_zero=True),
     Panel("gradient norm before clipping", "grad_norm", from_zero=True),
 )
+ACTED = Panel("success in the environment", "success_rate", "success_rate", from_zero=True)  # where a run acted
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def read_curves(run: Path) -> Curves:
                     line = None
                 if not isinstance(line, dict) or not np.isfinite(_number(line.get("step"))):
                     damaged += bool(text.strip())
-                elif "val_loss" in line:
+                elif "val_loss" in line or "success_rate" in line:
                     held_out.append(line)
                 elif "loss" in line:
                     train.append(line)
@@ -97,8 +98,8 @@ def read_curves(run: Path) -> Curves:
         raise DataError(f"{path} has no logged step yet; wait for the first one")
     return Curves(
         run,
-        _columns(train, ["step", *(panel.train for panel in PANELS)]),
-        _columns(held_out, ["step", *(panel.held_out for panel in PANELS if panel.held_out)]),
+        _columns(train, ["step", *(panel.train for panel in (*PANELS, ACTED))]),
+        _columns(held_out, ["step", *(panel.held_out for panel in (*PANELS, ACTED) if panel.held_out)]),
         damaged,
     )
 
@@ -137,15 +138,19 @@ def draw_curves(curves: Sequence[Curves]) -> Figure:
     """Return the figure: training as lines, evaluations on held-out examples as dashed lines with dots."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13.0, 7.0), layout="constrained")
-    axes = list(figure.subplots(2, 3).flatten())
-    for panel, axis in zip(PANELS, axes, strict=False):
+    acted = any(np.isfinite(run.held_out["success_rate"]).any() for run in curves)
+    panels, columns = ((*PANELS, ACTED), 4) if acted else (PANELS, 3)
+    figure = Figure(figsize=(4.0 * columns + 1.0, 7.0), layout="constrained")
+    axes = list(figure.subplots(2, columns).flatten())
+    for panel, axis in zip(panels, axes, strict=False):
         for number, run in enumerate(curves):
             _draw(panel, axis, run, COLORS[number % len(COLORS)])
         axis.set_title(panel.title, fontsize=10)
         axis.grid(alpha=0.25)
         axis.set_xlabel("step")
-    _explain(axes[-1], curves)
+    _explain(axes[len(panels)], curves)
+    for unused in axes[len(panels) + 1 :]:
+        unused.remove()
     return figure
 
 
@@ -155,7 +160,9 @@ def _draw(panel: Panel, axis: Axes, run: Curves, color: str) -> None:
     axis.plot(run.train["step"], values, color=color, linewidth=1.2, alpha=0.85, marker=marker)
     if panel.held_out is not None:
         dots = run.held_out[panel.held_out]
-        axis.plot(run.held_out["step"], dots, color=color, linewidth=1.2, linestyle="--", marker="o", markersize=4)
+        there = np.isfinite(dots)  # held-out examples and episodes have lines of their own
+        steps = run.held_out["step"][there]
+        axis.plot(steps, dots[there], color=color, linewidth=1.2, linestyle="--", marker="o", markersize=4)
     if panel.from_zero:
         axis.set_ylim(bottom=0)
 

@@ -30,6 +30,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "train.log_every": (1, math.inf),
     "train.save_every": (1, math.inf),
     "train.evaluate_every": (0, math.inf),
+    "train.evaluate_env_every": (1, math.inf),
+    "train.evaluate_env_episodes": (1, math.inf),
     "train.keep_checkpoints": (1, math.inf),
     "train.early_stopping": (1, math.inf),
     "train.overfit": (0, math.inf),
@@ -114,5 +116,7 @@ def _contradictions(config: RecipeConfig) -> Iterator[str]:
         yield f"train.schedule.step_size needs train.schedule.name=step, not {train.schedule.name}"
     if train.schedule.warmup_steps > 0 and train.schedule.warmup_steps >= train.steps:
         yield f"train.schedule.warmup_steps={train.schedule.warmup_steps} must be below train.steps={train.steps}"
-    if train.early_stopping is not None and train.evaluate_every == 0:
+    if train.best_by == "success" and not train.evaluate_env:
+        yield "train.best_by=success needs an environment to succeed in: train.evaluate_env=tabletop"
+    if train.early_stopping is not None and train.evaluate_every == 0 and train.best_by == "l1":
         yield "train.early_stopping needs evaluations, but train.evaluate_every=0 means none"

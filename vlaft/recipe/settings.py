@@ -124,6 +124,10 @@ class TrainConfig:
     log_every: int = 10  # steps
     save_every: int = 500  # steps; the last step is always saved
     evaluate_every: int = 500  # steps; 0: never
+    evaluate_env: str | None = None  # environment to act in as well, such as tabletop, in which successes are counted
+    evaluate_env_every: int = 500  # steps; the last step counts
+    evaluate_env_episodes: int = 20  # each time, always the same
+    best_by: Literal["l1", "success"] = "l1"  # what the best checkpoint is chosen by: held-out L1, or `evaluate_env`
     keep_checkpoints: int = 2  # newest checkpoints kept, besides the best
     early_stopping: int | None = None  # stop after so many evaluations without a better one; null: never
     overfit: int = 0  # train on the first so many examples only, as a test that the loss can reach 0; 0: off

@@ -43,6 +43,7 @@ class RunProgress:
     best: str | None = None
     best_l1: float | None = None
     evaluations_since_best: int = 0
+    best_success: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no run comes to."""

@@ -127,6 +127,27 @@ class EvaluationLine:
 
 
 @dataclass(frozen=True)
+class SuccessLine:
+    """One look at how often the model succeeds in `train.evaluate_env`; also a line of `log.jsonl`.
+
+    Attributes:
+        step: finished updates.
+        success_rate: share of the episodes.
+        success_low: lower end of its 95 % interval.
+        success_high: upper end.
+        episodes: how many.
+        best: whether this is the best so far, where the best is chosen by success.
+    """
+
+    step: int
+    success_rate: float
+    success_low: float
+    success_high: float
+    episodes: int
+    best: bool
+
+
+@dataclass(frozen=True)
 class RunSummary:
     """What a run came to.
 
@@ -135,7 +156,8 @@ class RunSummary:
         steps: finished updates.
         best: name of the best checkpoint, or None when nothing was held out.
         last: name of the last checkpoint.
-        best_l1: action L1 of the best checkpoint.
+        best_l1: action L1 of the best checkpoint, where it was chosen by that.
+        best_success: its success rate, likewise.
         seconds: of this call.
         peak: memory at its peak.
         stopped_early: whether evaluation stopped improving.
@@ -153,6 +175,7 @@ class RunSummary:
     stopped_early: bool
     predicted: PredictedMemory | None = None
     on_gpu: bool = False
+    best_success: float | None = None
 
 
 class Listener:
@@ -166,6 +189,9 @@ class Listener:
 
     def evaluated(self, line: EvaluationLine) -> None:
         """Held-out examples were looked at."""
+
+    def acted(self, line: SuccessLine) -> None:
+        """The model acted in its environment."""
 
     def saved(self, checkpoint: Path) -> None:
         """A checkpoint is on the disk."""

@@ -45,6 +45,7 @@ _FREE_KEYS = {
     "train.log_every",
     "train.save_every",
     "train.evaluate_every",
+    "train.evaluate_env_every",
     "train.keep_checkpoints",
     "train.early_stopping",
     "train.trackers",

@@ -5,14 +5,16 @@ from __future__ import annotations
 import gc
 import hashlib
 import math
+import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch.nn.parallel import DistributedDataParallel
@@ -23,6 +25,7 @@ from vlaft.adapt import pissa
 from vlaft.adapt.adapter import load_adapter_weights, save_adapter
 from vlaft.data.loader import Batch
 from vlaft.documents import read_as
+from vlaft.environments.episodes import Rollout
 from vlaft.errors import CheckpointError, ConfigError, VlaftError
 from vlaft.files import content_checksum
 from vlaft.model.heads.tokens import TokenOutput
@@ -34,6 +37,7 @@ from vlaft.training.checkpoints import (
     flatten_optimizer,
     list_checkpoints,
     load_trained,
+    random_state,
     read_checkpoint,
     restore_optimizer,
     restore_random_state,
@@ -65,6 +69,9 @@ from vlaft.training.step import Inputs, Normalization, autocast, forward
 from vlaft.weights.layout import fingerprint, tensor_checksums
 from vlaft.weights.trained import TRAINED_FILE
 
+# Lets a model act, given its base's folder, what it reads (`inference` of `run.json`), its statistics and its device.
+Acting = Callable[[Any, Path, Mapping[str, Any], Mapping[str, Any], torch.device], Rollout]
+
 
 class Run:
     """A run under way: the model, its optimizer, its data and its folder."""
@@ -86,6 +93,7 @@ class Run:
         self.base_fingerprint = fingerprint(base)
         self.base_checksums = tensor_checksums(base)
         self.progress = RunProgress()
+        self.acting: Acting | None = None
         self._told_to_stop: torch.Tensor | None = None
 
     def load(self, *, start: bool = True) -> None:
@@ -259,7 +267,15 @@ class Run:
 
     def _write_progress(self, last: str) -> None:
         progress = self.progress
-        self.folder.write_status(last=last, best=progress.best, step=progress.step, best_l1=progress.best_l1)
+        known: dict[str, Any] = {
+            "last": last,
+            "best": progress.best,
+            "step": progress.step,
+            "best_l1": progress.best_l1,
+        }
+        if self.recipe.train.evaluate_env:
+            known["best_success"] = progress.best_success
+        self.folder.write_status(**known)
 
     def _check_finite(self) -> None:
         trained = [local_part(p.detach()) for p in self.model.parameters() if p.requires_grad]
@@ -316,7 +332,7 @@ class Run:
         best = self.progress.best
         if best is not None and not (self.folder.checkpoints / best).is_dir():
             self.listener.warned(f"{self.folder.path}: the best checkpoint, {best}, is gone; the next best counts")
-            self.progress.best, self.progress.best_l1 = None, None
+            self.progress.best = self.progress.best_l1 = self.progress.best_success = None
         self.data.loader.load_state_dict(state["loader"])
         restore_random_state(random)
         self.folder.truncate_log(self.progress.step)
@@ -414,6 +430,18 @@ class Run:
                 self._count(sums, output, len(batch))
         return self.read(sums)
 
+    def act(self) -> Rollout:
+        """Let the model act in its environment; what training draws next is not touched by it.
+
+        Raises:
+            DataError, VlaftError: the environment fails, or does not show what the policy reads.
+        """
+        assert self.acting is not None
+        model = base_model(self.model)
+        model.eval()
+        with _random_kept(), autocast(self.device, self.compute):
+            return self.acting(model, self.base, self.data.inference, self.data.statistics, self.device)
+
     def _validation(self) -> Iterator[tuple[Batch, bool]]:
         """Yield held-out batches, and whether each counts.
 
@@ -433,3 +461,15 @@ class Run:
                 batch = last if last is not None else self.data.any_validation_batch()
             last = batch
             yield batch, counts
+
+
+@contextmanager
+def _random_kept() -> Iterator[None]:
+    """Put all random states back at the end: environments draw from whichever they like."""
+    torch_state, python_state, numpy_state = random_state(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        restore_random_state(torch_state)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

@@ -32,13 +32,14 @@ from vlaft.training.events import (
     PredictedMemory,
     RunSummary,
     StepLine,
+    SuccessLine,
     check_trackers,
 )
 from vlaft.training.folder import RECIPE_FILE, RunFolder, check_same_recipe, command_line, environment
 from vlaft.training.interrupts import MemoryWatch, StopSignals, out_of_memory_told
 from vlaft.training.model import is_first, several
 from vlaft.training.optimizer import check_installed
-from vlaft.training.run import Run
+from vlaft.training.run import Acting, Run
 from vlaft.weights.layout import check_tensor_checksums, resolve_checkpoint
 from vlaft.weights.trained import BASE_CHECKSUMS, STATISTICS_CHECKSUM
 
@@ -54,6 +55,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     predicted: PredictedMemory | None = None,
+    acting: Acting | None = None,
 ) -> RunSummary:
     """Train as `recipe` says and write the run to `out`.
 
@@ -64,9 +66,10 @@ def train(
         resume: continue from the newest whole checkpoint in `out`.
         predicted: what a step is predicted to take, for the record.
         overwrite: replace what is in `out`, once the model is loaded and the new run begins.
+        acting: lets the model act in `train.evaluate_env`, where there is one.
 
     Raises:
-        ConfigError: the settings are not those of the run that is continued.
+        ConfigError: the settings are not those of the run that is continued, or several processes are to act.
         DataError, CheckpointError: data or base are missing, damaged, or do not fit together.
         MissingExtra: the recipe needs a package that is not installed.
         Interrupted: SIGINT or SIGTERM, after the step under way was finished and saved.
@@ -81,6 +84,7 @@ def train(
         if resume:
             _check_continues(recipe, out)
         run = Run(recipe, out, base, listener)
+        run.acting = acting
         if not is_first():  # the first one has the lock by now, or they would not have found each other
             held.enter_context(joined(out))
         with MemoryWatch(run.device) as memory:
@@ -112,6 +116,10 @@ def _located(recipe: RecipeConfig, out: Path, *, overwrite: bool) -> tuple[Recip
         raise ConfigError("data.path is missing: name the converted dataset with --data")
     check_installed(recipe.train)
     check_trackers(recipe.train.trackers)
+    if recipe.train.evaluate_env and several():
+        raise ConfigError(
+            "train.evaluate_env: several processes cannot act; train in one, or evaluate --env afterwards"
+        )
     quantization_config(recipe.adapt, torch.bfloat16)  # raises where bitsandbytes is missing
     recipe = replace(recipe, data=replace(recipe.data, path=[str(Path(path).resolve()) for path in recipe.data.paths]))
     base = resolve_checkpoint(recipe.base)
@@ -193,6 +201,7 @@ def _finish(
         best=progress.best,
         last=checkpoint_name(progress.step),
         best_l1=progress.best_l1,
+        best_success=progress.best_success,
         seconds=seconds,
         peak=peak,
         stopped_early=stopped_early,
@@ -210,7 +219,8 @@ def _loop(run: Run, signals: StopSignals) -> bool:
         upcoming = run.progress.step + 1
         final = upcoming == train.steps
         evaluates = train.evaluate_every > 0 and (final or upcoming % train.evaluate_every == 0)
-        saves = final or upcoming % train.save_every == 0 or evaluates
+        acts = run.acting is not None and (final or upcoming % train.evaluate_env_every == 0)
+        saves = final or upcoming % train.save_every == 0 or evaluates or acts
         logs = saves or upcoming % train.log_every == 0 or upcoming == 1
         norm, seconds = run.step(sums, want_norm=logs)
         waited += seconds
@@ -223,6 +233,8 @@ def _loop(run: Run, signals: StopSignals) -> bool:
             waited, steps_since = 0.0, 0
         if evaluates and not stop:
             _evaluate(run)
+        if acts and not stop:
+            _act(run)
         if saves or stop:
             name = run.save()
         if stop and not final:
@@ -270,15 +282,41 @@ def _evaluate(run: Run) -> None:
         return
     _check_loss(run, metrics.loss)
     progress = run.progress
-    best = progress.best_l1 is None or metrics.action_l1 < progress.best_l1
+    chosen = run.recipe.train.best_by == "l1"
+    best = chosen and (progress.best_l1 is None or metrics.action_l1 < progress.best_l1)
     if best:
-        progress.best, progress.best_l1 = checkpoint_name(progress.step), metrics.action_l1
-        progress.evaluations_since_best = 0
-    else:
-        progress.evaluations_since_best += 1
+        progress.best_l1 = metrics.action_l1
+    if chosen:
+        _count_best(run, best)
     line = EvaluationLine(progress.step, metrics.loss, metrics.action_accuracy, metrics.action_l1, best)
     run.log(asdict(line))
     run.listener.evaluated(line)
+
+
+def _act(run: Run) -> None:
+    """Count successes; an environment that fails costs the figure, not the run."""
+    try:
+        rollout = run.act()
+    except VlaftError as error:
+        run.listener.warned(f"train.evaluate_env: nothing was counted at step {run.progress.step}: {error}")
+        return
+    progress, rate = run.progress, rollout.success_rate
+    chosen = run.recipe.train.best_by == "success"
+    best = chosen and (progress.best_success is None or rate > progress.best_success)
+    if best:
+        progress.best_success = rate
+    if chosen:
+        _count_best(run, best)
+    line = SuccessLine(progress.step, rate, *rollout.interval, len(rollout.episodes), best)
+    run.log(asdict(line))
+    run.listener.acted(line)
+
+
+def _count_best(run: Run, best: bool) -> None:
+    progress = run.progress
+    if best:
+        progress.best = checkpoint_name(progress.step)
+    progress.evaluations_since_best = 0 if best else progress.evaluations_since_best + 1
 
 
 def _banner(run: Run, predicted: PredictedMemory | None) -> Banner:

@@ -84,6 +84,7 @@ class RunStatus:
     best: str | None = None
     step: int = 0
     best_l1: float | None = None
+    best_success: float | None = None
     statistics_crc32c: str | None = None
 
     def __post_init__(self) -> None:
