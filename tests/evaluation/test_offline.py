@@ -34,8 +34,8 @@ from vlaft.evaluation.offline import check_models, evaluate
 from vlaft.evaluation.plots import draw_evaluations
 from vlaft.files import checksum, sealed, write_json
 from vlaft.model.generation import decode_both, generate_action_ids
+from vlaft.pages.curves import LOG_FILE
 from vlaft.policy import load
-from vlaft.training.folder import LOG_FILE
 
 ACTIONS = ActionTokenizer(512)
 

@@ -19,6 +19,7 @@ from typing import Any
 from vlaft.action.statistics import STATISTICS_FILE
 from vlaft.errors import ConfigError, VlaftError
 from vlaft.files import SEAL, content_checksum, disk_errors, sealed, staged, sync, unsealed
+from vlaft.pages.curves import LOG_FILE
 from vlaft.recipe.settings import RecipeConfig
 from vlaft.training.events import flat_settings
 from vlaft.weights.trained import (
@@ -30,7 +31,6 @@ from vlaft.weights.trained import (
 )
 
 RECIPE_FILE = "recipe.yaml"
-LOG_FILE = "log.jsonl"
 _RECIPE_SEAL = f"# {SEAL}: "  # begins the recipe's last line
 CONTINUE = "; make room and continue with --resume"
 _OWN_FILES = {RUN_FILE, RECIPE_FILE, LOG_FILE, STATISTICS_FILE, ENVIRONMENT_FILE, "checkpoints"}

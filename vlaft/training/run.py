@@ -27,6 +27,7 @@ from vlaft.errors import CheckpointError, ConfigError, VlaftError
 from vlaft.files import content_checksum
 from vlaft.model.heads.tokens import TokenOutput
 from vlaft.observation.augmentation import pixel_values
+from vlaft.pages.curves import LOG_FILE
 from vlaft.recipe.settings import RecipeConfig, resolve_precision
 from vlaft.training.checkpoints import (
     RunProgress,
@@ -46,7 +47,7 @@ from vlaft.training.checkpoints import (
 from vlaft.training.data import TrainingData, to_inputs
 from vlaft.training.events import Listener, Trackers
 from vlaft.training.feature_cache import FeatureCache, cache_folder, cacheable, pays
-from vlaft.training.folder import LOG_FILE, RunFolder
+from vlaft.training.folder import RunFolder
 from vlaft.training.interrupts import StopSignals
 from vlaft.training.model import (
     PRECISIONS,
