@@ -1,6 +1,6 @@
 """How things come to lie on a disk, whole, and how it is seen that they are still as they were written.
 
-* JSON documents: one way to read them, one to write them.
+* Documents: one way to read JSON and YAML, one to write JSON.
 * Sums are CRC-32C (Castagnoli), which x86 and ARM compute in hardware: a gigabyte takes about as long as reading it
   from memory (`benchmarks/checksums.py`), and every flip of up to 32 neighbouring bits is found. Binary files are
   summed as they lie. JSON documents are summed by their content and carry the sum themselves, under `crc32c`: whoever
@@ -30,11 +30,13 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from vlaft.documents import NotYaml, parse_yaml
 from vlaft.errors import ConfigError, DataError, VlaftError
 
 SEAL = "crc32c"  # key of a document's own checksum
 UNSEALED = f'if the change is meant, delete the line "{SEAL}" in it'
 _LARGEST_JSON = 256 * 2**20  # bytes; what is larger is no document, and would be held in memory several times over
+LARGEST_YAML = 2**18  # bytes; recipes have some thirty lines, mixes some hundred
 _CHUNK = 2**20
 _WORTH_REMEMBERING = 64 * 2**20  # bytes; less is read in a hundredth of a second
 _SETTLED = 2 * 10**9  # ns; a file changed later than that before it was read may change again within one tick
@@ -63,6 +65,36 @@ def read_json(path: Path, error: type[VlaftError] = DataError) -> dict[str, Any]
     if not isinstance(value, dict):
         raise error(f"{path} must hold a JSON object")
     return value
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """Return the mapping in a YAML file that somebody wrote by hand, as plain dicts, lists and scalars.
+
+    Args:
+        path: the file.
+        what: what it is, for the sentences: "a recipe".
+
+    Raises:
+        ConfigError: it is missing, too large, not UTF-8 or not YAML, has aliases, or holds no mapping.
+    """
+    try:
+        with path.open("rb") as stream:
+            raw = stream.read(LARGEST_YAML + 1)
+        if len(raw) > LARGEST_YAML:
+            raise ConfigError(f"{path}: larger than {LARGEST_YAML // 1024} KiB, so not {what}")
+        content = parse_yaml(raw.decode("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text") from error
+    except NotYaml as error:
+        where = f", line {error.line}" if error.line else ""
+        raise ConfigError(f"{path}{where}: not valid YAML ({error})") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: {what} is a mapping of keys to values")
+    return {str(key): value for key, value in content.items()}
 
 
 def write_json(path: Path, value: Any, *, indent: int = 2, durable: bool = True) -> None:

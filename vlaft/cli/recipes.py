@@ -53,13 +53,14 @@ def show_recipe(
 ) -> None:
     """Print a recipe's YAML."""
     from vlaft.cli.console import visible
-    from vlaft.recipe.resolve import find_recipe, read_settings, resolve, to_yaml
+    from vlaft.files import read_yaml
+    from vlaft.recipe.resolve import find_recipe, resolve, to_yaml
 
     if resolved:
         typer.echo(to_yaml(resolve(name)), nl=False)
         return
     file = find_recipe(name)
-    read_settings(file)  # refuses what is no recipe, in one sentence
+    read_yaml(file, "a recipe")  # refuses what is no recipe, in one sentence
     typer.echo(visible(file.read_text(encoding="utf-8")), nl=False)
 
 

@@ -13,9 +13,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from vlaft.documents import NotYaml, in_words, is_text, parse_yaml, shown
 from vlaft.errors import ConfigError, did_you_mean
+from vlaft.files import read_yaml
 from vlaft.recipe.settings import RecipeConfig
-
-MAX_RECIPE_BYTES = 64 * 1024  # a recipe has some thirty lines
 
 
 def recipe_names() -> list[str]:
@@ -51,32 +50,6 @@ def opening_comments(file: Path) -> tuple[str, str]:
         lines = [stream.readline(), stream.readline()]
     purpose, cost = (line.removeprefix("#").strip() if line.startswith("#") else "" for line in lines)
     return purpose, cost
-
-
-def read_settings(file: Path) -> dict[str, Any]:
-    """Return a YAML file's mapping as plain dicts, lists and scalars.
-
-    Raises:
-        ConfigError: the file is missing, too large, not UTF-8 or not YAML, has aliases, or is no mapping.
-    """
-    try:
-        with file.open("rb") as stream:
-            raw = stream.read(MAX_RECIPE_BYTES + 1)
-        if len(raw) > MAX_RECIPE_BYTES:
-            raise ConfigError(f"{file}: larger than {MAX_RECIPE_BYTES // 1024} KiB, so not a recipe")
-        content = parse_yaml(raw.decode("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file}: not UTF-8 text") from error
-    except NotYaml as error:
-        where = f", line {error.line}" if error.line else ""
-        raise ConfigError(f"{file}{where}: not valid YAML ({error})") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file}: a recipe is a mapping of keys to values")
-    return {str(key): value for key, value in content.items()}
 
 
 def parse_word(word: str) -> dict[str, Any]:
@@ -233,7 +206,7 @@ def resolve(
             problems += error.problems
     for file in files:
         try:
-            layers.append((f"{file}: ", read_settings(file)))
+            layers.append((f"{file}: ", read_yaml(file, "a recipe")))
         except ConfigError as error:
             problems += error.problems
     for word in words:
