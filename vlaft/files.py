@@ -174,32 +174,33 @@ def remembered(path: Path, compute: Callable[[Path], Any], *, fresh: bool = Fals
         compute: gives a JSON-able value that depends on the file's content alone; kept under its name.
         fresh: compute it in any case.
     """
-    stamp = _stamp(path)
-    if stamp[0] < _WORTH_REMEMBERING:
+    before = stamp(path)
+    if before[0] < _WORTH_REMEMBERING:
         return compute(path)
     name = hashlib.sha256(f"{compute.__name__} {path.resolve()}".encode()).hexdigest()[:32]
-    note = _cache_folder() / f"{name}.json"
+    note = cache_folder("checksums") / f"{name}.json"
     if not fresh:
         try:
             content = read_json(note)
-            if seal_holds(content) and content["stamp"] == stamp:
+            if seal_holds(content) and content["stamp"] == before:
                 return content["value"]
         except (DataError, KeyError, ValueError, RecursionError):
             pass
     value = compute(path)
-    if _stamp(path) == stamp and time.time_ns() - stamp[2] > _SETTLED:
-        _keep(note, sealed({"stamp": stamp, "value": value}))
+    if stamp(path) == before and time.time_ns() - before[2] > _SETTLED:
+        _keep(note, sealed({"stamp": before, "value": value}))
     return value
 
 
-def _stamp(path: Path) -> list[int]:
+def stamp(path: Path) -> list[int]:
     """Return size, time of the last change of content and of anything, and inode; the second cannot be set back."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlaft" / "checksums"
+def cache_folder(kind: str) -> Path:
+    """Return the folder of a cache: `$XDG_CACHE_HOME/vlaft/KIND`, by default below `~/.cache`; it may not be there."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlaft" / kind
 
 
 def _keep(note: Path, content: Mapping[str, Any]) -> None:

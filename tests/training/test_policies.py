@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+import small_policies
 import torch
 from safetensors import safe_open
-from small_base import INSTRUCTION, convert_small, write_small_base
+from small_base import INSTRUCTION
+from small_policies import RECIPES, write_rich
 from small_run import Small, checkpoint_content, log_lines, run
 from transformers import AutoModelForImageTextToText
 
@@ -25,16 +27,10 @@ from vlaft.recipe.resolve import resolve
 from vlaft.recipe.settings import resolve_precision
 from vlaft.weights.trained import find_trained
 
-CHUNK = "policy.chunk=3"
-RECIPES = {"oft": (CHUNK,), "oft-state": (CHUNK,), "oft-film": (CHUNK, "policy.cameras=[main,wrist]")}
-
 
 @pytest.fixture(scope="module")
 def rich(tmp_path_factory: pytest.TempPathFactory) -> Small:
-    """Six episodes of eight steps with two cameras and a state, for two ViTs."""
-    folder = tmp_path_factory.mktemp("rich")
-    base = write_small_base(folder / "base", "fused")
-    return Small(base, convert_small(base, folder / "data", rich=True))
+    return write_rich(tmp_path_factory.mktemp("rich"))
 
 
 @pytest.fixture(scope="module", params=RECIPES)
@@ -51,12 +47,9 @@ def frames(cameras: list[str]) -> dict[str, np.ndarray]:
 
 
 def ask(folder: Path) -> np.ndarray:
-    policy = load(folder, device="cpu")
-    reads = policy.model.policy
-    state = [0.5, 0.1, 0.5] if reads.state else None
-    prediction = policy.predict(frames(list(reads.cameras)), INSTRUCTION, state=state)
-    assert prediction.actions.shape == (3, 7) and prediction.action_token_ids is None
-    return prediction.actions
+    actions = small_policies.ask(load(folder, device="cpu"))
+    assert actions.shape == (3, 7)
+    return actions
 
 
 def test_a_checkpoint_holds_adapter_and_head(trained: tuple[str, Path]) -> None:
@@ -97,16 +90,18 @@ def test_what_a_policy_lacks_is_named(trained: tuple[str, Path], tmp_path: Path)
             policy.predict(frames(["main"])["main"], INSTRUCTION, state=[0.0, 0.0, 0.0])
 
 
-def test_a_merged_policy_is_no_base_and_no_export(trained: tuple[str, Path], rich: Small, tmp_path: Path) -> None:
+def test_a_merged_policy_is_loaded_by_nothing_that_would_read_it_otherwise(
+    trained: tuple[str, Path], tmp_path: Path
+) -> None:
     _, out = trained
     merged = tmp_path / "merged"
-    assert main(["merge", str(out), "--out", str(merged)]) == 0
-    with pytest.raises(CheckpointError, match="a policy with a head of its own: train on the base"):
-        run(replace(rich.recipe("oft", CHUNK), base=str(merged)), tmp_path / "again")
-    assert main(["export", str(merged), "--out", str(tmp_path / "export")]) == 1
+    assert main(["merge", str(out), "--out", str(merged), "--no-verify"]) == 0
     with pytest.raises(CheckpointError, match=r"load it with vlaft\.load"):  # it would write other actions, silently
         AutoModelForImageTextToText.from_pretrained(merged)
-    assert not (tmp_path / "export").exists()
+    model = load(merged, device="cpu").model
+    ids = torch.tensor([[1, 5, 6, 4]])
+    with pytest.raises(ValueError, match=r"ask model\.head\.predict, or give labels"):
+        model(ids, torch.zeros(1, 6 * len(model.policy.cameras), 56, 56), state=torch.zeros(1, 3))
 
 
 def test_continued_as_undisturbed(rich: Small, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlaft.cli.arguments import AsJson, Base, Device, Overwrite
+from vlaft.cli.arguments import AsJson, Base, Device, Overwrite, parse_policy
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,7 +35,8 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="MODEL...",
-            help="Checkpoint (folder or Hub id), run, run checkpoint, or adapter.",
+            help="Checkpoint (folder or Hub id), run, run checkpoint, or adapter; policy.KEY=VALUE among them is what"
+            " a folder of OpenVLA-OFT's does not tell.",
             show_default=False,
         ),
     ],
@@ -108,19 +109,24 @@ def evaluate(
         raise VlaftError(f"{plots} is not empty; name another folder with --plots, or give --overwrite")
     from vlaft.evaluation.offline import check_models
 
+    policy = parse_policy([word for word in models if word.startswith("policy.") and "=" in word])
+    models = [word for word in models if not (word.startswith("policy.") and "=" in word)]
+    if not models:
+        raise UsageError("which model? name a checkpoint, a run or an adapter")
+    chunk = check_models(models, policy, base)
     if env is not None:
         from vlaft.action.execution import Execution
 
-        check_models(models)
         execution = Execution(execute, ensemble)
         options = {"execution": execution, "unnorm_key": unnorm_key, "dtype": dtype, "device": device, "base": base}
+        options["settings"] = policy
         in_environment(models, env, episodes, seed, batch_size, plots, as_json, options)
         return
     from vlaft.data.held_out import HeldOut
     from vlaft.evaluation.offline import evaluate as run_evaluation
 
     assert data is not None
-    held_out = HeldOut.open(data, split, limit, chunk=check_models(models))
+    held_out = HeldOut.open(data, split, limit, chunk=chunk)
     evaluations = []
     with progress("evaluating", total=len(held_out) * len(models), unit="examples") as advance:
         for model in models:
@@ -132,6 +138,7 @@ def evaluate(
                     dtype=dtype,
                     device=device,
                     base=base,
+                    policy=policy,
                     advance=partial(advance, note=model),
                 )
             )

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vlaft.cli.arguments import AsJson, Base, Device
+from vlaft.cli.arguments import AsJson, Base, Device, PolicyWords, parse_policy
 
 
 def predict(
@@ -32,6 +32,7 @@ def predict(
     ] = False,
     device: Device = "auto",
     as_json: AsJson = False,
+    words: PolicyWords = None,
 ) -> None:
     """Print the action that a model chooses, in the robot's units."""
     from vlaft.cli.console import print_json, show, warn
@@ -45,7 +46,7 @@ def predict(
             frames.append(decode_image(path.read_bytes(), str(path)))
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    policy = load(model, base=base, checkpoint=checkpoint, dtype=dtype, device=device)
+    policy = load(model, base=base, checkpoint=checkpoint, dtype=dtype, device=device, policy=parse_policy(words))
     predictions = policy.predict(frames, instruction, unnorm_key=unnorm_key, action_ids_only=action_ids_only)
     for path, prediction in zip(image, predictions, strict=True):
         if prediction.non_action_tokens:

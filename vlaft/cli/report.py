@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from vlaft.accounting.costs import RecipeCost
+    from vlaft.recipe.settings import RecipeConfig
 
 _NO_GPU = 24 * 10**9  # what the largest batch is worked out for where no GPU is here and none is named
 
@@ -55,22 +56,22 @@ def report(
     """
     from vlaft.accounting.costs import PAPER_BASE, recipe_cost
     from vlaft.accounting.meta import ACTION_SIZE, STATE_SIZE
-    from vlaft.accounting.plan import present_gpu
+    from vlaft.accounting.plan import on_local_base, present_gpu
     from vlaft.cli.arguments import parse_size
     from vlaft.cli.console import print_json, progress, show
     from vlaft.errors import UsageError
     from vlaft.model.load import base_config
     from vlaft.model.openvla import PARTS
-    from vlaft.recipe.resolve import recipe_names, resolve
+    from vlaft.recipe.resolve import recipe_names
 
     if explain and recipe:
         raise UsageError("--explain names its recipe itself; leave --recipe out")
     asked = [explain] if explain else recipe or ["all"]
     names = [name for word in asked for name in (recipe_names() if word == "all" else [word])]
     options = {"base": base} if base else {}
-    recipes = [resolve(name, config_files or (), settings or (), options) for name in dict.fromkeys(names)]
+    recipes = _on_base(list(dict.fromkeys(names)), config_files or (), settings or (), options)
     memory = parse_size(gpu_memory) if gpu_memory else present_gpu() or _NO_GPU
-    config = base_config(recipes[0].base)
+    config = base_config(on_local_base(recipes[0]).base)
     costs = []
     with progress("tracing a training step on the meta device", len(recipes), "recipes") as advance:
         for each in recipes:
@@ -105,6 +106,32 @@ def report(
         )
     if paper:
         show("\nThe paper's figures are its own: another training stack, and nothing recomputed in the backward pass.")
+
+
+def _on_base(
+    names: list[str], config_files: Sequence[Path], settings: Sequence[str], options: dict[str, Any]
+) -> list[RecipeConfig]:
+    """Resolve recipes on one base; where that is a policy already, those of several that train another are left out."""
+    from vlaft.adapt.policies import policy_on_base
+    from vlaft.cli.console import warn
+    from vlaft.errors import ConfigError
+    from vlaft.recipe.resolve import resolve
+
+    recipes, contrary = [], []
+    for name in names:
+        try:
+            recipes.append(resolve(name, config_files, settings, options, policy_on_base))
+        except ConfigError as error:
+            if len(names) == 1:
+                raise
+            resolve(name, config_files, settings, options)  # what is wrong whatever the base is
+            contrary.append((name, error))
+    if not recipes:
+        raise contrary[0][1]
+    if contrary:
+        left_out = ", ".join(name for name, _ in contrary)
+        warn(f"left out, because {recipes[0].base} is a policy already, and another one: {left_out}")
+    return recipes
 
 
 _COLOURS = {

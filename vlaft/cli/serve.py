@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vlaft.cli.arguments import Base, Device
+from vlaft.cli.arguments import Base, Device, PolicyWords, parse_policy
 
 
 def serve(
@@ -35,6 +35,7 @@ def serve(
     max_body: Annotated[str, typer.Option("--max-body", help="Largest request.")] = "20MiB",
     max_image_side: Annotated[int, typer.Option("--max-image-side", help="Largest image, in pixels a side.")] = 2048,
     device: Device = "auto",
+    words: PolicyWords = None,
 ) -> int:
     """Serve a model to robots: POST /act as OpenVLA's server has it, GET /health, GET /info."""
     import os
@@ -64,7 +65,7 @@ def serve(
             warn(f"whoever reaches {host} can use this model; ask for a token with --token-file or {TOKEN_VARIABLE}")
         from vlaft.policy import load
 
-        policy = load(model, base=base, checkpoint=checkpoint, dtype=dtype, device=device)
+        policy = load(model, base=base, checkpoint=checkpoint, dtype=dtype, device=device, policy=parse_policy(words))
         shown = f"[{address[0]}]" if ":" in address[0] else address[0]
         server = Server(policy, Path(model).name, settings)
         server.run(bound, lambda: say(f"serving {model} on http://{shown}:{address[1]} (POST /act); Ctrl-C stops"))

@@ -90,6 +90,7 @@ def resolve_recipe(
     run: Path | None = None,
 ) -> RecipeConfig:
     """Lay the command's words over the recipe; a run that is continued brings its own recipe."""
+    from vlaft.adapt.policies import policy_on_base
     from vlaft.recipe.resolve import resolve
     from vlaft.training.folder import RECIPE_FILE
 
@@ -102,7 +103,7 @@ def resolve_recipe(
         name = run / RECIPE_FILE
     elif recipe == "auto":
         return _choose_recipe(config or [], words, options, gpu_memory)
-    resolved = resolve(name or "lora32", config or [], words, options)
+    resolved = resolve(name or "lora32", config or [], words, options, policy_on_base)
     if resolved.train.batch_size == "auto" and run is not None and (run / RECIPE_FILE).is_file():
         from dataclasses import replace
 

@@ -23,13 +23,13 @@ from vlaft.action.metrics import ActionMetrics, measure_actions
 from vlaft.action.statistics import check_statistics, tells_of_state
 from vlaft.action.tokens import normalize, unnormalize
 from vlaft.action.written import Written
+from vlaft.adapt.policies import policy_folder
 from vlaft.data.held_out import HeldOut
 from vlaft.errors import CheckpointError, ConfigError, DataError, VlaftError
 from vlaft.files import read_json
 from vlaft.model.configuration import Policy as ModelPolicy
 from vlaft.observation.batch import Reader, check_fits
 from vlaft.policy import Policy, load
-from vlaft.weights.layout import resolve_checkpoint
 from vlaft.weights.trained import find_trained, is_trained
 
 
@@ -58,15 +58,20 @@ class Evaluation:
     error: NDArray[np.float64]
 
 
-def check_models(models: Sequence[str]) -> int:
+def check_models(models: Sequence[str], policy: Mapping[str, Any] | None = None, base: str | None = None) -> int:
     """See whether every model is there, before the first of them is evaluated for an hour.
+
+    Args:
+        models: as they are named.
+        policy: as `vlaft.load` takes it.
+        base: likewise.
 
     Returns:
         How many actions the models write at once, at most.
 
     Raises:
         CheckpointError: one is missing.
-        ConfigError: one is named twice.
+        ConfigError: one is named twice, or `policy` is not what it is.
     """
     chunks = [1]
     for index, model in enumerate(models):
@@ -76,7 +81,7 @@ def check_models(models: Sequence[str]) -> int:
         if path.is_dir() and is_trained(path):
             config = find_trained(path).inference
         else:
-            config = read_json(resolve_checkpoint(model) / "config.json", CheckpointError)
+            config = read_json(policy_folder(model, policy, base=base) / "config.json", CheckpointError)
         chunks.append(ModelPolicy.of(config, model).chunk)
     return max(chunks)
 
@@ -89,6 +94,7 @@ def evaluate(
     dtype: str | None = None,
     device: str = "auto",
     base: str | None = None,
+    policy: Mapping[str, Any] | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Evaluation:
     """Predict the actions of held-out examples, teacher-forced and free-running, and measure them.
@@ -104,6 +110,7 @@ def evaluate(
         dtype: as `vlaft.load` takes it.
         device: likewise.
         base: of a run or adapter, where its base has moved.
+        policy: as `vlaft.load` takes it.
         advance: called with the number of examples that each batch has finished.
 
     Raises:
@@ -115,7 +122,8 @@ def evaluate(
     if batch_size < 1:
         raise ConfigError(f"a batch size of {batch_size} is too small; give at least 1")
     try:
-        return _evaluate(model, load(model, base=base, dtype=dtype, device=device), held_out, batch_size, advance)
+        loaded = load(model, base=base, dtype=dtype, device=device, policy=policy)
+        return _evaluate(model, loaded, held_out, batch_size, advance)
     except torch.cuda.OutOfMemoryError as error:
         raise VlaftError(f"the GPU's memory is full at --batch-size {batch_size}: halve it") from error
     finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,7 @@ def evaluate_in(
     dtype: str | None = None,
     device: str = "auto",
     base: str | None = None,
+    settings: Mapping[str, Any] | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> RolloutEvaluation:
     """Let a model act in an environment.
@@ -97,6 +98,7 @@ def evaluate_in(
         dtype: as `vlaft.load` takes it.
         device: likewise.
         base: likewise.
+        settings: of the policy, likewise.
         advance: told of each episode that has ended.
 
     Raises:
@@ -113,7 +115,7 @@ def evaluate_in(
     try:
         # first, for a model may take minutes to load
         with opened_environments(make, min(parallel, episodes)) as environments:
-            policy = load(model, dtype=dtype, device=device, base=base)
+            policy = load(model, dtype=dtype, device=device, base=base, policy=settings)
             execution.check(policy.model.policy.chunk)
             actor = _Actor(policy, _statistics_key(policy, model, env, unnorm_key), model, env)
             rollout = run_episodes(actor, environments, seeds=seeds, execution=execution, keep=keep, advance=advance)

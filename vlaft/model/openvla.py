@@ -302,7 +302,15 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
         Returns:
             The head's output: a `TokenOutput`, or a `RegressionOutput`.
+
+        Raises:
+            ValueError: neither labels nor their positions, of a policy that writes all at once: it has no next token,
+                and read causally it would write other actions. Ask its head.
         """
+        if label_positions is None and self.policy.parallel:
+            if labels is None:
+                raise ValueError("a policy that writes all its actions at once: ask model.head.predict, or give labels")
+            label_positions = torch.nonzero(labels != IGNORED)[:, 1].view(len(labels), -1)  # as many in each row
         if label_positions is not None:
             assert labels is not None
             hidden = self.label_states(input_ids, label_positions, pixel_values, vision_features, state)

@@ -6,7 +6,7 @@ environment) and large files are refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from vlaft.documents import NotYaml, in_words, is_text, parse_yaml, shown
 from vlaft.errors import ConfigError, did_you_mean
 from vlaft.files import read_yaml
-from vlaft.recipe.settings import RecipeConfig
+from vlaft.recipe.settings import PolicyConfig, RecipeConfig
 
 
 def recipe_names() -> list[str]:
@@ -103,6 +103,34 @@ def merge_layers(layers: Sequence[tuple[str, dict[str, Any]]]) -> tuple[RecipeCo
     return config, problems
 
 
+def given_keys(settings: Mapping[str, Any]) -> list[str]:
+    """Return the dotted keys of all settings that a layer has."""
+    return [key for key, _ in _leaves(dict(settings), dict(leaf_types()))]
+
+
+def given_policy(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of a policy by the names of `PolicyConfig`'s fields, with their values as that has them.
+
+    Args:
+        settings: by dotted keys such as `policy.chunk`.
+
+    Raises:
+        ConfigError: one is no setting of a policy, or holds what it cannot.
+    """
+    from vlaft.recipe.checks import out_of_range
+
+    config, problems = merge_layers([("", dict(settings))])
+    keys = given_keys(settings)
+    others = [key for key in keys if not key.startswith("policy.")]
+    problems += [
+        f"'{key}' is no setting of a policy; of a model that is there, only policy.* is asked" for key in others
+    ]
+    problems += out_of_range(config)
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return {key.removeprefix("policy."): getattr(config.policy, key.removeprefix("policy.")) for key in keys}
+
+
 def leaf_types(section: type = RecipeConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every setting's dotted key and type hint."""
     for name, hint in get_type_hints(section).items():
@@ -180,6 +208,7 @@ def resolve(
     config_files: Sequence[str | Path] = (),
     words: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
+    policy_on: Callable[[str, Mapping[str, Any]], PolicyConfig | None] | None = None,
 ) -> RecipeConfig:
     """Return the settings of one call; later layers win: defaults, recipe, files in order, words in order, settings.
 
@@ -188,6 +217,8 @@ def resolve(
         config_files: YAML files in the shape of a recipe.
         words: `key=value` overrides, the key with dots (`train.batch_size=4`), the value in YAML.
         settings: overrides by their dotted keys, as values: a path may hold any sign.
+        policy_on: says which policy a base is, from the base's name and those settings of `policy` that were given;
+            None where the base is none. It raises where they contradict it.
 
     Raises:
         ConfigError: every unknown key, wrong value, unreadable file and contradiction, all in one.
@@ -217,7 +248,13 @@ def resolve(
 
     layers.append(("", dict(settings or {})))
     config, layer_problems = merge_layers(layers)
-    problems += [*layer_problems, *find_problems(config)]
+    problems += layer_problems
+    if policy_on is not None and not problems:
+        given = {key for _, layer in layers for key in given_keys(layer)}
+        asked = {key: getattr(config.policy, key.removeprefix("policy.")) for key in given if key.startswith("policy.")}
+        found = policy_on(config.base, {key.removeprefix("policy."): value for key, value in asked.items()})
+        config = config if found is None else replace(config, policy=found)
+    problems += find_problems(config)
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     if recipe_file is not None:

@@ -24,7 +24,7 @@ from vlaft.adapt.adapter import load_adapter_weights, save_adapter
 from vlaft.data.loader import Batch
 from vlaft.documents import read_as
 from vlaft.errors import CheckpointError, ConfigError, VlaftError
-from vlaft.files import content_checksum
+from vlaft.files import cache_folder, content_checksum
 from vlaft.model.heads.tokens import TokenOutput
 from vlaft.observation.augmentation import pixel_values
 from vlaft.pages.curves import LOG_FILE
@@ -46,7 +46,7 @@ from vlaft.training.checkpoints import (
 )
 from vlaft.training.data import TrainingData, to_inputs
 from vlaft.training.events import Listener, Trackers
-from vlaft.training.feature_cache import FeatureCache, cache_folder, cacheable, pays
+from vlaft.training.feature_cache import FeatureCache, cacheable, pays
 from vlaft.training.folder import RunFolder
 from vlaft.training.interrupts import StopSignals
 from vlaft.training.model import (
@@ -121,7 +121,7 @@ class Run:
         images = torch.zeros(1, cameras, size, size, 3, dtype=torch.uint8)
         sample = self._compute_features(images.to(self.device))
         shape = (self.data.train_examples, cameras * vision.num_patches, vision.embed_dim)
-        folder = cache_folder()
+        folder = cache_folder("features")
         examples = self.recipe.train.steps * self.effective_batch
         bytes_per_row = shape[1] * shape[2] * sample.element_size()
         if wanted == "auto" and not pays(shape[0], examples, bytes_per_row, folder):

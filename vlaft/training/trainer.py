@@ -19,6 +19,7 @@ import torch
 
 from vlaft.action.metrics import Metrics, MetricSums
 from vlaft.adapt.methods import quantization_config
+from vlaft.adapt.policies import base_folder
 from vlaft.errors import ConfigError, Interrupted, VlaftError
 from vlaft.files import check_apart, content_checksum, joined, locked
 from vlaft.recipe.resolve import resolve, to_yaml
@@ -39,7 +40,7 @@ from vlaft.training.interrupts import MemoryWatch, StopSignals, out_of_memory_to
 from vlaft.training.model import is_first, several
 from vlaft.training.optimizer import check_installed
 from vlaft.training.run import Run
-from vlaft.weights.layout import check_tensor_checksums, resolve_checkpoint
+from vlaft.weights.layout import check_tensor_checksums
 from vlaft.weights.trained import BASE_CHECKSUMS, STATISTICS_CHECKSUM
 
 # Settings that say where something lies, and the key of `run.json` that says what it held.
@@ -114,11 +115,11 @@ def _located(recipe: RecipeConfig, out: Path, *, overwrite: bool) -> tuple[Recip
     check_trackers(recipe.train.trackers)
     quantization_config(recipe.adapt, torch.bfloat16)  # raises where bitsandbytes is missing
     recipe = replace(recipe, data=replace(recipe.data, path=[str(Path(path).resolve()) for path in recipe.data.paths]))
-    base = resolve_checkpoint(recipe.base)
+    base = base_folder(recipe.base, recipe.policy)
     if Path(recipe.base).is_dir():
-        recipe = replace(recipe, base=str(base.resolve()))
+        recipe = replace(recipe, base=str(Path(recipe.base).resolve()))
     if overwrite:
-        check_apart(out, [base, *map(Path, recipe.data.paths)])
+        check_apart(out, [base, Path(recipe.base), *map(Path, recipe.data.paths)])
     return recipe, base
 
 
