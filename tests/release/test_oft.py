@@ -139,6 +139,18 @@ def test_a_folder_of_upstreams_answers_as_the_plain_policy(
     assert ask(load(tmp_path / "export", device="cpu")) == pytest.approx(exact, abs=2e-5)
 
 
+def test_a_policy_on_the_hub_is_known_by_its_name(
+    merged: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, folder = merged
+    if name != "oft-state":
+        pytest.skip("those on the Hub read two cameras and a state")
+    source = upstream_folder(folder, tmp_path / "source")
+    monkeypatch.setattr("vlaft.adapt.policies.resolve_checkpoint", lambda name: source)
+    policy = load("moojink/openvla-7b-oft-finetuned-libero-spatial", device="cpu")
+    assert policy.model.policy.cameras == ["main", "wrist"] and ask(policy).shape == (8, 7)
+
+
 def test_every_verb_takes_such_a_folder(
     merged: tuple[str, Path], rich: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

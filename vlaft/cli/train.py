@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -118,7 +119,8 @@ def _choose_recipe(
 ) -> RecipeConfig:
     """Choose for the card, and say why."""
     from vlaft.accounting.choose import choose
-    from vlaft.accounting.plan import present_gpu
+    from vlaft.accounting.plan import on_local_base, present_gpu
+    from vlaft.adapt.policies import policy_on_base
     from vlaft.cli.arguments import parse_size
     from vlaft.cli.console import say
     from vlaft.errors import UsageError
@@ -128,8 +130,12 @@ def _choose_recipe(
     memory = parse_size(gpu_memory) if gpu_memory else present_gpu()
     if memory is None:
         raise UsageError("--recipe auto: no GPU is here; say for which one to choose with --gpu-memory, such as 24GB")
-    model = base_config(resolve("lora32", config, words, options).base)
-    choice = choose(lambda name, chosen: resolve(name, config, [*chosen, *words], options), model, memory)
+
+    def resolved(name: str, chosen: Sequence[str] = ()) -> RecipeConfig:
+        return resolve(name, config, [*chosen, *words], options, policy_on_base)
+
+    model = base_config(on_local_base(resolved("lora32")).base)
+    choice = choose(resolved, model, memory)
     for reason in choice.reasons:
         say(f"auto   {reason}")
     return choice.recipe

@@ -112,12 +112,13 @@ def stored_bytes(entries: Iterable[TensorEntry]) -> int:
     return sum(entry.end - entry.begin for entry in entries)
 
 
-def check_weights(folder: Path, dtypes: Mapping[str, str]) -> None:
+def check_weights(folder: Path, dtypes: Mapping[str, str], *, own: bool = True) -> None:
     """Open an exported folder as a stranger would and hold it against the model that its config describes.
 
     Args:
         folder: in the release's layout, not quantised.
         dtypes: type of each tensor, by safetensors' names.
+        own: hold a policy's own modules against it as well; False where they are not in our own layout.
 
     Raises:
         CheckFailed: names, shapes or types are not what they should be.
@@ -125,8 +126,9 @@ def check_weights(folder: Path, dtypes: Mapping[str, str]) -> None:
     table = tensor_table(folder)
     try:
         check_tensors({name: entry.shape for name, entry in table.items()}, model_shapes(folder), str(folder))
-        own = {name: tuple(tensor.shape) for name, tensor in read_policy_files(folder).items()}
-        check_tensors(own, policy_shapes(folder) if own else {}, str(folder))
+        modules = {name: tuple(tensor.shape) for name, tensor in read_policy_files(folder).items()}
+        if own:
+            check_tensors(modules, policy_shapes(folder), str(folder))
     except CheckpointError as error:
         raise CheckFailed(f"the exported folder is not right: {error}") from None
     if wrong := [name for name, entry in table.items() if entry.dtype != dtypes[name]]:
@@ -149,7 +151,8 @@ def policy_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     config = load_config(folder)
     with torch.device("meta"):
         model = OpenVLAForActionPrediction(config)
-        model.attach(Policy.of({"policy": config.policy}, str(folder / "config.json")))
+        if config.policy:
+            model.attach(Policy.of({"policy": config.policy}, str(folder / "config.json")))
     return {name: tuple(parameter.shape) for name, parameter in model.policy_parameters().items()}
 
 

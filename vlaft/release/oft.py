@@ -76,7 +76,9 @@ def export_oft(
     modules, vision = policy_bytes(folder), {name: entry for name, entry in table.items() if name.startswith(_VISION)}
     weights = tensor_bytes(table, dtypes)
     size = weights + modules + (stored_bytes(vision.values()) if policy.film else 0)
-    with output_folder(out, size, overwrite=overwrite) as partial:
+    shards = {entry.file for entry in vision.values()} if policy.film else set()  # written again to be read back
+    needed = size + modules + sum((folder / file).stat().st_size for file in shards)
+    with output_folder(out, needed, overwrite=overwrite) as partial:
         copy_tensors(folder, partial, dtypes, advance=advance)
         write_release_files(source, partial, checkpoint_dtype(dtypes))
         for path in policy_files(partial):
@@ -90,7 +92,7 @@ def export_oft(
         if policy.film:
             film = {name: tensor for name, tensor in own.items() if policy_part(name) == "film"}
             _save(partial / file_name("vision_backbone", step), _backbone(folder, vision, film))
-        check_weights(partial, dtypes)
+        check_weights(partial, dtypes, own=False)
         comparison = _compare(source, partial, table, size)
         finish(source, partial, "oft", comparison)
         size = weights + sum(path.stat().st_size for path in OftFolder.open(partial).files.values())
