@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -124,6 +125,36 @@ def test_interrupted_is_130_and_goes_on_later(
     assert not out.exists() and (tmp_path / "out.partial").is_dir()
     again = subprocess.run(command(long_demos, base, out, workers), capture_output=True, text=True, check=True)
     assert "files were there already" in again.stderr
+    ConvertedDataset(out).verify()
+
+
+@pytest.mark.parametrize("digit", ["rows", "crc32c"])
+def test_a_damaged_note_of_a_finished_shard_is_not_believed(
+    long_demos: Path, base: str, tmp_path: Path, digit: str
+) -> None:
+    out, notes = tmp_path / "out", tmp_path / "out.partial/.conversion"
+    script = """
+import os, sys
+from vlaft.data.convert import run
+from vlaft.cli.main import main
+remember = run.remember_shard
+def remember_and_end(*arguments):
+    remember(*arguments)
+    os._exit(9)
+run.remember_shard = remember_and_end
+main(sys.argv[1:])
+"""
+    words = command(long_demos, base, out, 1)
+    assert subprocess.run([sys.executable, "-c", script, *words[2:]], capture_output=True).returncode == 9
+    (note,) = notes.glob("*.parquet.json")
+    content = json.loads(note.read_text())
+    if digit == "rows":
+        content["shard"]["rows"] += 1
+    else:
+        del content[digit]
+    note.write_text(json.dumps(content))
+    again = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert "files were there already" not in again.stderr
     ConvertedDataset(out).verify()
 
 
