@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults import tell
 from verbs import CASES, VERBS, Case, End, content, forked, import_all, make, spread, together
 
 KILLS = int(os.environ.get("VLAFT_KILLS", "100"))  # per verb
@@ -131,13 +132,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 _COLUMNS = ("moments", "kill", "term", "race", "ended before", "left old", "left between", "left new", "refused")
 
 
-def tell(request: pytest.FixtureRequest, verb: str, counts: Counter[str]) -> None:
-    """Print a verb's counts."""
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is not None:
-        reporter.write_line(f"\n{verb}: " + ", ".join(f"{counts[name]} {name}" for name in _COLUMNS))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_killed_stopped_and_started_twice(
@@ -161,7 +155,7 @@ def test_killed_stopped_and_started_twice(
             tried.disturb("term", at)
         for _ in range(max(RACES // len(cases), 1)):
             tried.race()
-    tell(request, verb, counts)
+    tell(request.config, f"{verb}: " + ", ".join(f"{counts[name]} {name}" for name in _COLUMNS))
 
 
 def test_the_harness_itself(tmp_path: Path) -> None:
