@@ -285,6 +285,34 @@ def output_file(file: Path, *, overwrite: bool = True) -> Iterator[Path]:
 
 
 @contextmanager
+def output_files(folder: Path, replaced: re.Pattern[str]) -> Iterator[Path]:
+    """Lock `folder` and give a folder beside it, whose files move into `folder` when the block ends well.
+
+    Args:
+        folder: may hold other things, which stay; it is made where it is missing.
+        replaced: names of the files that are gone from `folder` in the end, unless they are among the new ones.
+
+    Raises:
+        VlaftError: another process writes there, or the disk is full or not writable.
+    """
+    with locked(folder) as place, disk_errors(folder):
+        partial = _beside(place, "partial")
+        partial.mkdir()
+        yield partial
+        new = sorted(partial.iterdir())
+        for path in new:
+            sync(path)
+        with _uninterrupted():
+            place.mkdir(exist_ok=True)
+            for path in new:
+                path.replace(place / path.name)
+            names = {path.name for path in new}
+            for path in list(place.iterdir()):
+                if replaced.fullmatch(path.name) and path.name not in names:
+                    path.unlink()
+
+
+@contextmanager
 def locked(out: Path, *, shared: bool = False) -> Iterator[Path]:
     """Keep other processes from writing to `out`; put right what a kill has left there, before and after.
 

@@ -155,6 +155,7 @@ def plot_costs(costs: Sequence[RecipeCost], title: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     from vlaft.accounting.memory import CARDS
+    from vlaft.files import output_file
 
     figure = Figure(figsize=(9, 1.6 + 0.42 * len(costs)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -176,12 +177,16 @@ def plot_costs(costs: Sequence[RecipeCost], title: str, path: Path) -> None:
     axes.set_title(title, fontsize=10, pad=16)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=len(_COLOURS))
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:
-        raise VlaftError(f"{path}: no picture can be written in this format ({error}); name a .png file") from None
-    except OSError as error:
-        raise VlaftError(f"{path} cannot be written ({error.strerror})") from None
+    ending = path.suffix.removeprefix(".").lower() or "png"
+    known = figure.canvas.get_supported_filetypes()
+    if ending not in known:
+        raise VlaftError(
+            f"{path}: no picture can be written as '{ending}'; name a .png file, or one of {sorted(known)}"
+        )
+    if not path.parent.is_dir():
+        raise VlaftError(f"{path} cannot be written (there is no folder {path.parent})")
+    with output_file(path) as partial:
+        figure.savefig(partial, format=ending, dpi=150)
 
 
 def _gigabytes(cost: RecipeCost, term: str) -> float:

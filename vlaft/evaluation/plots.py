@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from vlaft.data.held_out import HeldOut, HeldOutEpisode
 from vlaft.evaluation.offline import Evaluation
-from vlaft.files import disk_errors, locked
-from vlaft.pages.curves import COLORS, legend_text, save_figure
+from vlaft.files import output_files
+from vlaft.pages.curves import COLORS, legend_text, write_figure
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
 ERRORS_FILE = "errors.png"
@@ -43,16 +43,12 @@ def draw_evaluations(
     numbers = held_out.evaluated
     count = min(episodes, len(numbers))
     drawn = [numbers[index] for index in np.linspace(0, len(numbers) - 1, count).round().astype(int)]
-    with locked(folder), disk_errors(folder):
-        folder.mkdir(exist_ok=True)
-        for path in folder.iterdir():
-            if _OURS.fullmatch(path.name):
-                path.unlink()
-        files = [folder / f"episode-{number:04d}.png" for number in drawn]
-        for number, file in zip(drawn, files, strict=True):
-            save_figure(draw_episode(held_out.episodes[number], evaluations, held_out), file)
-        save_figure(draw_errors(evaluations, held_out), folder / ERRORS_FILE)
-    return [*files, folder / ERRORS_FILE]
+    names = [f"episode-{number:04d}.png" for number in drawn]
+    with output_files(folder, _OURS) as partial:
+        for number, name in zip(drawn, names, strict=True):
+            write_figure(draw_episode(held_out.episodes[number], evaluations, held_out), partial / name)
+        write_figure(draw_errors(evaluations, held_out), partial / ERRORS_FILE)
+    return [folder / name for name in (*names, ERRORS_FILE)]
 
 
 def draw_episode(episode: HeldOutEpisode, evaluations: Sequence[Evaluation], held_out: HeldOut) -> Figure:

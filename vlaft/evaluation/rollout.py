@@ -22,7 +22,7 @@ from vlaft.environments.episodes import OPEN_LOOP, Rollout, check_counts, run_ep
 from vlaft.environments.interface import Moment, opened_environments
 from vlaft.environments.registry import _SHIPPED, environment_maker
 from vlaft.errors import DataError, VlaftError
-from vlaft.files import disk_errors, locked
+from vlaft.files import output_files
 from vlaft.policy import Policy, load
 
 KEPT = 6  # episodes that pictures show
@@ -141,18 +141,14 @@ def write_pictures(folder: Path, evaluations: Sequence[RolloutEvaluation]) -> li
     from vlaft.environments.film import write_contact_sheet, write_film
 
     files = []
-    with locked(folder), disk_errors(folder):
-        folder.mkdir(exist_ok=True)
-        for path in folder.iterdir():
-            if _PICTURES.fullmatch(path.name):
-                path.unlink()
+    with output_files(folder, _PICTURES) as partial:
         for number, evaluation in enumerate(evaluations, 1):
             model = Path(evaluation.model).resolve().name
             name = "episodes" if len(evaluations) == 1 else f"episodes-{number}-{model}"
             shown = [episode for episode in evaluation.rollout.episodes if episode.frames]
+            write_film(partial / f"{name}.gif", shown)
+            write_contact_sheet(partial / f"{name}.png", shown)
             files += [folder / f"{name}.gif", folder / f"{name}.png"]
-            write_film(files[-2], shown)
-            write_contact_sheet(files[-1], shown)
     return files
 
 

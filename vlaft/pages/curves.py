@@ -118,9 +118,15 @@ def save_figure(figure: Figure, file: Path) -> None:
     Raises:
         VlaftError: the disk is full or not writable, or another process writes there.
     """
-    with output_file(file) as partial, warnings.catch_warnings():
+    with output_file(file) as partial:
+        write_figure(figure, partial)
+
+
+def write_figure(figure: Figure, file: Path) -> None:
+    """Write a PNG as it comes."""
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name or instruction in another script
-        figure.savefig(partial, format="png", dpi=110)
+        figure.savefig(file, format="png", dpi=110)
 
 
 def legend_text(name: str, limit: int = 60) -> str:

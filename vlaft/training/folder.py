@@ -87,6 +87,7 @@ class RunFolder:
         environment: Mapping[str, Any],
         status: Mapping[str, Any],
         *,
+        resume: bool = False,
         overwrite: bool = False,
     ) -> None:
         """Write what is known before the first step: a new run's folder at once, whole; the lock of it is held.
@@ -96,6 +97,7 @@ class RunFolder:
             statistics: for `dataset_statistics.json`.
             environment: for `environment.json`.
             status: keys of `run.json`.
+            resume: change the files of the run that is there, if there is one.
             overwrite: replace what is there.
 
         Raises:
@@ -103,7 +105,7 @@ class RunFolder:
         """
         if not self.writes:
             return
-        continued = not overwrite and (self.path / RECIPE_FILE).is_file()
+        continued = resume and (self.path / RECIPE_FILE).is_file()
         files = {
             RECIPE_FILE: f"{recipe}{_RECIPE_SEAL}{content_checksum(recipe)}\n",
             STATISTICS_FILE: _json(statistics),

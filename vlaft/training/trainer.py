@@ -21,7 +21,7 @@ from vlaft.action.metrics import Metrics, MetricSums
 from vlaft.adapt.methods import quantization_config
 from vlaft.adapt.policies import base_folder
 from vlaft.errors import ConfigError, Interrupted, VlaftError
-from vlaft.files import check_apart, content_checksum, joined, locked
+from vlaft.files import check_apart, content_checksum, joined, locked, replaceable
 from vlaft.recipe.resolve import resolve, to_yaml
 from vlaft.recipe.settings import RecipeConfig
 from vlaft.training.checkpoints import checkpoint_name, newest_good
@@ -78,6 +78,8 @@ def train(
     with StopSignals() as signals, ExitStack() as held:
         if is_first():
             held.enter_context(locked(out, shared=several()))
+            if not resume:  # another process may have trained there since the command line looked
+                replaceable(out, overwrite=overwrite)
         recipe, base = _located(recipe, out, overwrite=overwrite)
         if resume:
             _check_continues(recipe, out)
@@ -175,6 +177,7 @@ def _begin(run: Run, *, resume: bool, overwrite: bool) -> None:
         {"status": "running", "recipe": run.recipe.name, "base": run.recipe.base}
         | prints
         | {"inference": run.data.inference, STATISTICS_CHECKSUM: content_checksum(run.data.statistics)},
+        resume=resume,
         overwrite=overwrite,
     )
     if resume:
