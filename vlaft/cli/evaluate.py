@@ -118,8 +118,8 @@ def evaluate(
         from vlaft.action.execution import Execution
 
         execution = Execution(execute, ensemble)
-        options = {"execution": execution, "unnorm_key": unnorm_key, "dtype": dtype, "device": device, "base": base}
-        options["settings"] = policy
+        options: dict[str, Any] = {"unnorm_key": unnorm_key, "dtype": dtype, "device": device, "base": base}
+        options |= {"execution": execution, "settings": policy}
         in_environment(models, env, episodes, seed, batch_size, plots, as_json, options)
         return
     from vlaft.data.held_out import HeldOut
