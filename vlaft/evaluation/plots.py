@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from vlaft.data.held_out import HeldOut, HeldOutEpisode
@@ -115,7 +116,7 @@ def draw_steps(evaluations: Sequence[Evaluation], held_out: HeldOut) -> Figure:
             means = abs(evaluation.error[..., dimension]).mean(axis=0)
             axis.plot(np.arange(1, len(means) + 1), means, **_style(number, len(evaluations)))
         axis.set_ylim(bottom=0)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(figure, evaluations, demonstrated=False, marked=True)
     return figure
 
