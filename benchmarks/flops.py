@@ -53,18 +53,30 @@ def step_operations(
 
     from vlaft.accounting.gpu import DeviceEmulation, in_recomputed_blocks
     from vlaft.accounting.memory import LABELS, usual_tokens
-    from vlaft.accounting.meta import WithoutValues, example_inputs, example_normalization, meta_model
+    from vlaft.accounting.meta import (
+        ACTION_SIZE,
+        WithoutValues,
+        example_inputs,
+        example_normalization,
+        meta_model,
+        policy_of,
+    )
     from vlaft.recipe.settings import resolve_precision
     from vlaft.training.model import PRECISIONS, make_trainable
     from vlaft.training.step import forward
 
     precision = resolve_precision(recipe.precision, on_gpu=True)
-    base = meta_model(config, PRECISIONS[precision.frozen])
+    base, policy = meta_model(config, PRECISIONS[precision.frozen]), policy_of(recipe)
+    more = policy.chunk * (policy.action_size or ACTION_SIZE) - ACTION_SIZE
     with WithoutValues():
-        model = make_trainable(base, recipe, precision).train()
+        model = make_trainable(base, recipe, precision, policy).train()
     in_recomputed_blocks(model, on_gpu=True)
     inputs = example_inputs(
-        config, batch_size=batch_size, tokens=tokens or usual_tokens(config), labels=labels or LABELS
+        config,
+        batch_size=batch_size,
+        tokens=(tokens or usual_tokens(config)) + more,
+        labels=(labels or LABELS) + more,
+        policy=policy,
     )
     counter = FlopCounterMode(display=False)
     with counter:

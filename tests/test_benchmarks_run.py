@@ -11,13 +11,18 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from golden_models import MINI
 from repository import ROOT
 from small_base import convert_small
 
-from vlaft.accounting.meta import meta_model
+from vlaft.accounting.meta import example_inputs, example_normalization, meta_model, policy_of
+from vlaft.accounting.step import follow_steps
 from vlaft.cli.main import main as cli
 from vlaft.model.configuration import OpenVLAConfig
+from vlaft.model.load import base_config
+from vlaft.recipe.resolve import resolve
+from vlaft.recipe.settings import resolve_precision
 from vlaft.weights.layout import tensor_table
 from vlaft.weights.stream import read_tensor
 
@@ -48,6 +53,48 @@ def test_steps_are_timed_and_their_memory_is_as_predicted(gpu_7b: ModuleType, pa
         assert row["samples_per_second"] == pytest.approx(row["batch_size"] / row["seconds"])
         assert 0 < row["share_of_rate"] <= row["share_of_rate_computed"]
     assert large["measured_bytes"] > small["measured_bytes"]
+
+
+@pytest.mark.parametrize("name", ["oft", "oft-film"])
+def test_the_plain_step_of_chunks_computes_the_same_loss(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """It takes more memory for the same number and the same gradients, or it would be no baseline."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    train_step = importlib.import_module("train_step")
+    recipe, config = resolve(name, [], ["data.augment=false", "policy.chunk=3"]), base_config(BASE)
+    policy, normalization = policy_of(recipe), example_normalization(config)
+    more = (policy.chunk - 1) * 7
+    inputs = example_inputs(
+        config, batch_size=2, tokens=20 + more, labels=8 + more, device=torch.device("cpu"), policy=policy
+    )
+    inputs.labels.fill_(-100)
+    inputs.labels[:, -8 - more :] = 300
+    assert inputs.actions is not None
+    inputs.actions.uniform_(-1, 1)
+    found = {}
+    for kind, forward_pass in (("vlaft", train_step.forward), ("plain", train_step.plain_chunk_forward)):
+        model, optimizer = train_step.ready(config, recipe, torch.device("cpu"))
+        output = forward_pass(model, inputs, normalization, torch.float32)
+        output.loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        optimizer.zero_grad(set_to_none=True)
+        words = resolve_precision(recipe.precision, on_gpu=False)
+        steps = follow_steps(model, optimizer, inputs, normalization, recipe, words, forward_pass=forward_pass)
+        found[kind] = output.loss.item(), float(norm), steps.at_peak()[0]
+    assert found["vlaft"][:2] == pytest.approx(found["plain"][:2], rel=1e-5)
+    assert found["vlaft"][2] < found["plain"][2]
+
+
+def test_a_chunk_is_timed_against_serial_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    chunks = importlib.import_module("chunks")
+    result = chunks.measure(base_config(BASE), torch.float32, 4, 1, torch.device("cpu"), 1)
+    serial, parallel, l1 = (result["flop"][name] for name in chunks.policies(4))
+    assert serial < l1 < parallel  # the L1 head is smaller than the vocabulary here
+    assert set(result["over_serial"]) == {"parallel tokens", "parallel L1"}
+    for name, value in result["over_serial"].items():
+        times = result["seconds"]
+        assert value == pytest.approx(4 * times["serial tokens"] / times[name])
+    assert all(limit > 0 for limit in result["limit_seconds"].values())
 
 
 def test_the_small_card_is_tried_with_augmentation(gpu_7b: ModuleType) -> None:
