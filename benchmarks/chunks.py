@@ -37,7 +37,6 @@ from vlaft.accounting.gpu import DeviceEmulation
 from vlaft.accounting.meta import META, WithoutValues, meta_model
 from vlaft.model.configuration import OpenVLAConfig, Policy
 from vlaft.model.load import base_config
-from vlaft.model.openvla import OpenVLAForActionPrediction
 from vlaft.model.packed_linear import pack_linears
 from vlaft.observation.batch import Observation
 
@@ -54,16 +53,21 @@ def policies(chunk: int) -> dict[str, Policy]:
     }
 
 
-def observation_of(config: OpenVLAConfig, device: torch.device, dtype: torch.dtype, cameras: int = 1) -> Observation:
+def observation_of(config: OpenVLAConfig, policy: Policy, device: torch.device, dtype: torch.dtype) -> Observation:
+    """Return what a policy reads at one moment, of a usual prompt; the values change no time."""
     assert config.image_sizes and config.timm_model_ids
-    side, channels = config.image_sizes[0], 3 * cameras * len(config.timm_model_ids)
-    ids = torch.ones(1, PROMPT, dtype=torch.int64, device=device)
-    return Observation(ids, None, torch.zeros(1, channels, side, side, dtype=dtype, device=device))
+    side, channels = config.image_sizes[0], 3 * len(policy.cameras) * len(config.timm_model_ids)
+    return Observation(
+        torch.ones(1, PROMPT, dtype=torch.int64, device=device),
+        None,
+        torch.zeros(1, channels, side, side, dtype=dtype, device=device),
+        torch.zeros(1, policy.state_size or 0, device=device) if policy.state else None,
+    )
 
 
 def operations(config: OpenVLAConfig, policy: Policy) -> int:
     """Count the products and attention of an answer, on the meta device; of serial tokens the later ones too."""
-    model = meta_model(config, torch.bfloat16)
+    model, size = meta_model(config, torch.bfloat16), policy.action_size or TOKENS
     with WithoutValues():
         if policy != Policy():
             model.attach(policy)
@@ -71,7 +75,7 @@ def operations(config: OpenVLAConfig, policy: Policy) -> int:
     counter = FlopCounterMode(display=False)
     with counter, DeviceEmulation(on_gpu=True):
         try:
-            model.head.predict(model, observation_of(config, META, torch.bfloat16), TOKENS)
+            model.head.predict(model, observation_of(config, policy, META, torch.bfloat16), size)
         except NotImplementedError as error:
             if "meta tensor" not in str(error):  # but for the answer itself, which cannot leave the device
                 raise
@@ -113,11 +117,12 @@ def measure(
     model = build(config, dtype, device)
     rate, speed = matmul_rate(model, 1, device, threads), bandwidth(model, device, threads)
     per_token, held = token_bytes(model), sum(p.nbytes for p in model.parameters())
+    parameters = sum(p.numel() for p in model.parameters())
     model.attach(policies(chunk)["parallel L1"])
     model.requires_grad_(False)
     if device.type == "cpu":
         pack_linears(model)
-    observation = observation_of(config, device, dtype)
+    observation = observation_of(config, Policy(), device, dtype)
 
     def way(policy: Policy) -> Callable[[], Any]:
         def run() -> Any:
@@ -143,7 +148,7 @@ def measure(
     }
     least = limits(config, chunk, rate, speed, per_token, held)
     return {
-        "parameters": parameter_count(model),
+        "parameters": parameters,
         "chunk": chunk,
         "seconds": median,
         "actions_per_second": {
@@ -157,10 +162,6 @@ def measure(
         "bytes_per_token": per_token,
         "bytes_per_second": speed,
     }
-
-
-def parameter_count(model: OpenVLAForActionPrediction) -> int:
-    return sum(parameter.numel() for name, parameter in model.named_parameters() if not name.startswith("action_head."))
 
 
 def show(result: dict[str, Any], what: str) -> None:

@@ -4,8 +4,8 @@ It does what `vlaft` leaves out: a padding mask over the whole sequence (upstrea
 so that almost every batch needs one), logits of all positions in float32, and a loss over all of them. Upstream's last
 ViT block is left out here too: its result is dropped at once, which costs time and no memory at the peak.
 
-`plain_chunk_forward` does the same as OpenVLA-OFT's script does it: besides, the hidden states of every block are asked
-for and kept though the last ones alone are read, and logits and their loss are computed though an L1 head needs neither.
+`plain_chunk_forward` does the same as OpenVLA-OFT's script does it: besides, the hidden states of every block are kept
+though the last ones alone are read, and logits and their loss are computed though an L1 head needs neither.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from vlaft.model.configuration import OpenVLAConfig
 from vlaft.model.load import base_config
 from vlaft.recipe.resolve import resolve
 from vlaft.recipe.settings import resolve_precision
+from vlaft.training.step import Inputs
 from vlaft.weights.layout import tensor_table
 from vlaft.weights.stream import read_tensor
 
@@ -42,10 +43,10 @@ def options(batch_sizes: list[int]) -> argparse.Namespace:
     return argparse.Namespace(base=BASE, batch_sizes=batch_sizes, steps=1)
 
 
-@pytest.mark.parametrize("part", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("part", range(12))
 def test_steps_are_timed_and_their_memory_is_as_predicted(gpu_7b: ModuleType, part: int) -> None:
-    kind, name, words = gpu_7b.PARTS[part]
-    if name == "qlora32":
+    kind, name, words = (*gpu_7b.PARTS, *gpu_7b.CHUNKS)[part]
+    if name in ("qlora32", "qoft"):
         pytest.importorskip("bitsandbytes")
     small, large = gpu_7b.steps_of(kind, name, words, options([1, 3]))
     for row in (small, large):
@@ -105,6 +106,32 @@ def test_the_small_card_is_tried_with_augmentation(gpu_7b: ModuleType) -> None:
     assert found["limit_bytes"] + found["outside_bytes"] == found["card_bytes"] == 8 * 10**9
 
 
+def test_a_step_of_chunks_that_does_not_fit_is_tried_with_half_its_examples(
+    gpu_7b: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = gpu_7b.our_step
+
+    def small_gpu(model: object, optimizer: object, inputs: Inputs, *others: object) -> None:
+        if len(inputs.input_ids) > 2:
+            raise torch.cuda.OutOfMemoryError
+        step(model, optimizer, inputs, *others)
+
+    monkeypatch.setattr(gpu_7b, "our_step", small_gpu)
+    rows = gpu_7b.steps_of("vlaft", "oft", [], options([1, 16]))
+    told = [(row["batch_size"], row.get("note")) for row in rows]
+    assert told == [(1, None), (8, "does not fit"), (4, "does not fit"), (2, None)]
+
+
+@pytest.mark.parametrize("name", ["lora32", "oft", "oft-state", "oft-film"])
+def test_answers_are_timed_and_their_memory_is_as_predicted(gpu_7b: ModuleType, name: str) -> None:
+    found = gpu_7b.answers_of(name, options([1]))
+    assert found["measured_bytes"] == pytest.approx(found["predicted_bytes"], rel=0.02)
+    assert found["chunk"] == {"lora32": 1, "oft-film": 25}.get(name, 8)
+    assert found["actions_per_second"] == pytest.approx(found["chunk"] / found["seconds"]["launched"])
+    assert found["limit_actions_per_second"] > found["actions_per_second"]
+    assert found["upstream_gb"] == {"oft": 15.9, "oft-state": 16.2, "oft-film": 18.0}.get(name)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "int8", "nf4"])
 def test_prediction_is_timed_in_every_precision(gpu_7b: ModuleType, precision: str) -> None:
     if precision != "bf16":
@@ -121,6 +148,7 @@ def test_the_tables_name_what_failed_and_what_did_not_fit(gpu_7b: ModuleType) ->
     row = {"kind": "vlaft", "recipe": "lora32", "settings": [], "batch_size": 1}
     times = {"predicted_bytes": 2e9, "measured_bytes": 1e9, "seconds": 2.0, "share_of_rate": 0.5}
     plain = row | times | {"kind": "plain", "samples_per_second": 0.5, "share_of_rate_computed": 0.5}
+    answer = {"actions_per_second": 2.0, "limit_actions_per_second": 4.0, "predicted_bytes": 2e9, "measured_bytes": 1e9}
     found = {
         "device": "a GPU",
         "base": "b",
@@ -135,8 +163,16 @@ def test_the_tables_name_what_failed_and_what_did_not_fit(gpu_7b: ModuleType) ->
             {"failed": "out of luck"},
         ],
         "prediction": [{"failed": "no kernels"}],
+        "chunks": [plain | {"recipe": "oft-state", "batch_size": 8, "samples_per_second": 0.5}],
+        "answers": [
+            answer | {"recipe": "lora32", "policy": "seven serial tokens", "chunk": 1, "upstream_gb": None},
+            answer | {"recipe": "oft", "policy": "oft", "chunk": 8, "actions_per_second": 50.0, "upstream_gb": 15.9},
+            {"failed": "no answer"},
+        ],
     }
     text = gpu_7b.markdown(found)
+    assert "| plain oft-state | 8 | 2.00 GB |" in text and "|  | 62.5 |" not in text and "| 1.00 | 62.5 |" in text
+    assert "| oft, chunk of 8 | 50.00 | 25.0 | 4.00 | 1.0 | 2.00 GB | 1.00 GB | 15.9 |" in text and "no answer" in text
     assert (
         "| vlaft lora32 | 1 | 2.00 GB | 1.00 GB | +100.0 % | 2.000 | 0.75 | 50 % (50 % with recomputation) | 1.50 |"
         in text
@@ -153,6 +189,7 @@ def test_the_whole_gpu_script(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "gpu_7b.json").read_text())
     assert len(found["steps"]) == 10 and found["card"]["survived"] and len(found["prediction"]) == 3
+    assert len(found["chunks"]) == 14 and len(found["answers"]) == 4
     assert (tmp_path / "gpu_7b.md").read_text().count("\n| ") >= 15
 
 
