@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vlaft.action.metrics import MetricSums
 from vlaft.action.tokens import IGNORED
 from vlaft.model.configuration import Policy
 from vlaft.model.load import fill_policy, load_model, read_policy_files
@@ -107,9 +108,11 @@ def test_losses_states_and_predictions(case: Case) -> None:
             )
         assert float(output.loss) == pytest.approx(forward["loss"], rel=1e-5)
         compared = case.model.head.compared(output, len(states))
-        error = (compared.actions - compared.demonstrated).abs()
-        assert float(error[:, 0].mean()) == pytest.approx(forward["metrics"]["curr_action_l1_loss"], rel=1e-5)
-        assert float(error[:, 1:].mean()) == pytest.approx(forward["metrics"]["next_actions_l1_loss"], rel=1e-5)
+        sums = MetricSums(torch.device("cpu"))
+        sums.add(output.loss, compared)
+        logged = sums.read()
+        assert logged.first_action_l1 == pytest.approx(forward["metrics"]["curr_action_l1_loss"], rel=1e-5)
+        assert logged.later_actions_l1 == pytest.approx(forward["metrics"]["next_actions_l1_loss"], rel=1e-5)
         if case.model.policy.head == "l1":
             golden_states = case.tensors[f"batch{number}.action_hidden_states"]
             torch.testing.assert_close(states[:, :-1], golden_states, atol=2e-5, rtol=0)

@@ -26,6 +26,7 @@ from vlaft.errors import CheckpointError, ConfigError, DataError
 from vlaft.evaluation.offline import check_models, evaluate
 from vlaft.model.configuration import Policy
 from vlaft.model.load import base_config, read_policy_files
+from vlaft.pages.curves import draw_curves, read_curves
 from vlaft.policy import load
 from vlaft.recipe.resolve import resolve
 from vlaft.recipe.settings import resolve_precision
@@ -73,10 +74,46 @@ def test_a_checkpoint_holds_adapter_and_head(trained: tuple[str, Path]) -> None:
     assert found.inference["policy"]["chunk"] == 3 and found.inference["policy"]["action_size"] == 7
 
 
-def test_a_merged_policy_answers_as_its_run(trained: tuple[str, Path], rich: Small) -> None:
+def test_the_first_action_and_the_later_ones_are_logged(rich: Small, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(rich.recipe("oft", CHUNK, "data.augment=false"), out)
+    lines = log_lines(out)
+    for prefix in ("", "val_"):
+        found = [line for line in lines if f"{prefix}action_l1" in line]
+        assert found
+        for line in found:
+            first, later = line[f"{prefix}first_action_l1"], line[f"{prefix}later_actions_l1"]
+            assert (first + 2 * later) / 3 == pytest.approx(line[f"{prefix}action_l1"], rel=1e-6)
+            assert first != later
+    evaluation = evaluate(str(out), HeldOut.open([rich.data], chunk=3))
+    *_, last = (line for line in lines if "val_first_action_l1" in line)
+    steps = [abs(evaluation.error[:, step]).mean() for step in range(3)]
+    assert last["val_first_action_l1"] == pytest.approx(steps[0], rel=1e-4)
+    assert last["val_later_actions_l1"] == pytest.approx(np.mean(steps[1:]), rel=1e-4)
+    titles = [axis.get_title() for axis in draw_curves([read_curves(out)]).axes]
+    assert titles[0] == "loss (L1)" and "action token accuracy" not in titles
+    assert {"L1 of the chunk's first action", "L1 of the chunk's later actions"} <= set(titles)
+
+
+def test_one_action_at_a_time_logs_what_it_always_did(rich: Small, tmp_path: Path) -> None:
+    run(rich.recipe("lora8", "train.steps=1"), tmp_path / "run")
+    step, held_out = (set(line) for line in log_lines(tmp_path / "run"))
+    assert step == {
+        *("step", "loss", "action_accuracy", "action_l1", "learning_rate", "grad_norm", "memory_bytes"),
+    }
+    assert held_out == {"step", "val_loss", "val_action_accuracy", "val_action_l1", "best"}
+
+
+def test_a_merged_policy_answers_as_its_run(
+    trained: tuple[str, Path], rich: Small, capsys: pytest.CaptureFixture[str]
+) -> None:
     _, out = trained
     merged = out.parent / "merged"
     assert main(["merge", str(out), "--out", str(merged), "--overwrite"]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(merged), "--data", str(rich.data), "--limit", "2", "--json"]) == 0
+    steps = json.loads(capsys.readouterr().out)["models"][0]["free_running"]["steps"]
+    assert len(steps) == 3 and all(len(step["dimensions"]) == 7 for step in steps)
     assert ask(merged) == pytest.approx(ask(out), abs=1e-4)
     held_out = HeldOut.open([rich.data], chunk=check_models([str(out), str(merged)]))
     first, second = (evaluate(str(folder), held_out) for folder in (out, merged))

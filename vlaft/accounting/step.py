@@ -126,7 +126,7 @@ def follow_steps(
     train = recipe.train
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     tracker = StorageTracker()
-    for name, tensor in _held(model):
+    for name, tensor in held(model):
         tracker.add(tensor, ADAPTERS if ".lora_" in name else WEIGHTS)
     tracker.begin("forward")
     for tensor in vars(inputs).values():
@@ -166,7 +166,7 @@ def follow_steps(
     return trace
 
 
-def _held(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def held(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield everything that a model holds: parameters, buffers, and what bitsandbytes keeps beside packed weights."""
     yield from model.named_buffers()
     for name, parameter in model.named_parameters():

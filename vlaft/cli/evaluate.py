@@ -160,6 +160,9 @@ def evaluate(
         return
     say(f"{len(held_out):,} examples of {evaluated:,} episode{'s' * (evaluated != 1)} in split '{split}'")
     show(comparison(evaluations))
+    if any(each.free_running.steps for each in evaluations):
+        show("\nL1 by the step of a chunk, 1 being the action at the frame itself:")
+        show(by_step(evaluations))
 
 
 def in_environment(
@@ -244,6 +247,24 @@ def comparison(evaluations: Sequence[Evaluation]) -> Table:
             table.add_row(of.name, names[model], decoding, *_cells(of), _number(f1, 3))
         if not last:
             table.add_row()
+    return table
+
+
+def by_step(evaluations: Sequence[Evaluation]) -> Table:
+    """Return L1 per step of the chunk and dimension, free-running; a model of one action at a time has step 1 alone."""
+    from rich.table import Table
+
+    table = Table("step", "model", box=None, pad_edge=False)
+    for dimension in ("all", *(each.name for each in evaluations[0].free_running.dimensions)):
+        table.add_column(dimension, justify="right", no_wrap=True)
+    names = _short_names([each.model for each in evaluations])
+    chunks = {each.model: each.free_running.steps or (each.free_running,) for each in evaluations}
+    for step in range(max(map(len, chunks.values()))):
+        for model, steps in chunks.items():
+            if step < len(steps):
+                of = steps[step]
+                distances = (each.l1_normalized for each in (of.overall, *of.dimensions))
+                table.add_row(str(step + 1), names[model], *(_number(each, 4) for each in distances))
     return table
 
 

@@ -96,6 +96,10 @@ def report(
         show(f"The peak comes in: {costs[0].memory.moment}\n")
         show(memory_table(costs[0]))
         show("")
+        show(part_table(costs[0]))
+        show("")
+        show(inference_table(costs[0]))
+        show("")
         show(modules_table(costs[0]))
         return
     show(parts_table(costs))
@@ -236,6 +240,7 @@ def cost_table(costs: Sequence[RecipeCost], gpu_memory: int, *, paper: bool) -> 
         *(["measured GB", "error"] if measured else []),
         f"largest batch in {gpu_memory / 1e9:.0f} GB",
         "smallest card",
+        "inference GB",
         *([f"paper GB, batch {PAPER_BATCH}"] if paper else []),
     )
     for cost in costs:
@@ -253,6 +258,7 @@ def cost_table(costs: Sequence[RecipeCost], gpu_memory: int, *, paper: bool) -> 
             one = cost.measurement
             cells += ["", ""] if one is None else [gigabytes(one.peak_bytes), f"{100 * one.error:+.1f} %"]
         cells += [str(cost.largest_batch) if cost.largest_batch else "none", card]
+        cells.append(gigabytes(cost.inference["bfloat16"].peak))
         if paper:
             total, gpus = PAPER_GB.get(cost.name, (None, 1))
             cells.append("" if total is None else f"{total}" + (f" over {gpus}" if gpus > 1 else ""))
@@ -275,6 +281,32 @@ def memory_table(cost: RecipeCost) -> Table:
     table = _table("memory at the peak", "bytes", "GB", "share")
     for term, size in (*cost.memory.terms.items(), ("in all", cost.memory.peak)):
         table.add_row(term, f"{size:,}", f"{size / 1e9:.3f}", f"{100 * size / cost.memory.peak:.1f} %")
+    return table
+
+
+def part_table(cost: RecipeCost) -> Table:
+    """Return what each part of the model takes in training besides activations, and its weights at inference."""
+    table = _table("part", "parameters", "trained", "weights GB", "gradients GB", "moments GB", "inference GB")
+    acting = cost.inference["bfloat16"].weights
+    for part, taken in cost.parts.items():
+        counted = cost.counted.parts[part]
+        sizes = (taken.weights, taken.gradients, taken.moments, acting.get(part, 0))
+        table.add_row(
+            part.replace("_", " "),
+            f"{counted.total:,}",
+            f"{counted.trainable:,}" if counted.trainable else "",
+            *(f"{size / 1e9:.3f}" if size else "" for size in sizes),
+        )
+    return table
+
+
+def inference_table(cost: RecipeCost) -> Table:
+    """Return where each byte goes when the merged policy acts, in bfloat16 and with its base in 4 bits."""
+    ways = cost.inference
+    table = _table("memory at inference", *(f"{name} GB" for name in ways))
+    for term in dict.fromkeys(term for way in ways.values() for term in way.terms):
+        table.add_row(term, *(f"{way.terms.get(term, 0) / 1e9:.3f}" for way in ways.values()))
+    table.add_row("in all", *(f"{way.peak / 1e9:.3f}" for way in ways.values()))
     return table
 
 

@@ -174,6 +174,12 @@ def _accuracy(share: float | None) -> str:
     return "" if share is None else f" | accuracy {share:.3f}"
 
 
+def _l1(over_all: float, first: float | None, later: float | None) -> str:
+    """Say the distance to the demonstrations, and of chunks that of the first action apart from those behind it."""
+    chunk = "" if first is None or later is None else f" (first {first:.4f}, later {later:.4f})"
+    return f" | L1 {over_all:.4f}{chunk}"
+
+
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -224,7 +230,7 @@ class _Printer(Listener):
         memory = f" | {line.memory_bytes / 1e9:.2f} GB" if line.memory_bytes is not None else ""
         say(
             f"step {line.step:>6} | loss {line.loss:.4f}{_accuracy(line.action_accuracy)}"
-            f" | L1 {line.action_l1:.4f}"
+            f"{_l1(line.action_l1, line.first_action_l1, line.later_actions_l1)}"
             f" | lr {line.learning_rate:.2e} | grad {line.grad_norm:.3f} | {line.samples_per_second:.1f} samples/s"
             f" | data {line.data_seconds:.3f} s{memory} | {_duration(line.seconds_left)} left"
         )
@@ -235,7 +241,7 @@ class _Printer(Listener):
         mark = " (best so far)" if line.best else ""
         say(
             f"step {line.step:>6} | held out: loss {line.val_loss:.4f}{_accuracy(line.val_action_accuracy)}"
-            f" | L1 {line.val_action_l1:.4f}{mark}"
+            f"{_l1(line.val_action_l1, line.val_first_action_l1, line.val_later_actions_l1)}{mark}"
         )
 
     def saved(self, checkpoint: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,12 +40,16 @@ class Panel:
     from_zero: bool = False
 
 
-PANELS = (
+PANELS = (  # of any run
     Panel("loss (nats per token)", "loss", "val_loss"),
     Panel("action token accuracy", "action_accuracy", "val_action_accuracy"),
     Panel("action L1 (normalised units)", "action_l1", "val_action_l1"),
     Panel("learning rate", "learning_rate", from_zero=True),
     Panel("gradient norm before clipping", "grad_norm", from_zero=True),
+)
+CHUNK_PANELS = (  # of a policy that writes several actions at once
+    Panel("L1 of the chunk's first action", "first_action_l1", "val_first_action_l1"),
+    Panel("L1 of the chunk's later actions", "later_actions_l1", "val_later_actions_l1"),
 )
 
 
@@ -64,6 +68,24 @@ class Curves:
     train: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     held_out: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     damaged: int = 0
+
+
+def panels(curves: Sequence[Curves]) -> tuple[Panel, ...]:
+    """Return what can be drawn of runs: accuracy where one of them wrote tokens, `CHUNK_PANELS` where one wrote chunks.
+
+    The loss of a run without tokens is a distance.
+    """
+    loss, accuracy, l1, *others = PANELS
+    tokens = [np.isfinite(run.train[accuracy.train]).any() for run in curves]
+    units = [unit for unit, there in (("nats per token", any(tokens)), ("L1", not all(tokens))) if there]
+    chunked = any(np.isfinite(run.train[panel.train]).any() for run in curves for panel in CHUNK_PANELS)
+    return (
+        replace(loss, title=f"loss ({' or '.join(units)})"),
+        *((accuracy,) if any(tokens) else ()),
+        l1,
+        *(CHUNK_PANELS if chunked else ()),
+        *others,
+    )
 
 
 def read_curves(run: Path) -> Curves:
@@ -93,12 +115,13 @@ def read_curves(run: Path) -> Curves:
                     train.append(line)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
+    every = PANELS + CHUNK_PANELS
     if not train and not held_out:
         raise DataError(f"{path} has no logged step yet; wait for the first one")
     return Curves(
         run,
-        _columns(train, ["step", *(panel.train for panel in PANELS)]),
-        _columns(held_out, ["step", *(panel.held_out for panel in PANELS if panel.held_out)]),
+        _columns(train, ["step", *(panel.train for panel in every)]),
+        _columns(held_out, ["step", *(panel.held_out for panel in every if panel.held_out)]),
         damaged,
     )
 
@@ -143,15 +166,19 @@ def draw_curves(curves: Sequence[Curves]) -> Figure:
     """Return the figure: training as lines, evaluations on held-out examples as dashed lines with dots."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13.0, 7.0), layout="constrained")
-    axes = list(figure.subplots(2, 3).flatten())
-    for panel, axis in zip(PANELS, axes, strict=False):
+    shown = panels(curves)
+    columns = (len(shown) + 2) // 2  # in two rows, with a place for the legend
+    figure = Figure(figsize=(4.0 * columns + 1.0, 7.0), layout="constrained")
+    axes = list(figure.subplots(2, columns).flatten())
+    for panel, axis in zip(shown, axes, strict=False):
         for number, run in enumerate(curves):
             _draw(panel, axis, run, COLORS[number % len(COLORS)])
         axis.set_title(panel.title, fontsize=10)
         axis.grid(alpha=0.25)
         axis.set_xlabel("step")
-    _explain(axes[-1], curves)
+    _explain(axes[len(shown)], curves)
+    for unused in axes[len(shown) + 1 :]:
+        unused.remove()
     return figure
 
 
@@ -167,7 +194,7 @@ def _draw(panel: Panel, axis: Axes, run: Curves, color: str) -> None:
 
 
 def _explain(axis: Axes, curves: Sequence[Curves]) -> None:
-    """Put the legend in the empty sixth place, with the best held-out L1 of each run."""
+    """Put the legend in an empty place, with the best held-out L1 of each run."""
     from matplotlib.lines import Line2D
 
     axis.axis("off")

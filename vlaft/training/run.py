@@ -130,6 +130,8 @@ class Run:
             "base": [self.base_fingerprint, content_checksum(self.base_checksums)],
             "data": self.data.fingerprint,
             "pipeline": self.data.pipeline.to_json(),
+            "cameras": list(self.recipe.policy.cameras),  # whose order is that of the patches
+            "windows": [self.recipe.policy.chunk, self.recipe.policy.tail],  # what row a number stands for
             "precision": [self.precision.frozen, self.precision.compute, self.recipe.adapt.quantize],
             "device": self.device.type,
         }

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import ExitStack, closing, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -263,8 +263,10 @@ def _log_step(run: Run, metrics: Metrics, norm: torch.Tensor | None, elapsed: fl
         data_seconds=waited / steps,
         memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         seconds_left=elapsed / steps * (run.recipe.train.steps - run.progress.step),
+        first_action_l1=metrics.first_action_l1,
+        later_actions_l1=metrics.later_actions_l1,
     )
-    run.log(asdict(line))
+    run.log(line.to_json())
     run.listener.stepped(line)
 
 
@@ -280,8 +282,16 @@ def _evaluate(run: Run) -> None:
         progress.evaluations_since_best = 0
     else:
         progress.evaluations_since_best += 1
-    line = EvaluationLine(progress.step, metrics.loss, metrics.action_accuracy, metrics.action_l1, best)
-    run.log(asdict(line))
+    line = EvaluationLine(
+        step=progress.step,
+        val_loss=metrics.loss,
+        val_action_accuracy=metrics.action_accuracy,
+        val_action_l1=metrics.action_l1,
+        best=best,
+        val_first_action_l1=metrics.first_action_l1,
+        val_later_actions_l1=metrics.later_actions_l1,
+    )
+    run.log(line.to_json())
     run.listener.evaluated(line)
 
 
