@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving_fixtures import FakePolicy, expected_chunk, running
 
+from vlaft.cli.main import main
 from vlaft.data.codec import decode_image
-from vlaft.errors import ConfigError, DataError
+from vlaft.errors import ConfigError
 from vlaft.model.configuration import Policy as ModelPolicy
 from vlaft.model.load import fill_policy, load_model, read_policy_files
 from vlaft.observation.images import ImagePipeline
@@ -101,9 +102,12 @@ def test_openvla_ofts_form_of_one_action_is_a_list_too() -> None:
         assert json_numpy.decode(post(server, both).json(), "it").shape == (7,)
 
 
-def test_a_default_of_no_dataset_is_refused_at_once() -> None:
-    with pytest.raises(DataError, match="did you mean 'bridge'"), running(FakePolicy(), unnorm_key="brigde"):
-        pass
+def test_a_default_of_no_dataset_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vlaft.policy.load", lambda *_, **__: FakePolicy())
+    assert main(["serve", "model", "--port", "0", "--unnorm-key", "brigde"]) == 1
+    assert "did you mean 'bridge'" in capsys.readouterr().err
 
 
 def test_nobody_need_know_the_name_of_an_only_camera(left: SimpleNamespace) -> None:
