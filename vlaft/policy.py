@@ -201,9 +201,12 @@ class Policy:
             return None
         if state is None:
             raise DataError(f"the policy reads the robot's state: give its {policy.state_size} numbers")
-        values = np.atleast_2d(np.asarray(state, dtype=np.float32))
+        with np.errstate(over="ignore"):  # told below
+            values = np.atleast_2d(np.asarray(state, dtype=np.float32))
         if values.shape != (count, policy.state_size):
             raise DataError(f"the policy reads states of {policy.state_size} numbers, not {list(np.shape(state))}")
+        if not np.isfinite(values).all():
+            raise DataError("the state holds a number that is not finite, or too large for a float32")
         if "proprio" not in self.statistics[key]:
             raise DataError(f"the statistics of '{key}' say nothing of the state, which the policy reads")
         return normalize(values, self.statistics[key]["proprio"], policy.normalization)

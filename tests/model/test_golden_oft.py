@@ -190,6 +190,19 @@ def test_a_mean_over_real_tokens_does_not_see_padding(tiny: Path, golden_folder:
     assert difference() < 1e-5
 
 
+def test_by_itself_a_policy_does_not_see_padding_either_way(tiny: Path, golden_folder: Path) -> None:
+    """What a server answers does not depend on who asks at the same time."""
+    case = open_case("c", tiny, golden_folder)  # film_mean: padded
+    questions = case.expected["predict"]
+    prompts = [[*question["prompt_token_ids"], BLANK] for question in questions]
+    states = np.array([question["normalized_state"] for question in questions], np.float32)
+    assert len({len(prompt) for prompt in prompts}) > 1
+    together = Observation.of(prompts, case.frames(questions), case.pipeline, pad_id=32000, state=states)
+    written = case.model.head.predict(case.model, together, 14)
+    for row, question in enumerate(questions):
+        assert written.actions[row] == pytest.approx(np.array(question["normalized"]), abs=2e-5)
+
+
 def test_a_later_token_moves_an_earlier_state(two_cameras: Case) -> None:
     """So that nobody can ship it causal, as stock transformers silently is."""
     batch = two_cameras.batch(0, 0)

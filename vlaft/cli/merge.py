@@ -51,6 +51,7 @@ def merge(
     from vlaft.adapt.rounding import MODES
     from vlaft.cli.arguments import check_output_folder, parse_policy
     from vlaft.cli.console import bytes_progress, say
+    from vlaft.cli.predict import example_of
     from vlaft.errors import UsageError
     from vlaft.files import free_bytes
     from vlaft.release.merge import merge as run_merge
@@ -93,7 +94,7 @@ def merge(
         )
     say(f"{result.changed} of {result.tensors} tensors changed; {result.bytes / 1e9:.2f} GB written to {out}")
     _tell_rounding(result.rounding)
-    say(f"next: vlaft predict {out} --image frame.png --instruction 'pick up the cup'")
+    say(f"next: vlaft predict {out} {example_of(out)}")
 
 
 def _merge_oft(source: Path, out: Path, policy: dict[str, Any], base: str | None, overwrite: bool) -> None:

@@ -27,6 +27,9 @@ def serve(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default by the device.")
     ] = None,
+    unnorm_key: Annotated[
+        str | None, typer.Option("--unnorm-key", help="Statistics to use where a request names none.")
+    ] = None,
     action_ids_only: Annotated[
         bool, typer.Option("--action-ids-only", help="Choose among action tokens only.")
     ] = False,
@@ -37,7 +40,7 @@ def serve(
     device: Device = "auto",
     words: PolicyWords = None,
 ) -> int:
-    """Serve a model to robots: POST /act as OpenVLA's server has it, GET /health, GET /info."""
+    """Serve a model to robots: POST /act as OpenVLA's and OpenVLA-OFT's servers have it, GET /health, GET /info."""
     import os
     import signal
 
@@ -49,6 +52,7 @@ def serve(
     settings = ServeSettings(
         token=read_token(token_file, os.environ),
         action_ids_only=action_ids_only,
+        unnorm_key=unnorm_key,
         max_batch=max_batch,
         queue_length=queue_length,
         max_body=parse_size(max_body),

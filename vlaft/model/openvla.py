@@ -204,6 +204,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         pixel_values: Tensor | None,
         vision_features: Tensor | None = None,
         state: Tensor | None = None,
+        padding_speaks: bool = True,
     ) -> Tensor:
         """Return the hidden states that labels are predicted from, each one position before its label.
 
@@ -214,6 +215,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             pixel_values: as `embed` takes them.
             vision_features: likewise.
             state: likewise.
+            padding_speaks: whether FiLM's mean is over padding too, where `policy.film_mean` says so.
 
         Returns:
             `[B, R, D]`.
@@ -224,7 +226,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             return self.decode(self.embed(input_ids, pixel_values, vision_features, state=state), rows=rows)
         empty = torch.zeros_like(input_ids, dtype=torch.bool).scatter(1, label_positions[:, :-1], True)
         real = torch.arange(input_ids.shape[1], device=input_ids.device) <= label_positions[:, -1:]
-        spoken = ~empty if self.policy.film_mean == "padded" else real & ~empty
+        spoken = ~empty if padding_speaks and self.policy.film_mean == "padded" else real & ~empty
         embeddings = self.embed(
             input_ids, pixel_values, vision_features, state=state, empty=empty, spoken=spoken.to(torch.float32)
         )
