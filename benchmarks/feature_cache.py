@@ -1,6 +1,6 @@
 """Time of a training step with the features of frozen ViTs kept, over one that computes them again, in one run.
 
-    python benchmarks/feature_cache.py --base BASE --data DATA [--recipe last-layer] [--batch-size 8] [--rounds 20]
+    python benchmarks/feature_cache.py --base BASE --data DATA [--recipe last-layer] [--batch-size 8] [WORD...]
 
 BASE is a small base, DATA what `vlaft convert` wrote for it. Both runs do the same steps on the same batches, in turn;
 the cache is filled beforehand, as after the first epoch. The limit is the share of the step that is not the ViTs'
@@ -30,9 +30,11 @@ def main() -> None:
     parser.add_argument("--recipe", default="last-layer")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("settings", nargs="*", help="words of the recipe, such as policy.cameras=[main,wrist]")
     options = parser.parse_args()
     words = [f"base='{options.base}'", f"data.path='{options.data}'", "data.augment=false", "data.workers=0"]
     words += ["train.steps=100000", f"train.batch_size={options.batch_size}", "train.accumulation=1"]
+    words += options.settings
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder
         runs = {}

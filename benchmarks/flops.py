@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vlaft.model.configuration import OpenVLAConfig
+    from vlaft.model.configuration import OpenVLAConfig, Policy
     from vlaft.recipe.settings import RecipeConfig
 
 
@@ -37,6 +37,7 @@ def step_operations(
     batch_size: int,
     tokens: int | None = None,
     labels: int | None = None,
+    policy: Policy | None = None,
 ) -> StepOperations:
     """Count the matrix products and attention of a recipe's forward and backward pass as they run on a GPU.
 
@@ -46,25 +47,38 @@ def step_operations(
         recipe: resolved settings.
         config: of the base.
         batch_size: examples.
-        tokens: text tokens per example; None: as usual for the base.
+        tokens: text tokens of an example with one action; None: as usual for the base.
         labels: of those, the ones with a label; None: as usual.
+        policy: what is read and written; None takes the recipe's on usual data.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
     from vlaft.accounting.gpu import DeviceEmulation, in_recomputed_blocks
     from vlaft.accounting.memory import LABELS, usual_tokens
-    from vlaft.accounting.meta import WithoutValues, example_inputs, example_normalization, meta_model
+    from vlaft.accounting.meta import (
+        ACTION_SIZE,
+        WithoutValues,
+        example_inputs,
+        example_normalization,
+        meta_model,
+        policy_of,
+    )
     from vlaft.recipe.settings import resolve_precision
     from vlaft.training.model import PRECISIONS, make_trainable
     from vlaft.training.step import forward
 
     precision = resolve_precision(recipe.precision, on_gpu=True)
-    base = meta_model(config, PRECISIONS[precision.frozen])
+    base, policy = meta_model(config, PRECISIONS[precision.frozen]), policy or policy_of(recipe)
+    more = policy.chunk * (policy.action_size or ACTION_SIZE) - ACTION_SIZE
     with WithoutValues():
-        model = make_trainable(base, recipe, precision).train()
+        model = make_trainable(base, recipe, precision, policy).train()
     in_recomputed_blocks(model, on_gpu=True)
     inputs = example_inputs(
-        config, batch_size=batch_size, tokens=tokens or usual_tokens(config), labels=labels or LABELS
+        config,
+        batch_size=batch_size,
+        tokens=(tokens or usual_tokens(config)) + more,
+        labels=(labels or LABELS) + more,
+        policy=policy,
     )
     counter = FlopCounterMode(display=False)
     with counter:

@@ -1,11 +1,13 @@
 """Time and memory of a training step: vlaft over a plain one, as upstream's script does it, in one run.
 
     python benchmarks/train_step.py [--size small|medium|large] [--batch-size 4] [--recipe lora32] [--checkpointing]
+    python benchmarks/train_step.py --recipe oft-state               chunks, against OpenVLA-OFT's step
     python benchmarks/train_step.py --gpu-7b [--batch-size 16]       on a GPU: openvla-7b with random weights
 
 Both train the same adapters on the same weights and the same batch. The plain step does what upstream's does and
 vlaft leaves out: the last ViT block, a padding mask, logits and loss over all positions in float32, and metrics that
-wait for the device after every forward pass. Rounds alternate, so that a busy machine slows both.
+wait for the device after every forward pass; of chunks also what `plain_step.py` says. Rounds alternate, so that a busy
+machine slows both.
 
 Memory is the peak of live tensors, followed storage by storage in a real step. The limit printed beside it is the
 time that the step's matrix products alone would take at this machine's measured float32 (GPU: bfloat16) matrix rate.
@@ -21,11 +23,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from plain_step import plain_forward
+from plain_step import plain_chunk_forward, plain_forward
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlaft.accounting.meta import example_inputs, example_normalization
+from vlaft.accounting.meta import ACTION_SIZE, example_inputs, example_normalization, policy_of
 from vlaft.accounting.step import follow_steps
 from vlaft.action.metrics import MetricSums
 from vlaft.action.tokens import IGNORED, ActionTokenizer
@@ -73,7 +75,7 @@ def ready(config: OpenVLAConfig, recipe: RecipeConfig, device: torch.device) -> 
         torch.set_default_dtype(PRECISIONS[precision.frozen])
         model = OpenVLAForActionPrediction(config)
         torch.set_default_dtype(torch.float32)
-    trainable = make_trainable(model, recipe, precision)
+    trainable = make_trainable(model, recipe, precision, policy_of(recipe))
     return trainable.train(), build_optimizer(trainable, recipe.train)
 
 
@@ -90,6 +92,16 @@ def run_dead_blocks(model: nn.Module) -> None:
 
 def plain_step(model: nn.Module, optimizer: Any, inputs: Inputs, normalization: Any, compute: torch.dtype) -> None:
     """Do one update as upstream's loop does."""
+    if inputs.actions is not None:
+        output = plain_chunk_forward(model, inputs, normalization, compute)
+        assert output.loss is not None and output.actions is not None and output.demonstrated is not None
+        output.loss.backward()
+        error = (output.actions - output.demonstrated).detach().abs()
+        for told in (output.loss, error[:, 0].mean(), error[:, 1:].mean()):
+            told.item()
+        optimizer.step()
+        optimizer.zero_grad()
+        return
     output = plain_forward(model, inputs, normalization, compute)
     assert output.loss is not None and output.logits is not None
     output.loss.backward()
@@ -140,10 +152,15 @@ def measure(config: OpenVLAConfig, recipe: RecipeConfig, batch_size: int, rounds
     precision = resolve_precision(recipe.precision, on_gpu=device.type == "cuda")
     compute = PRECISIONS[precision.compute]
     normalization = example_normalization(config)
+    policy = policy_of(recipe)
+    more = policy.chunk * (policy.action_size or ACTION_SIZE) - ACTION_SIZE
     with device:
-        inputs = example_inputs(config, batch_size=batch_size, tokens=TOKENS, labels=LABELS, device=device)
+        inputs = example_inputs(
+            config, batch_size=batch_size, tokens=TOKENS + more, labels=LABELS + more, device=device, policy=policy
+        )
     inputs.labels.fill_(IGNORED)
-    inputs.labels[:, -LABELS:] = 31800
+    inputs.labels[:, -LABELS - more :] = 31800
+    plain_pass = plain_forward if inputs.actions is None else plain_chunk_forward
     sums = MetricSums(device)
     ours, our_optimizer = ready(config, recipe, device)
     counter = FlopCounterMode(display=False)
@@ -162,7 +179,7 @@ def measure(config: OpenVLAConfig, recipe: RecipeConfig, batch_size: int, rounds
     traces = {
         "vlaft": follow_steps(ours, our_optimizer, inputs, normalization, recipe, precision),
         "plain": follow_steps(
-            plain, plain_optimizer, inputs, normalization, plain_recipe, precision, forward_pass=plain_forward
+            plain, plain_optimizer, inputs, normalization, plain_recipe, precision, forward_pass=plain_pass
         ),
     }
     live = {name: trace.at_peak()[0] for name, trace in traces.items()}

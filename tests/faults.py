@@ -127,6 +127,13 @@ def heed_signals() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def tell(config: Any, line: str) -> None:
+    """Print a line of counts while pytest captures what tests print; `config` is pytest's."""
+    capture = config.pluginmanager.get_plugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        print(f"\n{line}", flush=True)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the command line with a fault."""
     root, fault, at, _, *words = arguments

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -113,6 +114,28 @@ def make_v3(root: Path, starts: tuple[float, ...] = (0.0, 0.6), row_group: int =
     }
     (root / "meta/episodes/chunk-000").mkdir(parents=True)
     pq.write_table(pa.table(episodes), root / "meta/episodes/chunk-000/file-000.parquet")
+    return root
+
+
+def with_two_cameras(real: Path, root: Path) -> Path:
+    """Copy a v3.0 set of one camera to `root`, with its film once more as the film of a wrist camera."""
+    shutil.copytree(real, root)
+    value = json.loads((root / "meta/info.json").read_text())
+    (old,) = (name for name in value["features"] if name.startswith("observation.images."))
+    names = ("observation.images.front", "observation.images.wrist")
+    feature = value["features"].pop(old)
+    value["features"] |= dict.fromkeys(names, feature)
+    write_json(root / "meta/info.json", value)
+    for name in names:
+        shutil.copytree(root / "videos" / old, root / "videos" / name)
+    shutil.rmtree(root / "videos" / old)
+    for path in (root / "meta/episodes").rglob("*.parquet"):
+        table = pq.read_table(path)
+        kept = {name: table[name] for name in table.column_names if old not in name}
+        placed = {name: table[name] for name in table.column_names if old in name}
+        for camera in names:
+            kept |= {name.replace(old, camera): column for name, column in placed.items()}
+        pq.write_table(pa.table(kept), path)
     return root
 
 

@@ -20,14 +20,28 @@ from vlaft.serving.settings import ServeSettings
 class FakePolicy:
     """Answers with what it was asked; `hold` stops it until it is set, as a slow model would."""
 
-    def __init__(self, sizes: dict[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        sizes: dict[str, int] | None = None,
+        *,
+        cameras: tuple[str, ...] = ("main",),
+        state_size: int | None = None,
+        chunk: int = 1,
+    ) -> None:
+        reads = SimpleNamespace(cameras=list(cameras), state=state_size is not None, state_size=state_size, chunk=chunk)
+        self.model = SimpleNamespace(policy=reads)
         self.statistics = {key: {"action": {"q01": [0.0] * size}} for key, size in (sizes or {"bridge": 7}).items()}
         self.pipeline = SimpleNamespace(size=224, center_crop=False)
         self.batches: list[int] = []
         self.hold = threading.Event()
         self.hold.set()
 
-    def predict(self, images: Any, instructions: Any, *, unnorm_key: str, action_ids_only: bool) -> list[Any]:
+    def predict(
+        self, images: Any, instructions: Any, *, state: Any, unnorm_key: str, action_ids_only: bool
+    ) -> list[Any]:
+        reads = self.model.policy
+        assert all(list(moment) == reads.cameras for moment in images)
+        assert (state is None) == (not reads.state)
         self.batches.append(len(images))
         assert self.hold.wait(20)
         if "crash" in instructions:
@@ -35,10 +49,23 @@ class FakePolicy:
         if "refuse" in instructions:
             raise DataError("this is refused")
         size = len(self.statistics[unnorm_key]["action"]["q01"])
+        states = [None] * len(images) if state is None else list(state)
         return [
-            SimpleNamespace(action=expected_action(image, text, size), non_action_tokens=int("odd" in text))
-            for image, text in zip(images, instructions, strict=True)
+            SimpleNamespace(
+                actions=expected_chunk(list(moment.values()), text, size, reads.chunk, of),
+                non_action_tokens=int("odd" in text),
+            )
+            for moment, text, of in zip(images, instructions, states, strict=True)
         ]
+
+
+def expected_chunk(
+    images: list[np.ndarray], instruction: str, size: int = 7, chunk: int = 1, state: np.ndarray | None = None
+) -> np.ndarray:
+    """A chunk that tells every image, their order, the instruction, the state and its own steps apart."""
+    said = sum(number * expected_action(image, instruction, size) for number, image in enumerate(images, 1))
+    of_state = 0.0 if state is None else float(np.asarray(state, np.float64) @ np.arange(1, len(state) + 1))
+    return np.stack([said + of_state + 100 * step for step in range(chunk)])
 
 
 def expected_action(image: np.ndarray, instruction: str, size: int = 7) -> np.ndarray:

@@ -11,13 +11,19 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from golden_models import MINI
 from repository import ROOT
 from small_base import convert_small
 
-from vlaft.accounting.meta import meta_model
+from vlaft.accounting.meta import example_inputs, example_normalization, meta_model, policy_of
+from vlaft.accounting.step import follow_steps
 from vlaft.cli.main import main as cli
 from vlaft.model.configuration import OpenVLAConfig
+from vlaft.model.load import base_config
+from vlaft.recipe.resolve import resolve
+from vlaft.recipe.settings import resolve_precision
+from vlaft.training.step import Inputs
 from vlaft.weights.layout import tensor_table
 from vlaft.weights.stream import read_tensor
 
@@ -37,10 +43,10 @@ def options(batch_sizes: list[int]) -> argparse.Namespace:
     return argparse.Namespace(base=BASE, batch_sizes=batch_sizes, steps=1)
 
 
-@pytest.mark.parametrize("part", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("part", range(12))
 def test_steps_are_timed_and_their_memory_is_as_predicted(gpu_7b: ModuleType, part: int) -> None:
-    kind, name, words = gpu_7b.PARTS[part]
-    if name == "qlora32":
+    kind, name, words = (*gpu_7b.PARTS, *gpu_7b.CHUNKS)[part]
+    if name in ("qlora32", "qoft"):
         pytest.importorskip("bitsandbytes")
     small, large = gpu_7b.steps_of(kind, name, words, options([1, 3]))
     for row in (small, large):
@@ -50,12 +56,80 @@ def test_steps_are_timed_and_their_memory_is_as_predicted(gpu_7b: ModuleType, pa
     assert large["measured_bytes"] > small["measured_bytes"]
 
 
+@pytest.mark.parametrize("name", ["oft", "oft-film"])
+def test_the_plain_step_of_chunks_computes_the_same_loss(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """It takes more memory for the same number and the same gradients, or it would be no baseline."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    train_step = importlib.import_module("train_step")
+    recipe, config = resolve(name, [], ["data.augment=false", "policy.chunk=3"]), base_config(BASE)
+    policy, normalization = policy_of(recipe), example_normalization(config)
+    more = (policy.chunk - 1) * 7
+    inputs = example_inputs(
+        config, batch_size=2, tokens=20 + more, labels=8 + more, device=torch.device("cpu"), policy=policy
+    )
+    inputs.labels.fill_(-100)
+    inputs.labels[:, -8 - more :] = 300
+    assert inputs.actions is not None
+    inputs.actions.uniform_(-1, 1)
+    found = {}
+    for kind, forward_pass in (("vlaft", train_step.forward), ("plain", train_step.plain_chunk_forward)):
+        model, optimizer = train_step.ready(config, recipe, torch.device("cpu"))
+        output = forward_pass(model, inputs, normalization, torch.float32)
+        output.loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        optimizer.zero_grad(set_to_none=True)
+        words = resolve_precision(recipe.precision, on_gpu=False)
+        steps = follow_steps(model, optimizer, inputs, normalization, recipe, words, forward_pass=forward_pass)
+        found[kind] = output.loss.item(), float(norm), steps.at_peak()[0]
+    assert found["vlaft"][:2] == pytest.approx(found["plain"][:2], rel=1e-5)
+    assert found["vlaft"][2] < found["plain"][2]
+
+
+def test_a_chunk_is_timed_against_serial_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    chunks = importlib.import_module("chunks")
+    result = chunks.measure(base_config(BASE), torch.float32, 4, 1, torch.device("cpu"), 1)
+    serial, parallel, l1 = (result["flop"][name] for name in chunks.policies(4))
+    assert serial < l1 < parallel  # the L1 head is smaller than the vocabulary here
+    assert set(result["over_serial"]) == {"parallel tokens", "parallel L1"}
+    for name, value in result["over_serial"].items():
+        times = result["seconds"]
+        assert value == pytest.approx(4 * times["serial tokens"] / times[name])
+    assert all(limit > 0 for limit in result["limit_seconds"].values())
+
+
 def test_the_small_card_is_tried_with_augmentation(gpu_7b: ModuleType) -> None:
     pytest.importorskip("bitsandbytes")
     found = gpu_7b.on_a_small_card(options([1]))
     assert found["survived"] and not found["enforced"]  # there is nothing to enforce on a CPU
     assert len(found["losses"]) == 3
     assert found["limit_bytes"] + found["outside_bytes"] == found["card_bytes"] == 8 * 10**9
+
+
+def test_a_step_of_chunks_that_does_not_fit_is_tried_with_half_its_examples(
+    gpu_7b: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = gpu_7b.our_step
+
+    def small_gpu(model: object, optimizer: object, inputs: Inputs, *others: object) -> None:
+        if len(inputs.input_ids) > 2:
+            raise torch.cuda.OutOfMemoryError
+        step(model, optimizer, inputs, *others)
+
+    monkeypatch.setattr(gpu_7b, "our_step", small_gpu)
+    rows = gpu_7b.steps_of("vlaft", "oft", [], options([1, 16]))
+    told = [(row["batch_size"], row.get("note")) for row in rows]
+    assert told == [(1, None), (8, "does not fit"), (4, "does not fit"), (2, None)]
+
+
+@pytest.mark.parametrize("name", ["lora32", "oft", "oft-state", "oft-film"])
+def test_answers_are_timed_and_their_memory_is_as_predicted(gpu_7b: ModuleType, name: str) -> None:
+    found = gpu_7b.answers_of(name, options([1]))
+    assert found["measured_bytes"] == pytest.approx(found["predicted_bytes"], rel=0.02)
+    assert found["chunk"] == {"lora32": 1, "oft-film": 25}.get(name, 8)
+    assert found["actions_per_second"] == pytest.approx(found["chunk"] / found["seconds"]["launched"])
+    assert found["limit_actions_per_second"] > found["actions_per_second"]
+    assert found["upstream_gb"] == {"oft": 15.9, "oft-state": 16.2, "oft-film": 18.0}.get(name)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8", "nf4"])
@@ -74,6 +148,7 @@ def test_the_tables_name_what_failed_and_what_did_not_fit(gpu_7b: ModuleType) ->
     row = {"kind": "vlaft", "recipe": "lora32", "settings": [], "batch_size": 1}
     times = {"predicted_bytes": 2e9, "measured_bytes": 1e9, "seconds": 2.0, "share_of_rate": 0.5}
     plain = row | times | {"kind": "plain", "samples_per_second": 0.5, "share_of_rate_computed": 0.5}
+    answer = {"actions_per_second": 2.0, "limit_actions_per_second": 4.0, "predicted_bytes": 2e9, "measured_bytes": 1e9}
     found = {
         "device": "a GPU",
         "base": "b",
@@ -88,8 +163,16 @@ def test_the_tables_name_what_failed_and_what_did_not_fit(gpu_7b: ModuleType) ->
             {"failed": "out of luck"},
         ],
         "prediction": [{"failed": "no kernels"}],
+        "chunks": [plain | {"recipe": "oft-state", "batch_size": 8, "samples_per_second": 0.5}],
+        "answers": [
+            answer | {"recipe": "lora32", "policy": "seven serial tokens", "chunk": 1, "upstream_gb": None},
+            answer | {"recipe": "oft", "policy": "oft", "chunk": 8, "actions_per_second": 50.0, "upstream_gb": 15.9},
+            {"failed": "no answer"},
+        ],
     }
     text = gpu_7b.markdown(found)
+    assert "| plain oft-state | 8 | 2.00 GB |" in text and "|  | 62.5 |" not in text and "| 1.00 | 62.5 |" in text
+    assert "| oft, chunk of 8 | 50.00 | 25.0 | 4.00 | 1.0 | 2.00 GB | 1.00 GB | 15.9 |" in text and "no answer" in text
     assert (
         "| vlaft lora32 | 1 | 2.00 GB | 1.00 GB | +100.0 % | 2.000 | 0.75 | 50 % (50 % with recomputation) | 1.50 |"
         in text
@@ -106,6 +189,7 @@ def test_the_whole_gpu_script(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "gpu_7b.json").read_text())
     assert len(found["steps"]) == 10 and found["card"]["survived"] and len(found["prediction"]) == 3
+    assert len(found["chunks"]) == 14 and len(found["answers"]) == 4
     assert (tmp_path / "gpu_7b.md").read_text().count("\n| ") >= 15
 
 

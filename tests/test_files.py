@@ -103,13 +103,13 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(settled: Path) -
         return "old"
 
     assert remembered(settled, compute) == "old"
-    assert not files._cache_folder().exists()
+    assert not files.cache_folder("checksums").exists()
 
 
 @pytest.mark.parametrize("spoil", [b"", b"[", b"{}", b"[]", b"null", b"\xff"])
 def test_a_damaged_cache_is_no_harm(settled: Path, reads: list[Path], spoil: bytes) -> None:
     assert holds(settled, "e3069283")
-    (note,) = files._cache_folder().iterdir()
+    (note,) = files.cache_folder("checksums").iterdir()
     note.write_bytes(spoil)
     assert holds(settled, "e3069283")
     note.write_text(note.read_text().replace("e3069283", "e3069284"))

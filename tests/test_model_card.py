@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,23 @@ def test_odd_names_stay_names(tmp_path: Path, kind: str, base: str) -> None:
     assert sum(token.type == "fence" for token in tokens) == 1
     shown = [token.content for token in inline if token.type in ("text", "code_inline")]
     assert "<img src=x>" in "".join(shown)  # the name itself is there, to be read
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "oft"])
+def test_a_card_tells_what_a_policy_reads_and_writes(tmp_path: Path, kind: str) -> None:
+    policy = {"head": "l1", "chunk": 4, "cameras": ["main", ODD], "state": True, "state_size": 8, "action_size": 7}
+    record = {"base": "owner/model", "training": TRAINING}
+    write_model_card(tmp_path, kind, {"arm": ENTRY}, record, {"policy": policy})
+    text = (tmp_path / "README.md").read_text()
+    assert "chunks of 4 actions of 7 numbers, all at once, by an L1 head" in text
+    assert "the robot's state of 8 numbers" in text and "state=state" in text and "# [4, 7]" in text
+    assert ("--num_images_in_input 2" in text) == (kind == "oft")
+    tokens = MarkdownIt("commonmark").enable("table").parse(text.split("---\n", 2)[2])
+    inline = [child for token in tokens for child in token.children or ()]
+    assert {token.type for token in [*tokens, *inline]}.isdisjoint({"html_block", "html_inline", "image", "em_open"})
+    (code,) = (token.content for token in tokens if token.type == "fence")
+    call = ast.parse(code).body[2].value  # type: ignore[attr-defined]
+    assert [key.value for key in call.args[0].keys] == ["main", ODD.replace("\n", " ").replace("`", "")]
 
 
 def test_usual_names_are_written_as_they_are() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 
 from vlaft import files as module
 from vlaft.errors import ConfigError, VlaftError
-from vlaft.files import check_apart, joined, locked, output_file, output_folder, restored
+from vlaft.files import check_apart, joined, locked, output_file, output_files, output_folder, restored
 
 
 def fill(folder: Path, text: str) -> None:
@@ -345,3 +346,40 @@ def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:
     check_apart(tmp_path / "out", [tmp_path / "out-base", tmp_path])
     with pytest.raises(ConfigError, match="which --overwrite would delete"):
         check_apart(tmp_path / "out", [tmp_path / "out" / "base"])
+
+
+@pytest.mark.parametrize("fault", ["kill", "term"])
+def test_files_move_in_together_and_each_is_whole(tmp_path: Path, fault: str) -> None:
+    """At every moment each of the old files or its successor is there; others' files stay."""
+    pictures = tmp_path / "pictures"
+    names = re.compile(r"\w\.png")
+
+    def draw(text: str, *which: str) -> None:
+        with output_files(pictures, names) as partial:
+            for name in which:
+                (partial / f"{name}.png").write_text(text)
+
+    def work() -> None:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with suppress(KeyboardInterrupt):
+            draw("new", "b", "c")
+
+    def look(at: int, code: int) -> None:
+        there = {path.name: path.read_text() for path in pictures.iterdir()}
+        assert there.pop("mine.txt") == "mine"
+        assert there["b.png"] in ("old", "new") and there.get("c.png", "new") == "new", at
+        assert fault == "kill" or not list(tmp_path.glob(".*")), at
+        draw("new", "b", "c")
+        assert sorted(path.name for path in pictures.iterdir()) == ["b.png", "c.png", "mine.txt"], at
+        assert [path.name for path in tmp_path.iterdir()] == ["pictures"], at
+        draw("old", "a", "b")
+
+    fill(pictures, "x")
+    (pictures / "file").rename(pictures / "mine.txt")
+    (pictures / "mine.txt").write_text("mine")
+    draw("old", "a", "b")
+    assert faults.at_each_moment(tmp_path, fault, work, look) > 8
+    with pytest.raises(ValueError, match="x"), output_files(pictures, names) as partial:
+        (partial / "b.png").write_text("half")
+        raise ValueError("x")
+    assert (pictures / "b.png").read_text() == "new" and not list(tmp_path.glob(".*"))

@@ -39,12 +39,13 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for name, width in (("robot0_eef_pos", 3), ("robot0_eef_quat", 4), ("robot0_gripper_qpos", 2)):
                 demo[f"obs/{name}"] = np.ones((len(demo["actions"]), width), np.float32)
             demo["obs/robot0_eye_in_hand_image"] = demo["obs/agentview_image"][:]
-    (folder / "frame.png").write_bytes(encode_image(np.full((64, 64, 3), 90, np.uint8), "png"))
+    for name in ("frame", "wrist"):
+        (folder / f"{name}.png").write_bytes(encode_image(np.full((64, 64, 3), 90, np.uint8), "png"))
     return folder
 
 
 def run(command: str, folder: Path) -> int:
-    command = command.replace("openvla/openvla-7b", str(folder / "base")).replace("train.steps=2000", "train.steps=2")
+    command = re.sub(r"train\.steps=\d+", "train.steps=2", command.replace("openvla/openvla-7b", str(folder / "base")))
     words = shlex.split(command)[1:]
     if words[0] == "report":  # on the small base: counting the large one is tested elsewhere
         words += ["--base", str(folder / "base"), "--recipe", "lora32"]

@@ -1,6 +1,6 @@
 """How things come to lie on a disk, whole, and how it is seen that they are still as they were written.
 
-* JSON documents: one way to read them, one to write them.
+* Documents: one way to read JSON and YAML, one to write JSON.
 * Sums are CRC-32C (Castagnoli), which x86 and ARM compute in hardware: a gigabyte takes about as long as reading it
   from memory (`benchmarks/checksums.py`), and every flip of up to 32 neighbouring bits is found. Binary files are
   summed as they lie. JSON documents are summed by their content and carry the sum themselves, under `crc32c`: whoever
@@ -30,11 +30,13 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from vlaft.documents import NotYaml, parse_yaml
 from vlaft.errors import ConfigError, DataError, VlaftError
 
 SEAL = "crc32c"  # key of a document's own checksum
 UNSEALED = f'if the change is meant, delete the line "{SEAL}" in it'
 _LARGEST_JSON = 256 * 2**20  # bytes; what is larger is no document, and would be held in memory several times over
+LARGEST_YAML = 2**18  # bytes; recipes have some thirty lines, mixes some hundred
 _CHUNK = 2**20
 _WORTH_REMEMBERING = 64 * 2**20  # bytes; less is read in a hundredth of a second
 _SETTLED = 2 * 10**9  # ns; a file changed later than that before it was read may change again within one tick
@@ -63,6 +65,36 @@ def read_json(path: Path, error: type[VlaftError] = DataError) -> dict[str, Any]
     if not isinstance(value, dict):
         raise error(f"{path} must hold a JSON object")
     return value
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """Return the mapping in a YAML file that somebody wrote by hand, as plain dicts, lists and scalars.
+
+    Args:
+        path: the file.
+        what: what it is, for the sentences: "a recipe".
+
+    Raises:
+        ConfigError: it is missing, too large, not UTF-8 or not YAML, has aliases, or holds no mapping.
+    """
+    try:
+        with path.open("rb") as stream:
+            raw = stream.read(LARGEST_YAML + 1)
+        if len(raw) > LARGEST_YAML:
+            raise ConfigError(f"{path}: larger than {LARGEST_YAML // 1024} KiB, so not {what}")
+        content = parse_yaml(raw.decode("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text") from error
+    except NotYaml as error:
+        where = f", line {error.line}" if error.line else ""
+        raise ConfigError(f"{path}{where}: not valid YAML ({error})") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: {what} is a mapping of keys to values")
+    return {str(key): value for key, value in content.items()}
 
 
 def write_json(path: Path, value: Any, *, indent: int = 2, durable: bool = True) -> None:
@@ -142,32 +174,33 @@ def remembered(path: Path, compute: Callable[[Path], Any], *, fresh: bool = Fals
         compute: gives a JSON-able value that depends on the file's content alone; kept under its name.
         fresh: compute it in any case.
     """
-    stamp = _stamp(path)
-    if stamp[0] < _WORTH_REMEMBERING:
+    before = stamp(path)
+    if before[0] < _WORTH_REMEMBERING:
         return compute(path)
     name = hashlib.sha256(f"{compute.__name__} {path.resolve()}".encode()).hexdigest()[:32]
-    note = _cache_folder() / f"{name}.json"
+    note = cache_folder("checksums") / f"{name}.json"
     if not fresh:
         try:
             content = read_json(note)
-            if seal_holds(content) and content["stamp"] == stamp:
+            if seal_holds(content) and content["stamp"] == before:
                 return content["value"]
         except (DataError, KeyError, ValueError, RecursionError):
             pass
     value = compute(path)
-    if _stamp(path) == stamp and time.time_ns() - stamp[2] > _SETTLED:
-        _keep(note, sealed({"stamp": stamp, "value": value}))
+    if stamp(path) == before and time.time_ns() - before[2] > _SETTLED:
+        _keep(note, sealed({"stamp": before, "value": value}))
     return value
 
 
-def _stamp(path: Path) -> list[int]:
+def stamp(path: Path) -> list[int]:
     """Return size, time of the last change of content and of anything, and inode; the second cannot be set back."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlaft" / "checksums"
+def cache_folder(kind: str) -> Path:
+    """Return the folder of a cache: `$XDG_CACHE_HOME/vlaft/KIND`, by default below `~/.cache`; it may not be there."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlaft" / kind
 
 
 def _keep(note: Path, content: Mapping[str, Any]) -> None:
@@ -249,6 +282,34 @@ def output_file(file: Path, *, overwrite: bool = True) -> Iterator[Path]:
             if not overwrite and place.exists():
                 raise VlaftError(f"{file} exists already; name another file")
             partial.replace(place)
+
+
+@contextmanager
+def output_files(folder: Path, replaced: re.Pattern[str]) -> Iterator[Path]:
+    """Lock `folder` and give a folder beside it, whose files move into `folder` when the block ends well.
+
+    Args:
+        folder: may hold other things, which stay; it is made where it is missing.
+        replaced: names of the files that are gone from `folder` in the end, unless they are among the new ones.
+
+    Raises:
+        VlaftError: another process writes there, or the disk is full or not writable.
+    """
+    with locked(folder) as place, disk_errors(folder):
+        partial = _beside(place, "partial")
+        partial.mkdir()
+        yield partial
+        new = sorted(partial.iterdir())
+        for path in new:
+            sync(path)
+        with _uninterrupted():
+            place.mkdir(exist_ok=True)
+            for path in new:
+                path.replace(place / path.name)
+            names = {path.name for path in new}
+            for path in list(place.iterdir()):
+                if replaced.fullmatch(path.name) and path.name not in names:
+                    path.unlink()
 
 
 @contextmanager

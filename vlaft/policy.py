@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from vlaft.action.statistics import choose_key
 from vlaft.action.tokens import normalize, unnormalize
 from vlaft.action.written import Written
+from vlaft.adapt.policies import base_folder, check_policy, policy_folder
 from vlaft.errors import Assumed, CheckpointError, DataError, UsageError
 from vlaft.model.configuration import Policy as ModelPolicy
 from vlaft.model.cuda_graphs import CudaGraphs
@@ -32,7 +33,8 @@ from vlaft.model.packed_linear import pack_linears
 from vlaft.observation.batch import Observation
 from vlaft.observation.images import Image, ImagePipeline, Resize, is_finetune
 from vlaft.observation.prompts import BaseFiles, load_base_files, prompt_style_of
-from vlaft.weights.layout import check_tensor_checksums, fingerprint, resolve_checkpoint
+from vlaft.recipe.resolve import given_policy
+from vlaft.weights.layout import check_tensor_checksums, fingerprint
 from vlaft.weights.trained import Trained, base_name, check_base, find_trained, is_trained, statistics_of
 
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -200,9 +202,12 @@ class Policy:
             return None
         if state is None:
             raise DataError(f"the policy reads the robot's state: give its {policy.state_size} numbers")
-        values = np.atleast_2d(np.asarray(state, dtype=np.float32))
+        with np.errstate(over="ignore"):  # told below
+            values = np.atleast_2d(np.asarray(state, dtype=np.float32))
         if values.shape != (count, policy.state_size):
             raise DataError(f"the policy reads states of {policy.state_size} numbers, not {list(np.shape(state))}")
+        if not np.isfinite(values).all():
+            raise DataError("the state holds a number that is not finite, or too large for a float32")
         if "proprio" not in self.statistics[key]:
             raise DataError(f"the statistics of '{key}' say nothing of the state, which the policy reads")
         return normalize(values, self.statistics[key]["proprio"], policy.normalization)
@@ -215,6 +220,7 @@ def load(
     checkpoint: str | None = None,
     dtype: str | None = None,
     device: str = "auto",
+    policy: Mapping[str, Any] | None = None,
     center_crop: bool | None = None,
     resize: str | None = None,
 ) -> Policy:
@@ -225,13 +231,16 @@ def load(
     adapter stays beside them in full precision, as it was in `qlora32` training.
 
     Args:
-        source: a merged or exported checkpoint (quantised ones too), a base (folder or Hub id), a run, or an adapter.
+        source: a merged or exported checkpoint (quantised ones too), a base (folder or Hub id), a run, an adapter, or a
+            folder of OpenVLA-OFT's.
         base: of a run or adapter: the base, where it is no longer where training found it.
         checkpoint: of a run: `best`, `last` or `step-000500`.
         dtype: `float32`, `bfloat16` or `float16`, or `int8` or `nf4` to quantise while loading; None takes bfloat16
             on a GPU and float32 on a CPU. A checkpoint that was saved quantised stays so, and `dtype` is the type of
             what is not quantised in it.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        policy: what a folder of OpenVLA-OFT's does not tell: `{"chunk": 8, "cameras": ["main", "wrist"],
+            "normalization": "q99"}`.
         center_crop: whether the model acts on the central 90 % of frames; None does as the checkpoint says, and takes
             that of a fine-tune that says nothing.
         resize: filter for frames, `lanczos` or `bicubic`; None likewise (`ImagePipeline.for_acting`).
@@ -241,6 +250,7 @@ def load(
 
     Raises:
         CheckpointError: something is missing, damaged, or does not fit together.
+        ConfigError: `policy` is not what the checkpoint is.
         MissingExtra: quantised weights, and bitsandbytes is not installed.
         UsageError: there is no such device or filter.
     """
@@ -254,16 +264,22 @@ def load(
     quantize = dtype if dtype in _QUANTIZED else None
     path = Path(source)
     trained = find_trained(path, checkpoint) if path.is_dir() and is_trained(path) else None
-    folder = resolve_checkpoint(str(source)) if trained is None else _base_of(trained, base)
+    said = given_policy({"policy": dict(policy)}) if policy else {}
+    if trained is None:
+        folder = policy_folder(str(source), said, base=base)
+    else:
+        folder = _base_of(trained, base)
+        check_policy(ModelPolicy.of(trained.inference, str(path)), said, str(path))
     files = load_base_files(str(folder))
     if trained is not None:
         files = replace(files, config={**files.config, **trained.inference})
         files = replace(files, prompt_style=prompt_style_of(files.config))
-    model = load_model(folder, dtype=kind, device=place, quantization=_quantization(quantize, kind))
+    bare = trained is not None  # what was trained brings modules of its own, in the place of the base's
+    model = load_model(folder, dtype=kind, device=place, quantization=_quantization(quantize, kind), bare=bare)
     if trained is not None:
         model = _with_trained(model, trained, folder)
         if files.config.get("policy"):
-            _attach_policy(model, trained, files.config)
+            _attach_policy(model, trained, folder, files.config)
     if place.type == "cpu" and not getattr(model, "is_quantized", False):
         pack_linears(model)
     statistics = statistics_of(trained, folder, files.config)
@@ -319,7 +335,7 @@ def _graphs(model: Any, device: torch.device) -> CudaGraphs | None:
 
 
 def _base_of(trained: Trained, base: str | None) -> Path:
-    folder = resolve_checkpoint(base_name(trained, base))
+    folder = base_folder(base_name(trained, base), trained.inference.get("policy"))
     if trained.base_checksums is not None:
         check_tensor_checksums(folder, trained.base_checksums)
     check_base(trained, folder, fingerprint(folder))
@@ -339,9 +355,9 @@ def _with_trained(model: Any, trained: Trained, base: Path) -> Any:
     return load_adapter(model, trained.weights)
 
 
-def _attach_policy(model: Any, trained: Trained, config: Mapping[str, Any]) -> None:
+def _attach_policy(model: Any, trained: Trained, base: Path, config: Mapping[str, Any]) -> None:
     """Give a model the head and the other modules that were trained in full beside its adapter."""
     from vlaft.adapt.merging import policy_tensors
 
     model.attach(ModelPolicy.of(config, str(trained.run or trained.weights)))
-    fill_policy(model, policy_tensors(trained), str(trained.weights))
+    fill_policy(model, policy_tensors(trained, base), str(trained.weights))

@@ -52,7 +52,23 @@ def test_actions_without_tokens_have_no_accuracy() -> None:
     sums = MetricSums(torch.device("cpu"))
     actions, demonstrated = torch.zeros(2, 8, 7), torch.full((2, 8, 7), 0.25)
     sums.add(torch.tensor(0.25), Compared(actions, demonstrated, None, torch.tensor(2 * 8 * 7)))
-    assert sums.read() == Metrics(0.25, None, 0.25)
+    metrics = sums.read()
+    assert metrics == Metrics(0.25, None, 0.25, 0.25, 0.25)
+
+
+def test_a_chunks_first_action_is_told_from_the_later_ones() -> None:
+    sums = MetricSums(torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    errors = torch.rand(5, 3, 2, generator=generator)
+    for part in (errors[:1], errors[1:]):
+        sums.add(part.mean(), Compared(part, torch.zeros_like(part), None, torch.tensor(part.numel())))
+    metrics = sums.read()
+    assert metrics.action_l1 == pytest.approx(float(errors.mean()))
+    assert metrics.first_action_l1 == pytest.approx(float(errors[:, 0].mean()))
+    assert metrics.later_actions_l1 == pytest.approx(float(errors[:, 1:].mean()))
+    add(sums, [[300, 301]], [[300, 303]])
+    alone = sums.read()
+    assert alone.first_action_l1 is None and alone.later_actions_l1 is None
 
 
 @settings(max_examples=100, deadline=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import faults
 import pytest
 
 from vlaft.cli.main import main
@@ -98,6 +99,21 @@ def test_an_unknown_recipe_is_refused_with_the_nearest(capsys: pytest.CaptureFix
     assert main(["recipes", "show", "loar32"]) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: unknown recipe 'loar32'; did you mean 'lora32'? (there are: ")
+
+
+def test_a_copy_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    def work() -> None:
+        assert main(["recipes", "copy", "lora8", str(tmp_path / "mine.yaml")]) == 0
+
+    def look(at: int, code: int) -> None:
+        if (tmp_path / "mine.yaml").exists():
+            assert (tmp_path / "mine.yaml").read_bytes() == find_recipe("lora8").read_bytes(), at
+        else:
+            work()  # what the kill left is in nobody's way
+        assert not (tmp_path / ".mine.yaml.partial").exists(), at
+        (tmp_path / "mine.yaml").unlink()
+
+    assert faults.at_each_moment(tmp_path, "kill", work, look) > 5
 
 
 def test_copy_refuses_to_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -156,7 +156,7 @@ def test_all_problems_of_a_preset_are_told_together(tmp_path: Path) -> None:
     ("content", "sentence"),
     [
         ("a: [\n", "not valid YAML"),
-        ("- a\n", "has to be a mapping"),
+        ("- a\n", "a preset is a mapping of keys to values"),
         ("a: !!python/object/apply:os.system [x]\n", "not valid YAML"),
         ("a: &x [b]\nc: *x\n", "aliases"),
         ("[" * 5000, "not valid YAML"),

@@ -24,18 +24,20 @@ from vlaft.action.metrics import f1_score, measure_actions
 from vlaft.action.statistics import compute_statistics
 from vlaft.action.tokens import ActionTokenizer
 from vlaft.action.written import Written
+from vlaft.cli.console import show
+from vlaft.cli.evaluate import by_step
 from vlaft.cli.main import main
 from vlaft.data.codec import encode_image
 from vlaft.data.convert.run import ConvertRequest, SourceRequest, convert
 from vlaft.data.held_out import HeldOut
 from vlaft.data.store import ConvertedDataset, example_schema, shard_entry, write_shard
 from vlaft.errors import CheckpointError, ConfigError, DataError
-from vlaft.evaluation.offline import check_models, evaluate
-from vlaft.evaluation.plots import draw_evaluations
+from vlaft.evaluation.offline import Evaluation, check_models, evaluate
+from vlaft.evaluation.plots import draw_episode, draw_evaluations, draw_steps
 from vlaft.files import checksum, sealed, write_json
 from vlaft.model.generation import decode_both, generate_action_ids
+from vlaft.pages.curves import LOG_FILE
 from vlaft.policy import load
-from vlaft.training.folder import LOG_FILE
 
 ACTIONS = ActionTokenizer(512)
 
@@ -141,6 +143,59 @@ def test_measures_by_hand() -> None:
     assert metrics.overall.token_accuracy == pytest.approx(1 / 3) and metrics.overall.l1_robot is None
     no_gripper = measure(ends=(centers[0], centers[-1]), names=["a", "b", "c"], gripper=False)
     assert no_gripper.gripper_f1 is None and no_gripper.dimensions[2].name == "c"
+
+
+def written_chunks(held_out: HeldOut, name: str, chunk: int) -> Evaluation:
+    """A model whose error grows by 0.1 with each step of the chunk, in every dimension."""
+    demonstrated = held_out.chunks(held_out.chosen, chunk)
+    grows = np.broadcast_to(0.1 * np.arange(1, chunk + 1)[:, None], demonstrated.shape)
+    target, written = Written(demonstrated * 1.0), Written(demonstrated + grows)
+    names, gripper = held_out.names, held_out.gripper
+    metrics = measure_actions(
+        written, target, written.actions, demonstrated, ends=(-1.0, 1.0), names=names, gripper=gripper
+    )
+    return Evaluation(name, None, metrics, "model", 1.0, written.actions, grows)
+
+
+def test_each_step_of_a_chunk_is_measured(data: Path) -> None:
+    held_out = HeldOut.open([data], chunk=4)
+    metrics = written_chunks(held_out, "m", 4).free_running
+    assert [step.overall.l1_normalized for step in metrics.steps] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert metrics.overall.l1_normalized == pytest.approx(0.25)
+    for step in metrics.steps:
+        assert [each.name for each in step.dimensions] == [each.name for each in metrics.dimensions]
+        assert step.dimensions[3].l1_robot == pytest.approx(step.overall.l1_normalized) and not step.steps
+    assert written_chunks(held_out, "m", 1).free_running.steps == ()
+
+
+def test_chunks_are_drawn_from_their_start_over_the_demonstration(data: Path, tmp_path: Path) -> None:
+    held_out = HeldOut.open([data], "train", chunk=3)
+    chunked, single = written_chunks(held_out, "chunked", 3), written_chunks(held_out, "single", 1)
+    axis = draw_episode(held_out.episodes[1], [chunked, single], held_out).axes[2]
+    demonstration, *acted, alone = axis.get_lines()
+    assert demonstration.get_xdata().tolist() == list(range(8)) and alone.get_xdata().tolist() == list(range(6))
+    assert [line.get_xdata().tolist() for line in acted] == [[0, 1, 2], [3, 4, 5]]  # then too few steps are left
+    (thin,) = axis.collections
+    assert [segment[:, 0].tolist() for segment in thin.get_segments()] == [[s, s + 1, s + 2] for s in (1, 2, 4, 5)]
+    for line in acted:
+        steps = line.get_xdata().astype(int)
+        assert line.get_ydata() - demonstration.get_ydata()[steps] == pytest.approx([0.1, 0.2, 0.3])
+    files = draw_evaluations(tmp_path / "plots", [chunked, single], held_out, episodes=1)
+    assert [file.name for file in files] == ["episode-0000.png", "errors.png", "steps.png"]
+    mean, first = draw_steps([chunked, single], held_out).axes[0].get_lines()
+    assert mean.get_ydata() == pytest.approx([0.1, 0.2, 0.3]) and first.get_ydata() == pytest.approx([0.1])
+    draw_evaluations(tmp_path / "plots", [single], held_out, episodes=1)
+    assert not (tmp_path / "plots/steps.png").exists()
+
+
+def test_a_table_tells_the_steps_of_chunks(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held_out = HeldOut.open([data], chunk=3)
+    show(by_step([written_chunks(held_out, "runs/chunked", 3), written_chunks(held_out, "runs/single", 1)]))
+    heading, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert heading[:3] == ["step", "model", "all"] and len(heading) == 10
+    assert [row[:3] for row in rows] == [
+        ["1", "chunked", "0.1000"], ["1", "single", "0.1000"], ["2", "chunked", "0.2000"], ["3", "chunked", "0.3000"]
+    ]  # fmt: skip
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=20))

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vlaft.action.metrics import MetricSums
 from vlaft.action.tokens import IGNORED
 from vlaft.model.configuration import Policy
 from vlaft.model.load import fill_policy, load_model, read_policy_files
@@ -107,9 +108,11 @@ def test_losses_states_and_predictions(case: Case) -> None:
             )
         assert float(output.loss) == pytest.approx(forward["loss"], rel=1e-5)
         compared = case.model.head.compared(output, len(states))
-        error = (compared.actions - compared.demonstrated).abs()
-        assert float(error[:, 0].mean()) == pytest.approx(forward["metrics"]["curr_action_l1_loss"], rel=1e-5)
-        assert float(error[:, 1:].mean()) == pytest.approx(forward["metrics"]["next_actions_l1_loss"], rel=1e-5)
+        sums = MetricSums(torch.device("cpu"))
+        sums.add(output.loss, compared)
+        logged = sums.read()
+        assert logged.first_action_l1 == pytest.approx(forward["metrics"]["curr_action_l1_loss"], rel=1e-5)
+        assert logged.later_actions_l1 == pytest.approx(forward["metrics"]["next_actions_l1_loss"], rel=1e-5)
         if case.model.policy.head == "l1":
             golden_states = case.tensors[f"batch{number}.action_hidden_states"]
             torch.testing.assert_close(states[:, :-1], golden_states, atol=2e-5, rtol=0)
@@ -185,6 +188,19 @@ def test_a_mean_over_real_tokens_does_not_see_padding(tiny: Path, golden_folder:
     assert difference() > 0.1
     case.model.policy = Policy(**CASES["c"] | {"film_mean": "tokens"})
     assert difference() < 1e-5
+
+
+def test_by_itself_a_policy_does_not_see_padding_either_way(tiny: Path, golden_folder: Path) -> None:
+    """What a server answers does not depend on who asks at the same time."""
+    case = open_case("c", tiny, golden_folder)  # film_mean: padded
+    questions = case.expected["predict"]
+    prompts = [[*question["prompt_token_ids"], BLANK] for question in questions]
+    states = np.array([question["normalized_state"] for question in questions], np.float32)
+    assert len({len(prompt) for prompt in prompts}) > 1
+    together = Observation.of(prompts, case.frames(questions), case.pipeline, pad_id=32000, state=states)
+    written = case.model.head.predict(case.model, together, 14)
+    for row, question in enumerate(questions):
+        assert written.actions[row] == pytest.approx(np.array(question["normalized"]), abs=2e-5)
 
 
 def test_a_later_token_moves_an_earlier_state(two_cameras: Case) -> None:

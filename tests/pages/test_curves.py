@@ -12,7 +12,7 @@ from PIL import Image
 
 from vlaft.cli.main import main
 from vlaft.errors import DataError
-from vlaft.pages.curves import LOG_FILE, PANELS, draw_curves, read_curves
+from vlaft.pages.curves import CHUNK_PANELS, LOG_FILE, PANELS, draw_curves, read_curves
 
 
 def write_run(folder: Path, steps: int = 20, scale: float = 1.0, tail: str = "") -> Path:
@@ -75,6 +75,25 @@ def test_every_panel_shows_every_run(tmp_path: Path) -> None:
     texts = [text.get_text() for text in figure.axes[5].get_legend().get_texts()]
     assert texts[:2] == ["training", "held out"] and "best held-out L1 0.0000 at step 10" in texts[2]
     assert texts[3].endswith("_\\$b^{")
+
+
+def test_runs_with_chunks_have_panels_of_their_own(tmp_path: Path) -> None:
+    """And no accuracy where no run wrote tokens; a run of one action at a time has no line in them."""
+    chunked, plain = tmp_path / "chunked", write_run(tmp_path / "plain")
+    chunked.mkdir()
+    values = {"action_accuracy": None, "action_l1": 0.2, "first_action_l1": 0.1, "later_actions_l1": 0.25}
+    held_out = {"val_loss": 0.3, "val_action_l1": 0.3, "val_first_action_l1": 0.2, "val_later_actions_l1": 0.4}
+    lines = [{"step": 1, "loss": 0.2, **values}, {"step": 1, **held_out}]
+    (chunked / LOG_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figure = draw_curves([read_curves(chunked)])
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles[:4] == ["loss (L1)", "action L1 (normalised units)", *(panel.title for panel in CHUNK_PANELS)]
+    assert len(titles) == 7 and titles[-1] == ""  # the legend
+    first, dot = figure.axes[2].get_lines()
+    assert first.get_ydata().tolist() == [0.1] and dot.get_ydata().tolist() == [0.2]
+    both = draw_curves([read_curves(plain), read_curves(chunked)])
+    assert both.axes[0].get_title() == "loss (nats per token or L1)" and len(both.axes) == 8
+    assert np.isnan(both.axes[3].get_lines()[0].get_ydata()).all()
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from repository import ROOT
 
 from vlaft.errors import ConfigError
-from vlaft.recipe.resolve import MAX_RECIPE_BYTES, leaf_types, resolve, to_yaml
+from vlaft.files import LARGEST_YAML
+from vlaft.recipe.resolve import leaf_types, resolve, to_yaml
 from vlaft.recipe.settings import AdaptConfig, LoraConfig, PrecisionConfig, RecipeConfig, TrainConfig, resolve_precision
 
 
@@ -185,7 +186,7 @@ def test_all_problems_are_told_together(tmp_path: Path) -> None:
         ("a: &x [1]\nb: *x", "aliases, *name, are not supported; write the value out"),
         ("train: {steps: 1}\ntrain: {seed: 1}", "not valid YAML"),
         ("[" * 60_000, "nested deeper than 10 levels"),
-        ("# " + "x" * MAX_RECIPE_BYTES, "larger than 64 KiB"),
+        ("# " + "x" * LARGEST_YAML, "larger than 256 KiB, so not a recipe"),
         ("a: !!python/object/apply:os.system [ls]", "not valid YAML"),
         ("base: ${oc.env:HOME}", "is an interpolation"),
         ("a: 1\n---\nb: 2", "not valid YAML"),

@@ -31,12 +31,13 @@ from serving_fixtures import FakePolicy, expected_action, raw_exchange, running
 from vlaft.cli.main import main
 from vlaft.errors import DataError, UsageError, VlaftError
 from vlaft.serving import json_numpy
-from vlaft.serving.observation import read_observation
+from vlaft.serving.observation import read_question
 from vlaft.serving.server import bind
 from vlaft.serving.settings import TOKEN_VARIABLE, Refused, ServeSettings, read_token
 
 IMAGE = np.arange(8 * 6 * 3, dtype=np.uint8).reshape(8, 6, 3)
 STATISTICS = FakePolicy().statistics
+READS = FakePolicy().model.policy
 HTTP = httpx.Client(trust_env=False, timeout=20)
 TOKEN = "a-token-of-thirty-two-characters"
 
@@ -172,7 +173,7 @@ def test_a_wrong_request_is_told_what_is_wrong(served: SimpleNamespace, body: An
 def test_any_body_is_read_or_refused(body: bytes | str) -> None:
     data = body if isinstance(body, bytes) else body.encode("utf-8", "surrogatepass")
     with pytest.raises(Refused):
-        read_observation(data, STATISTICS, ServeSettings())
+        read_question(data, READS, STATISTICS, ServeSettings())
 
 
 @pytest.mark.parametrize("name", ["max_batch", "queue_length", "max_body", "max_image_side"])

@@ -29,12 +29,15 @@ def test_the_client_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [
         "vlaft",
+        "vlaft.action",
+        "vlaft.action.execution",
         "vlaft.errors",
         "vlaft.model",
         "vlaft.model.registration",
         "vlaft.serving",
         "vlaft.serving.client",
         "vlaft.serving.json_numpy",
+        "vlaft.serving.protocol",
         "vlaft.version",
     ]
 

@@ -47,6 +47,33 @@ def train(settings: RecipeConfig, base: Path, out: Path, steps: int = 12) -> Run
     return run
 
 
+TWO = ("adapt.lora.targets=[q_proj, v_proj]", "policy.chunk=3", "policy.cameras=[main, wrist]")
+
+
+def test_policies_with_several_cameras_keep_the_features_of_all(base: Path, tmp_path: Path) -> None:
+    data = convert_small(base, tmp_path / "data", rich=True)
+    runs = {
+        way: train(recipe(base, data, "oft-state", *TWO, f"data.reuse_features={way}"), base, tmp_path / way)
+        for way in ("always", "never")
+    }
+    assert runs["always"].features is not None and runs["always"].features.hits > 0
+    for ours, theirs in zip(*(run.model.state_dict().values() for run in runs.values()), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("word", ["policy.cameras=[wrist, main]", "policy.chunk=4", "policy.tail=repeat"])
+def test_another_order_of_cameras_has_features_of_its_own(base: Path, tmp_path: Path, word: str) -> None:
+    data = convert_small(base, tmp_path / "data", rich=True)
+    places = []
+    for number, words in enumerate((TWO, (*TWO, word))):
+        run = train(
+            recipe(base, data, "oft-state", *words, "data.reuse_features=always"), base, tmp_path / str(number), steps=0
+        )
+        assert run.features is not None
+        places.append(run.features.path)
+    assert places[0] != places[1]
+
+
 @pytest.mark.parametrize("name", ["last-layer", "frozen-vision"])
 def test_training_is_the_same_with_the_cache(base: Path, data: Path, tmp_path: Path, name: str) -> None:
     with_cache = train(recipe(base, data, name, "data.reuse_features=always"), base, tmp_path / "a")

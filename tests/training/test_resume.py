@@ -15,7 +15,7 @@ import faults
 import pytest
 from small_run import Small, Stopped, checkpoint_content, log_lines, run, stop_after
 
-from vlaft.errors import Interrupted
+from vlaft.errors import Interrupted, VlaftError
 from vlaft.files import locked, restored
 from vlaft.training import trainer
 from vlaft.training.folder import RunFolder
@@ -227,6 +227,15 @@ def test_a_new_run_is_there_whole_or_not_at_all(tmp_path: Path, overwrite: bool)
     if overwrite:
         create("old")
     assert faults.at_each_moment(tmp_path, "kill", lambda: create("new"), look) > 15
+
+
+def test_a_run_that_appeared_meanwhile_is_not_written_into(small: Small, tmp_path: Path) -> None:
+    """As when two are started at once, and the second gets the lock when the first one has ended."""
+    run(small.recipe("lora8"), tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(VlaftError, match="run is not empty"):
+        run(small.recipe("lora8", "train.seed=1"), tmp_path / "run")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
 def test_two_that_continue_one_run(small: Small, tmp_path: Path) -> None:

@@ -15,11 +15,11 @@ from small_base import convert_small, write_small_base
 
 from vlaft.cli.main import main
 from vlaft.errors import MissingExtra, VlaftError
+from vlaft.pages.curves import LOG_FILE
 from vlaft.recipe.checks import TRACKERS
 from vlaft.recipe.resolve import resolve
 from vlaft.training import events as module
 from vlaft.training.events import Trackers, check_trackers
-from vlaft.training.folder import LOG_FILE
 
 
 class Recorder:

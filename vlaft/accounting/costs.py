@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from vlaft.accounting.inference import InferenceMemory, predict_inference
 from vlaft.accounting.memory import MemoryPrediction, memory_model, smallest_card
+from vlaft.accounting.meta import policy_of
 from vlaft.accounting.parameters import ParameterCount
-from vlaft.model.configuration import OpenVLAConfig
+from vlaft.accounting.parts import PartMemory, part_memory
+from vlaft.model.configuration import OpenVLAConfig, Policy
 from vlaft.recipe.settings import RecipeConfig
 
 PAPER_BASE = "openvla/openvla-v01-7b"
@@ -58,6 +61,8 @@ class RecipeCost:
         largest_batch: examples per forward pass that fit the GPU asked for; 0: none.
         smallest_card: GB of the smallest common GPU that holds `memory`; None: none does.
         measurement: of real steps, or None.
+        parts: what each part takes in training besides activations; empty where it was not asked for.
+        inference: what acting takes once merged, `bfloat16` and `nf4`.
     """
 
     name: str
@@ -66,6 +71,8 @@ class RecipeCost:
     largest_batch: int
     smallest_card: int | None
     measurement: Measurement | None = None
+    parts: dict[str, PartMemory] = field(default_factory=dict)
+    inference: dict[str, InferenceMemory] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return what `vlaft report --json` prints for one recipe; memory is in bytes."""
@@ -84,7 +91,13 @@ class RecipeCost:
             "peak_moment": self.memory.moment,
             "largest_batch": self.largest_batch,
             "smallest_card": self.smallest_card,
+            "inference": {
+                name: {"weights": one.weights, "memory": one.terms, "peak_memory": one.peak}
+                for name, one in self.inference.items()
+            },
         }
+        for part, taken in self.parts.items():
+            found["parts"][part] |= {f"{name}_bytes": size for name, size in asdict(taken).items()}
         if self.measurement is not None:
             found["measured"] = asdict(self.measurement) | {"error": self.measurement.error}
         return found
@@ -114,4 +127,29 @@ def recipe_cost(
     if batch_size is None:
         batch_size = max(1, largest) if recipe.train.batch_size == "auto" else recipe.train.batch_size
     memory = model.predict(batch_size, gpus)
-    return RecipeCost(recipe.name, model.counted, memory, largest, smallest_card(memory.peak))
+    return RecipeCost(
+        recipe.name,
+        model.counted,
+        memory,
+        largest,
+        smallest_card(memory.peak),
+        parts=part_memory(recipe, config),
+        inference=_inference(config, policy_of(recipe), tokens),
+    )
+
+
+_ACTING: dict[tuple, tuple[OpenVLAConfig, dict[str, InferenceMemory]]] = {}
+
+
+def _inference(config: OpenVLAConfig, policy: Policy, tokens: int | None) -> dict[str, InferenceMemory]:
+    """Return what acting takes; recipes of one policy on one base share it."""
+    key = (id(config), repr(policy), tokens)
+    if key not in _ACTING:
+        _ACTING[key] = (
+            config,
+            {  # the configuration is kept, so that its id stays its own
+                name: predict_inference(config, policy, quantized=name == "nf4", tokens=tokens)
+                for name in ("bfloat16", "nf4")
+            },
+        )
+    return _ACTING[key][1]

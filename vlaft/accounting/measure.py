@@ -15,7 +15,7 @@ from torch import nn
 
 from vlaft.accounting.costs import Measurement, RecipeCost
 from vlaft.accounting.memory import LABELS
-from vlaft.accounting.meta import example_inputs, example_normalization, meta_model, policy_of
+from vlaft.accounting.meta import example_inputs, example_normalization, meta_model, usual_policy
 from vlaft.accounting.step import follow_steps, trace_step
 from vlaft.adapt.methods import SKIPPED, quantization_config
 from vlaft.errors import VlaftError
@@ -79,7 +79,7 @@ def measure(recipe: RecipeConfig, config: OpenVLAConfig, cost: RecipeCost, devic
     torch.manual_seed(recipe.train.seed)
     try:
         base = random_base(config, recipe, PRECISIONS[precision.frozen], device)
-        model = make_trainable(base, recipe, precision, policy_of(recipe))
+        model = make_trainable(base, recipe, precision, usual_policy(recipe, config))
         optimizer = build_optimizer(model, recipe.train, recipe.adapt.lora.plus_ratio)
         inputs = example_inputs(config, batch_size=batch_size, tokens=tokens, labels=LABELS, device=device)
         normalization = example_normalization(config)

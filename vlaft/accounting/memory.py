@@ -109,26 +109,10 @@ class MemoryModel:
 
     def predict(self, batch_size: int, gpus: int = 1) -> MemoryPrediction:
         """Return the prediction for a batch size, sharded over `gpus`."""
-        trace, sizes = self.traces[0], self.sizes(batch_size)
-        blocks = _in_blocks(sizes)
-        event = int(np.cumsum(blocks).argmax())
-        totals = {
-            kind: int(sizes[: event + 1][trace.kinds[: event + 1] == number].sum()) for number, kind in enumerate(KINDS)
-        }
-        in_blocks = int(blocks[: event + 1].sum())
-        rounding = in_blocks - sum(totals.values())
-        moves = trace.keys >= 0
-        reserved = peak_reserved(zip(trace.keys[moves].tolist(), sizes[moves].tolist(), strict=True))
-        terms = {
-            **totals,
-            "block rounding": rounding,
-            "fragmentation": max(0, reserved - in_blocks),
-            "workspace": WORKSPACE_BYTES,
-            "CUDA context": CONTEXT_BYTES,
-        }
+        terms, moment = peak_terms(self.traces[0], self.sizes(batch_size))
         if gpus > 1:
             terms = _sharded(terms, gpus, self.largest_unit)
-        return MemoryPrediction(batch_size, self.tokens, terms, trace.names[trace.places[event]], gpus)
+        return MemoryPrediction(batch_size, self.tokens, terms, moment, gpus)
 
     def largest_batch(self, memory: int, gpus: int = 1) -> int:
         """Return the largest batch size, up to 4096, that fits `memory` bytes; 0 where not even one example does."""
@@ -148,6 +132,31 @@ class MemoryModel:
         if gpus > 1:
             return self.predict(batch_size, gpus).peak
         return self.live_peak(batch_size) + WORKSPACE_BYTES + CONTEXT_BYTES
+
+
+def peak_terms(trace: Trace, sizes: np.ndarray) -> tuple[dict[str, int], str]:
+    """Return the bytes of each term of `MemoryPrediction` at the moment of the peak on a GPU, and that moment.
+
+    Args:
+        trace: what was born and died.
+        sizes: `[E]` int64, bytes of its events at the batch size asked for.
+    """
+    blocks = _in_blocks(sizes)
+    event = int(np.cumsum(blocks).argmax())
+    totals = {
+        kind: int(sizes[: event + 1][trace.kinds[: event + 1] == number].sum()) for number, kind in enumerate(KINDS)
+    }
+    in_blocks = int(blocks[: event + 1].sum())
+    moves = trace.keys >= 0
+    reserved = peak_reserved(zip(trace.keys[moves].tolist(), sizes[moves].tolist(), strict=True))
+    terms = {
+        **totals,
+        "block rounding": in_blocks - sum(totals.values()),
+        "fragmentation": max(0, reserved - in_blocks),
+        "workspace": WORKSPACE_BYTES,
+        "CUDA context": CONTEXT_BYTES,
+    }
+    return terms, trace.names[trace.places[event]]
 
 
 def _in_blocks(sizes: np.ndarray) -> np.ndarray:

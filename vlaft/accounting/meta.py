@@ -66,6 +66,12 @@ def policy_of(recipe: RecipeConfig, action_size: int = ACTION_SIZE, state_size: 
     return Policy(**asdict(recipe.policy), action_size=action_size, state_size=state)
 
 
+def usual_policy(recipe: RecipeConfig, config: OpenVLAConfig) -> Policy:
+    """Return what a recipe's policy reads and writes, with the sizes of a base that is one already, else as usual."""
+    begun = config.policy or {}
+    return policy_of(recipe, begun.get("action_size") or ACTION_SIZE, begun.get("state_size") or STATE_SIZE)
+
+
 def example_inputs(
     config: OpenVLAConfig,
     *,

@@ -19,7 +19,7 @@ from vlaft.accounting.meta import (
     example_inputs,
     example_normalization,
     meta_model,
-    policy_of,
+    usual_policy,
 )
 from vlaft.adapt import adapt
 from vlaft.adapt.methods import trained_modules
@@ -150,7 +150,7 @@ def count_parameters(recipe: RecipeConfig, config: OpenVLAConfig, policy: Policy
     Raises:
         ConfigError: LoRA targets that the base does not have.
     """
-    policy = policy or policy_of(recipe)
+    policy = policy or usual_policy(recipe, config)
     base = meta_model(config)
     with WithoutValues():
         model = adapt(base, recipe.adapt)

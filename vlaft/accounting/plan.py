@@ -6,7 +6,7 @@ The trainer knows nothing of predictions and the memory model nothing of runs; h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,14 @@ from vlaft.accounting.memory import (
 )
 from vlaft.accounting.meta import STATE_SIZE, policy_of
 from vlaft.accounting.parameters import ParameterCount, count_parameters
+from vlaft.adapt.policies import base_folder
 from vlaft.data.loader import RELEASED
 from vlaft.data.store import SPLITS, ConvertedDataset
 from vlaft.data.windows import Windows
 from vlaft.model.configuration import Policy
 from vlaft.model.load import base_config
 from vlaft.recipe.settings import PolicyConfig, RecipeConfig
+from vlaft.training.data import check_begins
 from vlaft.training.events import check_trackers
 from vlaft.training.optimizer import check_installed
 
@@ -67,18 +69,28 @@ def plan_run(recipe: RecipeConfig, gpu_memory: int | None = None, *, on_cpu: boo
     Raises:
         MissingExtra: the recipe needs a package that is not installed.
         CheckpointError: the base is no OpenVLA model, or cannot be found.
-        DataError: a dataset is missing or damaged.
+        ConfigError: the base is a policy already, and another one than the recipe's.
+        DataError: a dataset is missing or damaged, or of another width than the base.
     """
     check_installed(recipe.train)
     check_trackers(recipe.train.trackers)
     datasets = [ConvertedDataset(Path(path)) for path in recipe.data.paths]
     data = [describe(dataset, recipe.policy) for dataset in datasets]
-    config = base_config(recipe.base)
+    local = on_local_base(recipe)
+    if Path(local.base).is_dir():
+        check_begins(local, datasets)
+    config = base_config(local.base)
     policy = policy_on(recipe, datasets)
-    recipe = settle_batch(recipe, gpu_memory, policy)
-    counted, prediction = count_parameters(recipe, config, policy), predict_memory(recipe, config, policy=policy)
-    main_memory = predict_main_memory(recipe, config, policy) if on_cpu else None
-    return Plan(recipe, counted, prediction, gpu_memory, main_memory, data)
+    local = settle_batch(local, gpu_memory, policy)
+    counted, prediction = count_parameters(local, config, policy), predict_memory(local, config, policy=policy)
+    main_memory = predict_main_memory(local, config, policy) if on_cpu else None
+    return Plan(replace(local, base=recipe.base), counted, prediction, gpu_memory, main_memory, data)
+
+
+def on_local_base(recipe: RecipeConfig) -> RecipeConfig:
+    """Return a recipe on the folder in our own layout where its base is here and in OpenVLA-OFT's."""
+    here = Path(recipe.base).is_dir()
+    return replace(recipe, base=str(base_folder(recipe.base, recipe.policy))) if here else recipe
 
 
 def policy_on(recipe: RecipeConfig, datasets: Sequence[ConvertedDataset]) -> Policy:

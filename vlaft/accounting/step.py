@@ -18,7 +18,7 @@ from vlaft.accounting.meta import (
     example_inputs,
     example_normalization,
     meta_model,
-    policy_of,
+    usual_policy,
 )
 from vlaft.accounting.parameters import ParameterCount, count, trained_by
 from vlaft.accounting.tracker import ADAPTERS, GRADIENTS, OPTIMIZER, WEIGHTS, StorageTracker, Trace
@@ -58,7 +58,7 @@ def trace_step(
         forward_pass: the trainer's, or another to compare it with.
         policy: what is read and written; None takes the recipe's on usual data.
     """
-    policy = policy or policy_of(recipe)
+    policy = policy or usual_policy(recipe, config)
     precision = resolve_precision(recipe.precision, on_gpu)
     model, counted = trainable_without_data(recipe, config, precision, policy)
     in_recomputed_blocks(model, on_gpu)
@@ -93,7 +93,7 @@ def trainable_without_data(
     """
     base = meta_model(config, PRECISIONS[precision.frozen])
     with WithoutValues():
-        model = make_trainable(base, recipe, precision, policy or policy_of(recipe))
+        model = make_trainable(base, recipe, precision, policy or usual_policy(recipe, config))
     counted = count(model, trained_by(recipe.adapt, model, base))
     quantize_stand_in(model, recipe.adapt, PRECISIONS[precision.compute])
     return model, counted
@@ -126,7 +126,7 @@ def follow_steps(
     train = recipe.train
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     tracker = StorageTracker()
-    for name, tensor in _held(model):
+    for name, tensor in held(model):
         tracker.add(tensor, ADAPTERS if ".lora_" in name else WEIGHTS)
     tracker.begin("forward")
     for tensor in vars(inputs).values():
@@ -166,7 +166,7 @@ def follow_steps(
     return trace
 
 
-def _held(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def held(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield everything that a model holds: parameters, buffers, and what bitsandbytes keeps beside packed weights."""
     yield from model.named_buffers()
     for name, parameter in model.named_parameters():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -51,11 +51,14 @@ class ActionMetrics:
         dimensions: one per action dimension.
         gripper_f1: F1 of "open", the last dimension above 0.5; None without a gripper, and where neither the
             demonstrations nor the predictions ever open it.
+        steps: of chunks, each of their K steps alone, the action at the frame itself first; empty of one action at a
+            time.
     """
 
     overall: DimensionMetrics
     dimensions: tuple[DimensionMetrics, ...]
     gripper_f1: float | None
+    steps: tuple[ActionMetrics, ...] = ()
 
 
 def measure_actions(
@@ -90,6 +93,22 @@ def measure_actions(
         columns["token_accuracy"] = written.token_ids == target.token_ids
         columns["within_one_bin"] = written.is_action & (abs(written.token_ids - target.token_ids) <= 1)
         columns["non_action"] = ~written.is_action
+    opened = (predicted[..., -1] > OPEN, demonstrated[..., -1] > OPEN) if gripper else None
+
+    def over(steps: slice) -> ActionMetrics:
+        return _means(
+            {key: values[:, steps] for key, values in columns.items()},
+            names,
+            f1_score(*(each[:, steps] for each in opened)) if opened is not None else None,
+        )
+
+    chunk = predicted.shape[1]
+    steps = tuple(over(slice(step, step + 1)) for step in range(chunk)) if chunk > 1 else ()
+    return replace(over(slice(None)), steps=steps)
+
+
+def _means(columns: Mapping[str, NDArray], names: Sequence[str], f1: float | None) -> ActionMetrics:
+    """Return the means of columns `[N, K, A]`, per dimension and over all."""
     means = {key: values.mean(axis=(0, 1), dtype=np.float64) for key, values in columns.items()}
     dimensions = tuple(
         DimensionMetrics(name, **{key: float(values[index]) for key, values in means.items()})
@@ -97,7 +116,6 @@ def measure_actions(
     )
     over_all = {key: float(values.mean()) for key, values in means.items() if key != "l1_robot"}
     overall = DimensionMetrics("all", l1_robot=None, **over_all)
-    f1 = f1_score(predicted[..., -1] > OPEN, demonstrated[..., -1] > OPEN) if gripper else None
     return ActionMetrics(overall, dimensions, f1)
 
 
@@ -125,18 +143,25 @@ class Metrics:
         action_accuracy: share of action tokens predicted exactly (argmax over the whole vocabulary); None of a head
             without tokens.
         action_l1: mean absolute difference of decoded actions, in normalised units ([-1, 1]).
+        first_action_l1: the same of each chunk's first action; this and the next are None of one action at a time.
+        later_actions_l1: of those behind it.
     """
 
     loss: float
     action_accuracy: float | None
     action_l1: float
+    first_action_l1: float | None = None
+    later_actions_l1: float | None = None
 
 
 class MetricSums:
-    """Running sums of one device: `[losses, their terms, correct tokens, tokens, differences, values]`."""
+    """Running sums of one device.
+
+    `[losses, their terms, correct tokens, tokens, differences, values, first actions' differences, their values]`.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(6, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(8, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def add(self, loss: Tensor, compared: Compared) -> None:
@@ -149,6 +174,7 @@ class MetricSums:
         difference = (compared.actions - compared.demonstrated).abs()
         tokens = difference.new_zeros(()) if compared.correct is None else compared.correct.sum()
         values = difference.new_tensor(difference.numel())
+        first = difference[:, 0]
         self.sums += torch.stack(
             [
                 loss.detach().double() * compared.terms,
@@ -157,12 +183,19 @@ class MetricSums:
                 values.double() if compared.correct is not None else tokens.double(),
                 difference.sum(dtype=torch.float64),
                 values.double(),
+                first.sum(dtype=torch.float64),
+                difference.new_tensor(first.numel()).double(),
             ]
         )
 
     def read(self) -> Metrics:
         """Return the means so far and begin anew: the one transfer from the device."""
-        loss, terms, correct, tokens, difference, values = self.sums.tolist()
+        loss, terms, correct, tokens, difference, values, first, firsts = self.sums.tolist()
         self.sums.zero_()
         accuracy = correct / tokens if tokens else None
-        return Metrics(loss / max(terms, 1), accuracy, difference / max(values, 1))
+        metrics = Metrics(loss / max(terms, 1), accuracy, difference / max(values, 1))
+        if values == firsts:
+            return metrics
+        return replace(
+            metrics, first_action_l1=first / firsts, later_actions_l1=(difference - first) / (values - firsts)
+        )

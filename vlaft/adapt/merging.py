@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vlaft.adapt.adapter import PREFIX, adapter_table, base_parameters, read_settings
 from vlaft.errors import CheckpointError
+from vlaft.model.load import read_policy_files
 from vlaft.weights.layout import read_header, tensor_table
 from vlaft.weights.stream import DTYPES, read_tensor
 from vlaft.weights.trained import ADAPTER_CONFIG, TRAINED_FILE, Trained, policy_part
@@ -228,13 +229,16 @@ class Change:
     load: Callable[[], ModuleAdapter | Tensor]
 
 
-def changes(trained: Trained, base: Path, *, adapter: bool = True) -> dict[str, Change]:
+def changes(
+    trained: Trained, base: Path, *, adapter: bool = True, only: Callable[[str], bool] = lambda name: True
+) -> dict[str, Change]:
     """Return what training changes, by the names of the base's weights.
 
     Args:
         trained: an adapter, whole tensors, or both.
         base: the base's folder.
         adapter: False leaves the adapter out.
+        only: says of a weight's name whether what the adapter changes of it counts.
 
     Raises:
         CheckpointError: the trained weights are damaged, of a kind that cannot be merged, or made for another base.
@@ -254,6 +258,8 @@ def changes(trained: Trained, base: Path, *, adapter: bool = True) -> dict[str, 
             return read_tensor(trained.weights, stored[name])
 
         for name, parts in sort_parts(settings, {name: entry.shape for name, entry in stored.items()}).items():
+            if not only(name):
+                continue
             if name in found:
                 raise CheckpointError(f"{trained.weights}: '{name}' is in the adapter and among the whole tensors too")
             found[name] = Change(parts.shape, partial(parts.load, read))
@@ -269,12 +275,14 @@ def changes(trained: Trained, base: Path, *, adapter: bool = True) -> dict[str, 
     return found
 
 
-def policy_tensors(trained: Trained) -> dict[str, Tensor]:
-    """Return the tensors of a policy's own modules (head, state's projector, FiLM), by their names in the model."""
-    if trained.tensors is None:
-        return {}
-    entries = read_header(trained.tensors)
-    return {name: read_tensor(trained.weights, entry) for name, entry in entries.items() if policy_part(name)}
+def policy_tensors(trained: Trained, base: Path) -> dict[str, Tensor]:
+    """Return the tensors of a policy's own modules (head, state's projector, FiLM), by their names in the model.
+
+    Those of training take the place of the base's, where that is a policy already.
+    """
+    entries = read_header(trained.tensors) if trained.tensors is not None else {}
+    found = {name: read_tensor(trained.weights, entry) for name, entry in entries.items() if policy_part(name)}
+    return found or read_policy_files(base)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +19,14 @@ Settings = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[KEY=VALUE]...", help="Settings of the recipe, such as train.batch_size=4.", show_default=False
+    ),
+]
+PolicyWords = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[policy.KEY=VALUE]...",
+        help="What a folder of OpenVLA-OFT's does not tell, such as policy.chunk=8.",
+        show_default=False,
     ),
 ]
 Data = Annotated[
@@ -64,6 +72,19 @@ def parse_size(text: str) -> int:
         raise UsageError(f"'{text}' is no memory size; write a number and a unit, such as 24GB or 22.5GiB")
     units = _BINARY_UNITS if match["binary"] else _UNITS
     return int(float(match["number"]) * units[match["prefix"].lower()])
+
+
+def parse_policy(words: list[str] | None) -> dict[str, Any]:
+    """Return `{"chunk": 8}` for `policy.chunk=8`: what is said of a policy on a command line.
+
+    Raises:
+        ConfigError: a word is no setting of a policy, or holds what it cannot.
+    """
+    if not words:
+        return {}
+    from vlaft.recipe.resolve import given_policy, parse_word
+
+    return given_policy({key: value for word in words for key, value in parse_word(word).items()})
 
 
 def check_output_folder(folder: Path, *, overwrite: bool, resume: bool = False) -> None:

@@ -90,12 +90,12 @@ def _begin(out: Path, settings: DemoSettings, *, resume: bool, overwrite: bool) 
     from dataclasses import asdict
 
     from vlaft.errors import ConfigError, VlaftError
-    from vlaft.files import output_file, staged
+    from vlaft.files import output_file, read_json, staged
 
     file = out / "demo.json"
     content = json.dumps(asdict(settings), indent=2) + "\n"
     if resume and file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = read_json(file)
         if before | {"seeds": 0} != asdict(settings) | {"seeds": 0}:
             raise ConfigError(
                 f"{out} was begun with --recipe {before['recipe']} --demos {before['demonstrations']}: resume it with"

@@ -18,7 +18,6 @@ from vlaft.cli.arguments import AsJson
 BASE_BYTES = 15.2e9  # openvla-7b on the Hub, in bfloat16
 _EXTRAS = {"bitsandbytes": ("qlora32 and 8-bit AdamW", "pip install 'vlaft[qlora]'")}
 _PYTHON = (3, 11)
-_TRACKERS = ("tensorboard", "trackio", "wandb")
 _MARKS = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "problem": "[red]problem[/]"}
 
 
@@ -158,8 +157,10 @@ def _bitsandbytes_kernels() -> tuple[Literal["ok", "note"], str]:
 
 
 def _trackers() -> Finding:
-    there = [name for name in _TRACKERS if importlib.util.find_spec(name) is not None]
-    missing = [name for name in _TRACKERS if name not in there]
+    from vlaft.recipe.checks import TRACKERS
+
+    there = [name for name in TRACKERS if importlib.util.find_spec(name) is not None]
+    missing = [name for name in TRACKERS if name not in there]
     if not missing:
         return Finding("trackers", "ok", ", ".join(there))
     found = f"{', '.join(there) or 'none'} (log.jsonl is always written)"

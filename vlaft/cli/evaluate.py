@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlaft.cli.arguments import AsJson, Base, CenterCrop, Device, Overwrite, Resize
+from vlaft.cli.arguments import AsJson, Base, CenterCrop, Device, Overwrite, Resize, parse_policy
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,7 +35,8 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="MODEL...",
-            help="Checkpoint (folder or Hub id), run, run checkpoint, or adapter.",
+            help="Checkpoint (folder or Hub id), run, run checkpoint, or adapter; policy.KEY=VALUE among them is what"
+            " a folder of OpenVLA-OFT's does not tell.",
             show_default=False,
         ),
     ],
@@ -112,18 +113,17 @@ def evaluate(
         raise VlaftError(f"{plots} is not empty; name another folder with --plots, or give --overwrite")
     from vlaft.evaluation.offline import check_models
 
+    policy = parse_policy([word for word in models if word.startswith("policy.") and "=" in word])
+    models = [word for word in models if not (word.startswith("policy.") and "=" in word)]
+    if not models:
+        raise UsageError("which model? name a checkpoint, a run or an adapter")
+    chunk = check_models(models, policy, base)
     if env is not None:
         from vlaft.action.execution import Execution
 
-        check_models(models)
         execution = Execution(execute, ensemble)
-        options: dict[str, Any] = {
-            "execution": execution,
-            "unnorm_key": unnorm_key,
-            "dtype": dtype,
-            "device": device,
-            "base": base,
-        }
+        options: dict[str, Any] = {"unnorm_key": unnorm_key, "dtype": dtype, "device": device, "base": base}
+        options |= {"execution": execution, "settings": policy}
         options |= {"center_crop": center_crop, "resize": resize}
         in_environment(models, env, episodes, seed, batch_size, plots, as_json, options)
         return
@@ -131,7 +131,7 @@ def evaluate(
     from vlaft.evaluation.offline import evaluate as run_evaluation
 
     assert data is not None
-    held_out = HeldOut.open(data, split, limit, chunk=check_models(models))
+    held_out = HeldOut.open(data, split, limit, chunk=chunk)
     evaluations = []
     with progress("evaluating", total=len(held_out) * len(models), unit="examples") as advance:
         for model in models:
@@ -144,6 +144,7 @@ def evaluate(
                     device=device,
                     base=base,
                     center_crop=center_crop,
+                    policy=policy,
                     advance=partial(advance, note=model),
                 )
             )
@@ -165,6 +166,9 @@ def evaluate(
         return
     say(f"{len(held_out):,} examples of {evaluated:,} episode{'s' * (evaluated != 1)} in split '{split}'")
     show(comparison(evaluations))
+    if any(each.free_running.steps for each in evaluations):
+        show("\nL1 by the step of a chunk, 1 being the action at the frame itself:")
+        show(by_step(evaluations))
     say("actions move so far when one thing is another moment's, or black or white; moments differ by 100 %:")
     show(looking(evaluations))
     for evaluation in evaluations:
@@ -256,6 +260,24 @@ def comparison(evaluations: Sequence[Evaluation]) -> Table:
             table.add_row(of.name, names[model], decoding, *_cells(of), _number(f1, 3))
         if not last:
             table.add_row()
+    return table
+
+
+def by_step(evaluations: Sequence[Evaluation]) -> Table:
+    """Return L1 per step of the chunk and dimension, free-running; a model of one action at a time has step 1 alone."""
+    from rich.table import Table
+
+    table = Table("step", "model", box=None, pad_edge=False)
+    for dimension in ("all", *(each.name for each in evaluations[0].free_running.dimensions)):
+        table.add_column(dimension, justify="right", no_wrap=True)
+    names = _short_names([each.model for each in evaluations])
+    chunks = {each.model: each.free_running.steps or (each.free_running,) for each in evaluations}
+    for step in range(max(map(len, chunks.values()))):
+        for model, steps in chunks.items():
+            if step < len(steps):
+                of = steps[step]
+                distances = (each.l1_normalized for each in (of.overall, *of.dimensions))
+                table.add_row(str(step + 1), names[model], *(_number(each, 4) for each in distances))
     return table
 
 

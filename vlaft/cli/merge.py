@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlaft.cli.arguments import Base, Out, Overwrite
+from vlaft.cli.arguments import Base, Out, Overwrite, PolicyWords
 
 if TYPE_CHECKING:
     from vlaft.adapt.rounding import Mode, Rounding
@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 
 def merge(
-    source: Annotated[Path, typer.Argument(help="A run, one of its checkpoints, or an adapter.", show_default=False)],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A run, one of its checkpoints, an adapter, or a folder of OpenVLA-OFT's.", show_default=False
+        ),
+    ],
     out: Out,
     base: Base = None,
     checkpoint: Annotated[
@@ -39,16 +44,19 @@ def merge(
         ),
     ] = None,
     overwrite: Overwrite = False,
+    settings: PolicyWords = None,
 ) -> None:
     """Write one plain checkpoint: the base with the trained weights folded in."""
+    from vlaft.adapt.policies import base_folder
     from vlaft.adapt.rounding import MODES
-    from vlaft.cli.arguments import check_output_folder
+    from vlaft.cli.arguments import check_output_folder, parse_policy
     from vlaft.cli.console import bytes_progress, say
+    from vlaft.cli.predict import example_of
     from vlaft.errors import UsageError
     from vlaft.files import free_bytes
     from vlaft.release.merge import merge as run_merge
     from vlaft.release.merge import merged_bytes
-    from vlaft.weights.layout import resolve_checkpoint
+    from vlaft.weights.oft import is_oft
     from vlaft.weights.trained import base_name, find_trained
 
     if dtype not in (None, "float32", "bfloat16", "float16"):
@@ -57,9 +65,18 @@ def merge(
     if mode is None:
         raise UsageError(f"--rounding {rounding}: give {' or '.join(MODES)}")
     check_output_folder(out, overwrite=overwrite)
+    policy = parse_policy(settings)
+    if is_oft(source):
+        asked = {"--dtype": dtype, "--checkpoint": checkpoint, "--verify": verify, "--rounding": mode != "nearest"}
+        if odd := [option for option, value in asked.items() if value]:
+            raise UsageError(f"{odd[0]} is for what vlaft trained; {source} is a policy of OpenVLA-OFT's")
+        _merge_oft(source, out, policy, base, overwrite)
+        return
+    if policy:
+        raise UsageError(f"policy.* is for a folder of OpenVLA-OFT's; {source} says itself what its policy is")
     trained = find_trained(source, checkpoint)
     name = base_name(trained, base)
-    folder = resolve_checkpoint(name)
+    folder = base_folder(name, trained.inference.get("policy"))
     total = merged_bytes(folder, dtype)
     say(f"{total / 1e9:.2f} GB will be written to {out}; {free_bytes(out) / 1e9:.1f} GB are free there")
     check = _check(trained, folder, verify, mode)
@@ -77,7 +94,17 @@ def merge(
         )
     say(f"{result.changed} of {result.tensors} tensors changed; {result.bytes / 1e9:.2f} GB written to {out}")
     _tell_rounding(result.rounding)
-    say(f"next: vlaft predict {out} --image frame.png --instruction 'pick up the cup'")
+    say(f"next: vlaft predict {out} {example_of(out)}")
+
+
+def _merge_oft(source: Path, out: Path, policy: dict[str, Any], base: str | None, overwrite: bool) -> None:
+    """Write a folder of OpenVLA-OFT's as a plain policy."""
+    from vlaft.cli.console import bytes_progress, say
+    from vlaft.release.oft import merge_oft, merged_oft_bytes
+
+    with bytes_progress("merging", merged_oft_bytes(source, base)) as advance:
+        result = merge_oft(source, out, policy, base=base, overwrite=overwrite, advance=advance)
+    say(f"{result.bytes / 1e9:.2f} GB written to {out} and checked; it says itself what it reads and writes")
 
 
 def _tell_rounding(rounding: Rounding) -> None:
@@ -121,16 +148,17 @@ def _check(trained: Trained, base: Path, wanted: bool | None, mode: Mode) -> Cal
     def check(folder: Path) -> Mapping[str, Any]:
         say("verifying: base with adapter, then the merged model, on the same examples")
         found = run(folder)
+        of = "logit " if found["compared"] == "tokens" else ""
         ties = f" ({found['ties']} between choices that rounding cannot tell apart)" if found["ties"] else ""
         say(
             f"verified on {found['examples']} examples ({found['inputs']}): {found['identical_tokens']} of"
-            f" {found['tokens']} tokens are the same{ties}; largest logit difference"
+            f" {found['tokens']} {found['compared']} are the same{ties}; largest {of}difference"
             f" {found['largest_logit_difference']:.3g} of a range of {found['logit_range']:.3g}"
         )
         if found["unrounded_tokens"] is not None:
             say(
                 f"both are rounded alike; with the learned weights as they are, {found['unrounded_tokens']} of"
-                f" {found['tokens']} tokens are the same; largest logit difference"
+                f" {found['tokens']} {found['compared']} are the same; largest {of}difference"
                 f" {found['unrounded_logit_difference']:.3g}"
             )
         _tell_sight(found.get("sight"))

@@ -53,13 +53,14 @@ def show_recipe(
 ) -> None:
     """Print a recipe's YAML."""
     from vlaft.cli.console import visible
-    from vlaft.recipe.resolve import find_recipe, read_settings, resolve, to_yaml
+    from vlaft.files import read_yaml
+    from vlaft.recipe.resolve import find_recipe, resolve, to_yaml
 
     if resolved:
         typer.echo(to_yaml(resolve(name)), nl=False)
         return
     file = find_recipe(name)
-    read_settings(file)  # refuses what is no recipe, in one sentence
+    read_yaml(file, "a recipe")  # refuses what is no recipe, in one sentence
     typer.echo(visible(file.read_text(encoding="utf-8")), nl=False)
 
 
@@ -70,15 +71,13 @@ def copy_recipe(
 ) -> None:
     """Copy a recipe to a file of your own, to edit it and to use it with --recipe FILE."""
     from vlaft.cli.console import say
+    from vlaft.files import output_file
     from vlaft.recipe.resolve import find_recipe
 
     source = find_recipe(name)
     target = destination / source.name if destination.is_dir() else destination
-    try:
-        with target.open("x", encoding="utf-8") as file:
-            file.write(source.read_text(encoding="utf-8"))
-    except FileExistsError:
-        raise ConfigError(f"{target} exists already; name another file") from None
-    except OSError as error:
-        raise ConfigError(f"{target} cannot be written ({error.strerror})") from error
+    if not target.parent.is_dir():
+        raise ConfigError(f"{target} cannot be written (there is no folder {target.parent})")
+    with output_file(target, overwrite=False) as partial:
+        partial.write_bytes(source.read_bytes())
     say(f"wrote {target}")

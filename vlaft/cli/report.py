@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from vlaft.accounting.costs import RecipeCost
+    from vlaft.recipe.settings import RecipeConfig
 
 _NO_GPU = 24 * 10**9  # what the largest batch is worked out for where no GPU is here and none is named
 
@@ -55,22 +56,22 @@ def report(
     """
     from vlaft.accounting.costs import PAPER_BASE, recipe_cost
     from vlaft.accounting.meta import ACTION_SIZE, STATE_SIZE
-    from vlaft.accounting.plan import present_gpu
+    from vlaft.accounting.plan import on_local_base, present_gpu
     from vlaft.cli.arguments import parse_size
     from vlaft.cli.console import print_json, progress, show
     from vlaft.errors import UsageError
     from vlaft.model.load import base_config
     from vlaft.model.openvla import PARTS
-    from vlaft.recipe.resolve import recipe_names, resolve
+    from vlaft.recipe.resolve import recipe_names
 
     if explain and recipe:
         raise UsageError("--explain names its recipe itself; leave --recipe out")
     asked = [explain] if explain else recipe or ["all"]
     names = [name for word in asked for name in (recipe_names() if word == "all" else [word])]
     options = {"base": base} if base else {}
-    recipes = [resolve(name, config_files or (), settings or (), options) for name in dict.fromkeys(names)]
+    recipes = _on_base(list(dict.fromkeys(names)), config_files or (), settings or (), options)
     memory = parse_size(gpu_memory) if gpu_memory else present_gpu() or _NO_GPU
-    config = base_config(recipes[0].base)
+    config = base_config(on_local_base(recipes[0]).base)
     costs = []
     with progress("tracing a training step on the meta device", len(recipes), "recipes") as advance:
         for each in recipes:
@@ -95,6 +96,10 @@ def report(
         show(f"The peak comes in: {costs[0].memory.moment}\n")
         show(memory_table(costs[0]))
         show("")
+        show(part_table(costs[0]))
+        show("")
+        show(inference_table(costs[0]))
+        show("")
         show(modules_table(costs[0]))
         return
     show(parts_table(costs))
@@ -105,6 +110,32 @@ def report(
         )
     if paper:
         show("\nThe paper's figures are its own: another training stack, and nothing recomputed in the backward pass.")
+
+
+def _on_base(
+    names: list[str], config_files: Sequence[Path], settings: Sequence[str], options: dict[str, Any]
+) -> list[RecipeConfig]:
+    """Resolve recipes on one base; where that is a policy already, those of several that train another are left out."""
+    from vlaft.adapt.policies import policy_on_base
+    from vlaft.cli.console import warn
+    from vlaft.errors import ConfigError
+    from vlaft.recipe.resolve import resolve
+
+    recipes, contrary = [], []
+    for name in names:
+        try:
+            recipes.append(resolve(name, config_files, settings, options, policy_on_base))
+        except ConfigError as error:
+            if len(names) == 1:
+                raise
+            resolve(name, config_files, settings, options)  # what is wrong whatever the base is
+            contrary.append((name, error))
+    if not recipes:
+        raise contrary[0][1]
+    if contrary:
+        left_out = ", ".join(name for name, _ in contrary)
+        warn(f"left out, because {recipes[0].base} is a policy already, and another one: {left_out}")
+    return recipes
 
 
 _COLOURS = {
@@ -128,6 +159,7 @@ def plot_costs(costs: Sequence[RecipeCost], title: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     from vlaft.accounting.memory import CARDS
+    from vlaft.files import output_file
 
     figure = Figure(figsize=(9, 1.6 + 0.42 * len(costs)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -149,12 +181,16 @@ def plot_costs(costs: Sequence[RecipeCost], title: str, path: Path) -> None:
     axes.set_title(title, fontsize=10, pad=16)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=len(_COLOURS))
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:
-        raise VlaftError(f"{path}: no picture can be written in this format ({error}); name a .png file") from None
-    except OSError as error:
-        raise VlaftError(f"{path} cannot be written ({error.strerror})") from None
+    ending = path.suffix.removeprefix(".").lower() or "png"
+    known = figure.canvas.get_supported_filetypes()
+    if ending not in known:
+        raise VlaftError(
+            f"{path}: no picture can be written as '{ending}'; name a .png file, or one of {sorted(known)}"
+        )
+    if not path.parent.is_dir():
+        raise VlaftError(f"{path} cannot be written (there is no folder {path.parent})")
+    with output_file(path) as partial:
+        figure.savefig(partial, format=ending, dpi=150)
 
 
 def _gigabytes(cost: RecipeCost, term: str) -> float:
@@ -204,6 +240,7 @@ def cost_table(costs: Sequence[RecipeCost], gpu_memory: int, *, paper: bool) -> 
         *(["measured GB", "error"] if measured else []),
         f"largest batch in {gpu_memory / 1e9:.0f} GB",
         "smallest card",
+        "inference GB",
         *([f"paper GB, batch {PAPER_BATCH}"] if paper else []),
     )
     for cost in costs:
@@ -221,6 +258,7 @@ def cost_table(costs: Sequence[RecipeCost], gpu_memory: int, *, paper: bool) -> 
             one = cost.measurement
             cells += ["", ""] if one is None else [gigabytes(one.peak_bytes), f"{100 * one.error:+.1f} %"]
         cells += [str(cost.largest_batch) if cost.largest_batch else "none", card]
+        cells.append(gigabytes(cost.inference["bfloat16"].peak))
         if paper:
             total, gpus = PAPER_GB.get(cost.name, (None, 1))
             cells.append("" if total is None else f"{total}" + (f" over {gpus}" if gpus > 1 else ""))
@@ -243,6 +281,32 @@ def memory_table(cost: RecipeCost) -> Table:
     table = _table("memory at the peak", "bytes", "GB", "share")
     for term, size in (*cost.memory.terms.items(), ("in all", cost.memory.peak)):
         table.add_row(term, f"{size:,}", f"{size / 1e9:.3f}", f"{100 * size / cost.memory.peak:.1f} %")
+    return table
+
+
+def part_table(cost: RecipeCost) -> Table:
+    """Return what each part of the model takes in training besides activations, and its weights at inference."""
+    table = _table("part", "parameters", "trained", "weights GB", "gradients GB", "moments GB", "inference GB")
+    acting = cost.inference["bfloat16"].weights
+    for part, taken in cost.parts.items():
+        counted = cost.counted.parts[part]
+        sizes = (taken.weights, taken.gradients, taken.moments, acting.get(part, 0))
+        table.add_row(
+            part.replace("_", " "),
+            f"{counted.total:,}",
+            f"{counted.trainable:,}" if counted.trainable else "",
+            *(f"{size / 1e9:.3f}" if size else "" for size in sizes),
+        )
+    return table
+
+
+def inference_table(cost: RecipeCost) -> Table:
+    """Return where each byte goes when the merged policy acts, in bfloat16 and with its base in 4 bits."""
+    ways = cost.inference
+    table = _table("memory at inference", *(f"{name} GB" for name in ways))
+    for term in dict.fromkeys(term for way in ways.values() for term in way.terms):
+        table.add_row(term, *(f"{way.terms.get(term, 0) / 1e9:.3f}" for way in ways.values()))
+    table.add_row("in all", *(f"{way.peak / 1e9:.3f}" for way in ways.values()))
     return table
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vlaft.cli.arguments import Base, CenterCrop, Device, Resize
+from vlaft.cli.arguments import Base, CenterCrop, Device, PolicyWords, Resize, parse_policy
 
 
 def serve(
@@ -27,6 +27,9 @@ def serve(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default by the device.")
     ] = None,
+    unnorm_key: Annotated[
+        str | None, typer.Option("--unnorm-key", help="Statistics to use where a request names none.")
+    ] = None,
     action_ids_only: Annotated[
         bool, typer.Option("--action-ids-only", help="Choose among action tokens only.")
     ] = False,
@@ -37,8 +40,9 @@ def serve(
     center_crop: CenterCrop = None,
     resize: Resize = None,
     device: Device = "auto",
+    words: PolicyWords = None,
 ) -> int:
-    """Serve a model to robots: POST /act as OpenVLA's server has it, GET /health, GET /info."""
+    """Serve a model to robots: POST /act as OpenVLA's and OpenVLA-OFT's servers have it, GET /health, GET /info."""
     import os
     import signal
 
@@ -50,6 +54,7 @@ def serve(
     settings = ServeSettings(
         token=read_token(token_file, os.environ),
         action_ids_only=action_ids_only,
+        unnorm_key=unnorm_key,
         max_batch=max_batch,
         queue_length=queue_length,
         max_body=parse_size(max_body),
@@ -67,7 +72,14 @@ def serve(
         from vlaft.policy import load
 
         policy = load(
-            model, base=base, checkpoint=checkpoint, dtype=dtype, device=device, center_crop=center_crop, resize=resize
+            model,
+            base=base,
+            checkpoint=checkpoint,
+            dtype=dtype,
+            device=device,
+            policy=parse_policy(words),
+            center_crop=center_crop,
+            resize=resize,
         )
         shown = f"[{address[0]}]" if ":" in address[0] else address[0]
         server = Server(policy, Path(model).name, settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -110,6 +111,7 @@ def resolve_recipe(
     run: Path | None = None,
 ) -> RecipeConfig:
     """Lay the command's words over the recipe; a run that is continued brings its own recipe."""
+    from vlaft.adapt.policies import policy_on_base
     from vlaft.recipe.resolve import resolve
     from vlaft.training.folder import RECIPE_FILE
 
@@ -122,7 +124,7 @@ def resolve_recipe(
         name = run / RECIPE_FILE
     elif recipe == "auto":
         return _choose_recipe(config or [], words, options, gpu_memory)
-    resolved = resolve(name or "lora32", config or [], words, options)
+    resolved = resolve(name or "lora32", config or [], words, options, policy_on_base)
     if resolved.train.batch_size == "auto" and run is not None and (run / RECIPE_FILE).is_file():
         from dataclasses import replace
 
@@ -137,7 +139,8 @@ def _choose_recipe(
 ) -> RecipeConfig:
     """Choose for the card, and say why."""
     from vlaft.accounting.choose import choose
-    from vlaft.accounting.plan import present_gpu
+    from vlaft.accounting.plan import on_local_base, present_gpu
+    from vlaft.adapt.policies import policy_on_base
     from vlaft.cli.arguments import parse_size
     from vlaft.cli.console import say
     from vlaft.errors import UsageError
@@ -147,8 +150,12 @@ def _choose_recipe(
     memory = parse_size(gpu_memory) if gpu_memory else present_gpu()
     if memory is None:
         raise UsageError("--recipe auto: no GPU is here; say for which one to choose with --gpu-memory, such as 24GB")
-    model = base_config(resolve("lora32", config, words, options).base)
-    choice = choose(lambda name, chosen: resolve(name, config, [*chosen, *words], options), model, memory)
+
+    def resolved(name: str, chosen: Sequence[str] = ()) -> RecipeConfig:
+        return resolve(name, config, [*chosen, *words], options, policy_on_base)
+
+    model = base_config(on_local_base(resolved("lora32")).base)
+    choice = choose(resolved, model, memory)
     for reason in choice.reasons:
         say(f"auto   {reason}")
     return choice.recipe
@@ -185,6 +192,12 @@ def _main_memory(own: int, mapped: int) -> str:
 
 def _accuracy(share: float | None) -> str:
     return "" if share is None else f" | accuracy {share:.3f}"
+
+
+def _l1(over_all: float, first: float | None, later: float | None) -> str:
+    """Say the distance to the demonstrations, and of chunks that of the first action apart from those behind it."""
+    chunk = "" if first is None or later is None else f" (first {first:.4f}, later {later:.4f})"
+    return f" | L1 {over_all:.4f}{chunk}"
 
 
 def _duration(seconds: float) -> str:
@@ -237,7 +250,7 @@ class _Printer(Listener):
         memory = f" | {line.memory_bytes / 1e9:.2f} GB" if line.memory_bytes is not None else ""
         say(
             f"step {line.step:>6} | loss {line.loss:.4f}{_accuracy(line.action_accuracy)}"
-            f" | L1 {line.action_l1:.4f}"
+            f"{_l1(line.action_l1, line.first_action_l1, line.later_actions_l1)}"
             f" | lr {line.learning_rate:.2e} | grad {line.grad_norm:.3f} | {line.samples_per_second:.1f} samples/s"
             f" | data {line.data_seconds:.3f} s{memory} | {_duration(line.seconds_left)} left"
         )
@@ -248,7 +261,7 @@ class _Printer(Listener):
         mark = " (best so far)" if line.best else ""
         say(
             f"step {line.step:>6} | held out: loss {line.val_loss:.4f}{_accuracy(line.val_action_accuracy)}"
-            f" | L1 {line.val_action_l1:.4f}{mark}"
+            f"{_l1(line.val_action_l1, line.val_first_action_l1, line.val_later_actions_l1)}{mark}"
         )
 
     def acted(self, line: SuccessLine) -> None:

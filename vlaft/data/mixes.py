@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from vlaft.data.layout import separate_options
-from vlaft.data.presets import find_file, known_datasets, layout_fields, preset_of_dataset, read_yaml
+from vlaft.data.presets import find_file, known_datasets, layout_fields, preset_of_dataset
 from vlaft.data.source import SourceRequest
 from vlaft.documents import fits, shown
 from vlaft.errors import ConfigError, DataError, did_you_mean
+from vlaft.files import read_yaml
 from vlaft.recipe.resolve import recipes_folder
 
 _OWN_KEYS = ("path", "preset", "weight")
@@ -60,7 +61,7 @@ def load_mix(name_or_path: str | Path) -> list[MixedDataset]:
             is no positive number, or wrong settings; all problems together.
     """
     file = find_file(name_or_path, "mixes", "mix", {name: name for name in mix_names()})
-    content = read_yaml(file)
+    content = read_yaml(file, "a mix")
     problems = [f"{file}: unknown key '{key}'{did_you_mean(key, ['datasets'])}" for key in content if key != "datasets"]
     datasets = content.get("datasets")
     if not isinstance(datasets, Mapping) or not datasets:

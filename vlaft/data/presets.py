@@ -15,8 +15,9 @@ from typing import Any, get_type_hints
 
 from vlaft.data.layout import ADDED_STEPS, Layout, separate_options
 from vlaft.data.standardize.steps import parse_steps
-from vlaft.documents import NotYaml, fits, in_words, parse_yaml
+from vlaft.documents import fits, in_words
 from vlaft.errors import ConfigError, did_you_mean
+from vlaft.files import read_yaml
 from vlaft.recipe.resolve import recipes_folder
 
 _HAS_TO = {  # where the kind of a field does not say it all
@@ -25,7 +26,6 @@ _HAS_TO = {  # where the kind of a field does not say it all
     "options": "be a mapping",
     "datasets": "be a list of names",
 }
-_LARGEST_FILE = 2**20  # bytes
 
 
 def preset_names() -> list[str]:
@@ -51,7 +51,7 @@ def load_preset(name_or_path: str | Path, base: Layout | None = None) -> Layout:
             all problems of the file together.
     """
     path = find_file(name_or_path, "datasets", "preset", {**{name: name for name in preset_names()}, **_published()})
-    return with_fields(base or Layout(), layout_fields(separate_options(read_yaml(path)), path))
+    return with_fields(base or Layout(), layout_fields(separate_options(read_yaml(path, "a preset")), path))
 
 
 def with_fields(layout: Layout, values: Mapping[str, Any]) -> Layout:
@@ -80,7 +80,9 @@ def _published() -> dict[str, str]:
 @cache
 def _published_in(folder: Path) -> dict[str, str]:
     return {
-        str(dataset): path.stem for path in folder.glob("*.yaml") for dataset in read_yaml(path).get("datasets") or ()
+        str(dataset): path.stem
+        for path in folder.glob("*.yaml")
+        for dataset in read_yaml(path, "a preset").get("datasets") or ()
     }
 
 
@@ -100,30 +102,6 @@ def find_file(name_or_path: str | Path, folder: str, kind: str, names: Mapping[s
         raise ConfigError(f"there is no {kind} file {path}")
     hint = did_you_mean(text, list(names)) or f" (known: {', '.join(sorted(set(names.values())))})"
     raise ConfigError(f"unknown {kind} '{text}'{hint}")
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file.
-
-    Raises:
-        ConfigError: it cannot be read, is too large, has aliases, is no YAML, or holds something else.
-    """
-    try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise ConfigError(f"{path} is too large for a preset")
-        content = parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not UTF-8 text") from None
-    except NotYaml as error:
-        line = f", line {error.line}" if error.line else ""
-        raise ConfigError(f"{path}{line}: not valid YAML ({error})") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} has to be a mapping of keys to values")
-    return content
 
 
 def layout_fields(content: Mapping[str, Any], path: Path | str) -> dict[str, Any]:

@@ -13,11 +13,12 @@ import numpy as np
 
 from vlaft.data.episode import Episode
 from vlaft.data.layout import Layout, apply_layout, merge_options, separate_options
-from vlaft.data.presets import known_datasets, layout_fields, load_preset, preset_of_dataset, read_yaml, with_fields
+from vlaft.data.presets import known_datasets, layout_fields, load_preset, preset_of_dataset, with_fields
 from vlaft.data.readers.opening import open_reader
 from vlaft.data.readers.reader import EpisodeRef, Reader
 from vlaft.data.standardize.steps import parse_steps, standardize
 from vlaft.errors import ConfigError, DataError
+from vlaft.files import read_yaml
 
 Progress = Callable[[str, int, int], None]  # phase, done, total
 
@@ -75,7 +76,7 @@ class OpenedSource:
         """Whether the user wrote the standardizing steps: as a word, in a mix, or in a preset of their own."""
         preset = self.request.preset
         own = preset is not None and preset not in known_datasets()
-        return "steps" in self.request.layout or (own and "steps" in read_yaml(Path(str(preset))))
+        return "steps" in self.request.layout or (own and "steps" in read_yaml(Path(str(preset)), "a preset"))
 
     @property
     def preset_is_for_it(self) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlaft.environments.episodes import wilson_interval
+from vlaft.files import output_file
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,5 @@ def overlapping(first: tuple[float, float], second: tuple[float, float]) -> bool
 def write_result(path: Path, value: Any) -> None:
     """Write a dataclass, or a list of them, as JSON; the file appears whole or not at all."""
     plain = [asdict(each) for each in value] if isinstance(value, list | tuple) else asdict(value)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(plain, indent=2, default=str) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with output_file(path) as partial:
+        partial.write_text(json.dumps(plain, indent=2, default=str) + "\n", encoding="utf-8")

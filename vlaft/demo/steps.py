@@ -30,12 +30,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
 
 from vlaft.demo.results import Command, Cost, DemoResult, SeedResult, Success
 from vlaft.environments.tabletop import recording as recorder
 from vlaft.errors import VlaftError
-from vlaft.files import output_file, output_folder
+from vlaft.files import output_file, output_folder, read_json
 
 DATASET = "tabletop_b"
 EVALUATION_EPISODES = 100
@@ -236,7 +235,7 @@ def run_steps(
         StepFailed: one of them did.
     """
     file = out / "commands.json"
-    known: dict[str, dict] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known: dict[str, dict] = read_json(file) if file.is_file() else {}
     commands = []
     for step in steps:
         key = step.result.relative_to(out).as_posix()
@@ -268,7 +267,7 @@ def _run_step(step: DemoStep, vlaft: Callable[[Sequence[str]], int]) -> None:
 
 def read_result(out: Path, settings: DemoSettings, commands: Sequence[Command]) -> DemoResult:
     """Gather what the commands left on disk."""
-    data = json.loads((out / "data" / "dataset.json").read_text(encoding="utf-8"))
+    data = read_json(out / "data" / "dataset.json")
     return DemoResult(
         out=out,
         recipe=settings.recipe,
@@ -295,5 +294,4 @@ def _seed_result(out: Path, seed: int) -> SeedResult:
 
 def train_seconds(run: Path) -> float:
     """Return how long a run trained, as it says itself."""
-    report: dict[str, Any] = json.loads((run / "report.json").read_text(encoding="utf-8"))
-    return float(report["seconds"])
+    return float(read_json(run / "report.json")["seconds"])

@@ -22,6 +22,7 @@ from vlaft.action.metrics import ActionMetrics, measure_actions
 from vlaft.action.statistics import check_statistics, tells_of_state
 from vlaft.action.tokens import normalize, unnormalize
 from vlaft.action.written import Written
+from vlaft.adapt.policies import policy_folder
 from vlaft.data.held_out import HeldOut
 from vlaft.errors import CheckpointError, ConfigError, DataError, VlaftError
 from vlaft.evaluation.blind import EXAMPLES, FEWEST, Sight, look
@@ -31,7 +32,6 @@ from vlaft.observation.batch import Observation, Reader, check_fits
 from vlaft.observation.images import ImagePipeline
 from vlaft.observation.prompts import load_base_files
 from vlaft.policy import Policy, load
-from vlaft.weights.layout import resolve_checkpoint
 from vlaft.weights.trained import find_trained, is_trained, statistics_of
 
 
@@ -62,15 +62,20 @@ class Evaluation:
     sight: Sight | None
 
 
-def check_models(models: Sequence[str]) -> int:
+def check_models(models: Sequence[str], policy: Mapping[str, Any] | None = None, base: str | None = None) -> int:
     """See whether every model is there, before the first of them is evaluated for an hour.
+
+    Args:
+        models: as they are named.
+        policy: as `vlaft.load` takes it.
+        base: likewise.
 
     Returns:
         How many actions the models write at once, at most.
 
     Raises:
         CheckpointError: one is missing.
-        ConfigError: one is named twice.
+        ConfigError: one is named twice, or `policy` is not what it is.
     """
     chunks = [1]
     for index, model in enumerate(models):
@@ -80,7 +85,7 @@ def check_models(models: Sequence[str]) -> int:
         if path.is_dir() and is_trained(path):
             config = find_trained(path).inference
         else:
-            config = read_json(resolve_checkpoint(model) / "config.json", CheckpointError)
+            config = read_json(policy_folder(model, policy, base=base) / "config.json", CheckpointError)
         chunks.append(ModelPolicy.of(config, model).chunk)
     return max(chunks)
 
@@ -93,6 +98,7 @@ def evaluate(
     dtype: str | None = None,
     device: str = "auto",
     base: str | None = None,
+    policy: Mapping[str, Any] | None = None,
     center_crop: bool | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Evaluation:
@@ -109,6 +115,7 @@ def evaluate(
         dtype: as `vlaft.load` takes it.
         device: likewise.
         base: of a run or adapter, where its base has moved.
+        policy: as `vlaft.load` takes it.
         center_crop: whether the model acts on the centre of frames; None as `vlaft.load` does.
         advance: called with the number of examples that each batch has finished.
 
@@ -121,8 +128,8 @@ def evaluate(
     if batch_size < 1:
         raise ConfigError(f"a batch size of {batch_size} is too small; give at least 1")
     try:
-        policy = load(model, base=base, dtype=dtype, device=device, center_crop=center_crop)
-        return _evaluate(model, policy, held_out, batch_size, advance)
+        loaded = load(model, base=base, dtype=dtype, device=device, policy=policy, center_crop=center_crop)
+        return _evaluate(model, loaded, held_out, batch_size, advance)
     except torch.cuda.OutOfMemoryError as error:
         raise VlaftError(f"the GPU's memory is full at --batch-size {batch_size}: halve it") from error
     finally:

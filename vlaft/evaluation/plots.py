@@ -9,24 +9,27 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from vlaft.data.held_out import HeldOut, HeldOutEpisode
 from vlaft.evaluation.offline import Evaluation
-from vlaft.files import disk_errors, locked
-from vlaft.pages.curves import COLORS, legend_text, save_figure
+from vlaft.files import output_files
+from vlaft.pages.curves import COLORS, legend_text, write_figure
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
 ERRORS_FILE = "errors.png"
-_OURS = re.compile(r"episode-\d+\.png|errors\.png")
+STEPS_FILE = "steps.png"
+_OURS = re.compile(r"episode-\d+\.png|errors\.png|steps\.png")
 _ROWS = 7  # dimensions above one another
 
 
 def draw_evaluations(
     folder: Path, evaluations: Sequence[Evaluation], held_out: HeldOut, *, episodes: int = 4
 ) -> list[Path]:
-    """Write `episode-0000.png` and the like, and `errors.png`; earlier pictures of these names are removed.
+    """Write `episode-0000.png` and the like, `errors.png`, and of chunks `steps.png`; earlier ones are removed.
 
     Args:
         folder: made where it is missing.
@@ -43,20 +46,24 @@ def draw_evaluations(
     numbers = held_out.evaluated
     count = min(episodes, len(numbers))
     drawn = [numbers[index] for index in np.linspace(0, len(numbers) - 1, count).round().astype(int)]
-    with locked(folder), disk_errors(folder):
-        folder.mkdir(exist_ok=True)
-        for path in folder.iterdir():
-            if _OURS.fullmatch(path.name):
-                path.unlink()
-        files = [folder / f"episode-{number:04d}.png" for number in drawn]
-        for number, file in zip(drawn, files, strict=True):
-            save_figure(draw_episode(held_out.episodes[number], evaluations, held_out), file)
-        save_figure(draw_errors(evaluations, held_out), folder / ERRORS_FILE)
-    return [*files, folder / ERRORS_FILE]
+    names = [f"episode-{number:04d}.png" for number in drawn]
+    with output_files(folder, _OURS) as partial:
+        for number, name in zip(drawn, names, strict=True):
+            write_figure(draw_episode(held_out.episodes[number], evaluations, held_out), partial / name)
+        write_figure(draw_errors(evaluations, held_out), partial / ERRORS_FILE)
+        names.append(ERRORS_FILE)
+        if any(_chunk(each) > 1 for each in evaluations):
+            write_figure(draw_steps(evaluations, held_out), partial / STEPS_FILE)
+            names.append(STEPS_FILE)
+    return [folder / name for name in names]
 
 
 def draw_episode(episode: HeldOutEpisode, evaluations: Sequence[Evaluation], held_out: HeldOut) -> Figure:
-    """Draw the demonstrated actions of an episode as a line, and free-running predictions over it, in robot units."""
+    """Draw the demonstrated actions of an episode as a line, and free-running predictions over it, in robot units.
+
+    A chunk is drawn from its start on. Those that a robot would act on, one after the other, are drawn full, with a
+    mark where it looks again; those from the frames in between are thin.
+    """
     title = f"{held_out.split} split of {episode.dataset}, {episode.source}\n{_shortened(episode.instruction)}"
     figure, axes = _grid(held_out, title, "step")
     steps = held_out.frame[episode.rows]
@@ -65,12 +72,52 @@ def draw_episode(episode: HeldOutEpisode, evaluations: Sequence[Evaluation], hel
     for dimension, axis in enumerate(axes):
         axis.plot(steps, held_out.action[episode.rows, dimension], color="black", linewidth=1.8, zorder=3)
         for number, evaluation in enumerate(evaluations):
-            axis.plot(
-                [step for step, _ in shown],
-                [evaluation.predicted[index, 0, dimension] for _, index in shown],
-                **_style(number, len(evaluations)),
-            )
+            style = _style(number, len(evaluations))
+            chunk = _chunk(evaluation)
+            if chunk == 1:
+                predicted = [evaluation.predicted[index, 0, dimension] for _, index in shown]
+                axis.plot([step for step, _ in shown], predicted, **style)
+                continue
+            ahead = np.arange(chunk)
+            lines = {step: (step + ahead, evaluation.predicted[index, :, dimension]) for step, index in shown}
+            acted = _one_after_the_other(list(lines), chunk)
+            thin = [np.column_stack(line) for step, line in lines.items() if step not in acted]
+            axis.add_collection(LineCollection(thin, colors=style["color"], linewidths=0.6, alpha=0.45))
+            for step in acted:
+                axis.plot(*lines[step], **style, markevery=[0])
     _legend(figure, evaluations, demonstrated=True)
+    return figure
+
+
+def _chunk(evaluation: Evaluation) -> int:
+    """Return K, how many actions a model writes at once."""
+    return int(evaluation.predicted.shape[1])
+
+
+def _one_after_the_other(steps: Sequence[int], chunk: int) -> list[int]:
+    """Return where a robot that acts on whole chunks would look again.
+
+    >>> _one_after_the_other([0, 1, 2, 3, 4, 5, 9], 3)
+    [0, 3, 9]
+    """
+    found: list[int] = []
+    for step in steps:
+        if not found or step >= found[-1] + chunk:
+            found.append(step)
+    return found
+
+
+def draw_steps(evaluations: Sequence[Evaluation], held_out: HeldOut) -> Figure:
+    """Draw the mean free-running error over the steps of a chunk, per dimension, in normalised units."""
+    title = f"mean distance by step of the chunk, {len(held_out):,} examples of the {held_out.split} split"
+    figure, axes = _grid(held_out, title, "step of the chunk (1: the action at the frame itself)")
+    for dimension, axis in enumerate(axes):
+        for number, evaluation in enumerate(evaluations):
+            means = abs(evaluation.error[..., dimension]).mean(axis=0)
+            axis.plot(np.arange(1, len(means) + 1), means, **_style(number, len(evaluations)))
+        axis.set_ylim(bottom=0)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend(figure, evaluations, demonstrated=False, marked=True)
     return figure
 
 
@@ -118,14 +165,17 @@ def _grid(held_out: HeldOut, title: str, below: str) -> tuple[Figure, list[Axes]
     return figure, axes[:count]
 
 
-def _legend(figure: Figure, evaluations: Sequence[Evaluation], *, demonstrated: bool) -> None:
+def _legend(
+    figure: Figure, evaluations: Sequence[Evaluation], *, demonstrated: bool, marked: bool | None = None
+) -> None:
     from matplotlib.lines import Line2D
 
+    marked = demonstrated if marked is None else marked
     handles = [Line2D([], [], color="black", linewidth=2.0)] if demonstrated else []
     labels = ["demonstrated"] if demonstrated else []
     for number, evaluation in enumerate(evaluations):
         style = _style(number, len(evaluations))
-        handles.append(Line2D([], [], **style if demonstrated else style | {"marker": None}))
+        handles.append(Line2D([], [], **style if marked else style | {"marker": None}))
         labels.append(legend_text(evaluation.model))
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3), frameon=False)
 

@@ -22,7 +22,7 @@ from vlaft.environments.episodes import OPEN_LOOP, Rollout, check_counts, run_ep
 from vlaft.environments.interface import Moment, opened_environments
 from vlaft.environments.registry import _SHIPPED, environment_maker
 from vlaft.errors import DataError, VlaftError
-from vlaft.files import disk_errors, locked
+from vlaft.files import output_files
 from vlaft.observation.images import ImagePipeline
 from vlaft.observation.prompts import load_base_files, prompt_style_of
 from vlaft.policy import Policy, load
@@ -85,6 +85,7 @@ def evaluate_in(
     dtype: str | None = None,
     device: str = "auto",
     base: str | None = None,
+    settings: Mapping[str, Any] | None = None,
     center_crop: bool | None = None,
     resize: str | None = None,
     advance: Callable[[int], None] = lambda count: None,
@@ -103,6 +104,7 @@ def evaluate_in(
         dtype: as `vlaft.load` takes it.
         device: likewise.
         base: likewise.
+        settings: of the policy, likewise.
         center_crop: likewise.
         resize: likewise.
         advance: told of each episode that has ended.
@@ -121,7 +123,8 @@ def evaluate_in(
     try:
         # first, for a model may take minutes to load
         with opened_environments(make, min(parallel, episodes)) as environments:
-            policy = load(model, dtype=dtype, device=device, base=base, center_crop=center_crop, resize=resize)
+            frames_as = {"center_crop": center_crop, "resize": resize}
+            policy = load(model, dtype=dtype, device=device, base=base, policy=settings, **frames_as)  # type: ignore[arg-type]
             execution.check(policy.model.policy.chunk)
             actor = _Actor(policy, _statistics_key(policy, model, env, unnorm_key), model, env)
             rollout = run_episodes(actor, environments, seeds=seeds, execution=execution, keep=keep, advance=advance)
@@ -184,18 +187,14 @@ def write_pictures(folder: Path, evaluations: Sequence[RolloutEvaluation]) -> li
     from vlaft.environments.film import write_contact_sheet, write_film
 
     files = []
-    with locked(folder), disk_errors(folder):
-        folder.mkdir(exist_ok=True)
-        for path in folder.iterdir():
-            if _PICTURES.fullmatch(path.name):
-                path.unlink()
+    with output_files(folder, _PICTURES) as partial:
         for number, evaluation in enumerate(evaluations, 1):
             model = Path(evaluation.model).resolve().name
             name = "episodes" if len(evaluations) == 1 else f"episodes-{number}-{model}"
             shown = [episode for episode in evaluation.rollout.episodes if episode.frames]
+            write_film(partial / f"{name}.gif", shown)
+            write_contact_sheet(partial / f"{name}.png", shown)
             files += [folder / f"{name}.gif", folder / f"{name}.png"]
-            write_film(files[-2], shown)
-            write_contact_sheet(files[-1], shown)
     return files
 
 

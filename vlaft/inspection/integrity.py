@@ -10,6 +10,7 @@ from typing import Any
 from vlaft.action.statistics import STATISTICS_FILE
 from vlaft.errors import CheckpointError, VlaftError
 from vlaft.files import SEAL
+from vlaft.weights.oft import OftFolder, is_oft
 from vlaft.weights.trained import (
     ADAPTER_WEIGHTS,
     BASE_CHECKSUMS,
@@ -56,6 +57,8 @@ def check_folder(folder: Path) -> list[Reading]:
         return [_reading(folder, lambda: _checkpoint(folder))]
     if is_trained(folder):
         return [_reading(folder, lambda: _adapter(folder))]
+    if is_oft(folder):
+        return [_reading(folder, lambda: _oft(folder))]
     if (folder / "config.json").is_file():
         return [Reading(folder, "a base or merged checkpoint, which records no checksums of itself", None)]
     raise CheckpointError(f"{folder}: neither a converted dataset, nor a run, nor a checkpoint; give one of these")
@@ -128,6 +131,16 @@ def _adapter(folder: Path) -> tuple[str, bool | None]:
 
     count = len(read_header(folder / ADAPTER_WEIGHTS))
     return f"an adapter of {count} tensors without {STATE_FILE}, so without checksums", None
+
+
+def _oft(folder: Path) -> tuple[str, bool | None]:
+    """Say what a folder of OpenVLA-OFT's holds; each of its own files is read."""
+    found = OftFolder.open(folder)
+    reads = [f"a state of {found.state_size} numbers"] if found.state_size else []
+    reads += ["the instruction in its ViTs (FiLM)"] if found.vision else []
+    writes = f"writes {found.action_size} numbers an action" if found.action_size else "writes tokens"
+    told = f"a policy in OpenVLA-OFT's layout, which {writes}{', and reads ' if reads else ''}{' and '.join(reads)}"
+    return f"{told}; it records no checksums of itself", None
 
 
 def _base(folder: Path, checksums: str) -> tuple[str, bool | None]:

@@ -68,7 +68,9 @@ def load_config(folder: Path) -> Any:
         raise CheckpointError(f"{folder / 'config.json'}: {reason}") from None
 
 
-def load_model(folder: Path, *, dtype: Any = None, device: Any = "cpu", quantization: Any = None) -> Any:
+def load_model(
+    folder: Path, *, dtype: Any = None, device: Any = "cpu", quantization: Any = None, bare: bool = False
+) -> Any:
     """Load a checkpoint into `OpenVLAForActionPrediction`, in eval mode, every tensor accounted for.
 
     Args:
@@ -76,6 +78,7 @@ def load_model(folder: Path, *, dtype: Any = None, device: Any = "cpu", quantiza
         dtype: torch dtype of the weights; None keeps what is stored.
         device: where to put them.
         quantization: a transformers quantization config, or None; a checkpoint saved quantised needs none.
+        bare: of a policy with modules of its own, the model without them, which adapters go into before they come.
 
     Raises:
         MissingExtra: the checkpoint was saved quantised and bitsandbytes is not installed.
@@ -127,7 +130,7 @@ def load_model(folder: Path, *, dtype: Any = None, device: Any = "cpu", quantiza
                 parameter.data = parameter.data.to(dtype)
     if not quantized:
         model = model.to(device)
-    if policy:
+    if policy and not bare:
         model.attach(Policy.of({"policy": policy}, str(folder / "config.json")))
         fill_policy(model, read_policy_files(folder), str(folder))
     return model.eval()

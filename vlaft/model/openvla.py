@@ -204,6 +204,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         pixel_values: Tensor | None,
         vision_features: Tensor | None = None,
         state: Tensor | None = None,
+        padding_speaks: bool = True,
     ) -> Tensor:
         """Return the hidden states that labels are predicted from, each one position before its label.
 
@@ -214,6 +215,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             pixel_values: as `embed` takes them.
             vision_features: likewise.
             state: likewise.
+            padding_speaks: whether FiLM's mean is over padding too, where `policy.film_mean` says so.
 
         Returns:
             `[B, R, D]`.
@@ -224,7 +226,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             return self.decode(self.embed(input_ids, pixel_values, vision_features, state=state), rows=rows)
         empty = torch.zeros_like(input_ids, dtype=torch.bool).scatter(1, label_positions[:, :-1], True)
         real = torch.arange(input_ids.shape[1], device=input_ids.device) <= label_positions[:, -1:]
-        spoken = ~empty if self.policy.film_mean == "padded" else real & ~empty
+        spoken = ~empty if padding_speaks and self.policy.film_mean == "padded" else real & ~empty
         embeddings = self.embed(
             input_ids, pixel_values, vision_features, state=state, empty=empty, spoken=spoken.to(torch.float32)
         )
@@ -302,7 +304,15 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
         Returns:
             The head's output: a `TokenOutput`, or a `RegressionOutput`.
+
+        Raises:
+            ValueError: neither labels nor their positions, of a policy that writes all at once: it has no next token,
+                and read causally it would write other actions. Ask its head.
         """
+        if label_positions is None and self.policy.parallel:
+            if labels is None:
+                raise ValueError("a policy that writes all its actions at once: ask model.head.predict, or give labels")
+            label_positions = torch.nonzero(labels != IGNORED)[:, 1].view(len(labels), -1)  # as many in each row
         if label_positions is not None:
             assert labels is not None
             hidden = self.label_states(input_ids, label_positions, pixel_values, vision_features, state)

@@ -29,5 +29,8 @@ def action_states(model: Any, observation: Observation, count: int) -> Tensor:
     columns = lengths + torch.arange(count + 1, device=prompts.device)  # of the placeholders, and the end behind them
     ids = torch.cat([prompts, prompts.new_zeros(batch, count + 1)], dim=1)
     ids = ids.scatter(1, columns[:, -1:], model.config.text_config.eos_token_id)
-    hidden: Tensor = model.label_states(ids, columns, observation.pixel_values, state=observation.state)
+    # upstream predicts one row at a time, without padding: here too an answer must not depend on its neighbours
+    hidden: Tensor = model.label_states(
+        ids, columns, observation.pixel_values, state=observation.state, padding_speaks=False
+    )
     return hidden[:, :-1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,12 +40,16 @@ class Panel:
     from_zero: bool = False
 
 
-PANELS = (
+PANELS = (  # of any run
     Panel("loss (nats per token)", "loss", "val_loss"),
     Panel("action token accuracy", "action_accuracy", "val_action_accuracy"),
     Panel("action L1 (normalised units)", "action_l1", "val_action_l1"),
     Panel("learning rate", "learning_rate", from_zero=True),
     Panel("gradient norm before clipping", "grad_norm", from_zero=True),
+)
+CHUNK_PANELS = (  # of a policy that writes several actions at once
+    Panel("L1 of the chunk's first action", "first_action_l1", "val_first_action_l1"),
+    Panel("L1 of the chunk's later actions", "later_actions_l1", "val_later_actions_l1"),
 )
 ACTED = Panel("success in the environment", "success_rate", "success_rate", from_zero=True)  # where a run acted
 
@@ -65,6 +69,26 @@ class Curves:
     train: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     held_out: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     damaged: int = 0
+
+
+def panels(curves: Sequence[Curves]) -> tuple[Panel, ...]:
+    """Return what can be drawn of runs: accuracy where one of them wrote tokens, `CHUNK_PANELS` where one wrote chunks.
+
+    The loss of a run without tokens is a distance.
+    """
+    loss, accuracy, l1, *others = PANELS
+    tokens = [np.isfinite(run.train[accuracy.train]).any() for run in curves]
+    units = [unit for unit, there in (("nats per token", any(tokens)), ("L1", not all(tokens))) if there]
+    chunked = any(np.isfinite(run.train[panel.train]).any() for run in curves for panel in CHUNK_PANELS)
+    acted = any(np.isfinite(run.held_out["success_rate"]).any() for run in curves)
+    return (
+        replace(loss, title=f"loss ({' or '.join(units)})"),
+        *((accuracy,) if any(tokens) else ()),
+        l1,
+        *(CHUNK_PANELS if chunked else ()),
+        *others,
+        *((ACTED,) if acted else ()),
+    )
 
 
 def read_curves(run: Path) -> Curves:
@@ -94,12 +118,13 @@ def read_curves(run: Path) -> Curves:
                     train.append(line)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
+    every = (*PANELS, *CHUNK_PANELS, ACTED)
     if not train and not held_out:
         raise DataError(f"{path} has no logged step yet; wait for the first one")
     return Curves(
         run,
-        _columns(train, ["step", *(panel.train for panel in (*PANELS, ACTED))]),
-        _columns(held_out, ["step", *(panel.held_out for panel in (*PANELS, ACTED) if panel.held_out)]),
+        _columns(train, ["step", *(panel.train for panel in every)]),
+        _columns(held_out, ["step", *(panel.held_out for panel in every if panel.held_out)]),
         damaged,
     )
 
@@ -119,9 +144,15 @@ def save_figure(figure: Figure, file: Path) -> None:
     Raises:
         VlaftError: the disk is full or not writable, or another process writes there.
     """
-    with output_file(file) as partial, warnings.catch_warnings():
+    with output_file(file) as partial:
+        write_figure(figure, partial)
+
+
+def write_figure(figure: Figure, file: Path) -> None:
+    """Write a PNG as it comes."""
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name or instruction in another script
-        figure.savefig(partial, format="png", dpi=110)
+        figure.savefig(file, format="png", dpi=110)
 
 
 def legend_text(name: str, limit: int = 60) -> str:
@@ -138,18 +169,18 @@ def draw_curves(curves: Sequence[Curves]) -> Figure:
     """Return the figure: training as lines, evaluations on held-out examples as dashed lines with dots."""
     from matplotlib.figure import Figure
 
-    acted = any(np.isfinite(run.held_out["success_rate"]).any() for run in curves)
-    panels, columns = ((*PANELS, ACTED), 4) if acted else (PANELS, 3)
+    shown = panels(curves)
+    columns = (len(shown) + 2) // 2  # in two rows, with a place for the legend
     figure = Figure(figsize=(4.0 * columns + 1.0, 7.0), layout="constrained")
     axes = list(figure.subplots(2, columns).flatten())
-    for panel, axis in zip(panels, axes, strict=False):
+    for panel, axis in zip(shown, axes, strict=False):
         for number, run in enumerate(curves):
             _draw(panel, axis, run, COLORS[number % len(COLORS)])
         axis.set_title(panel.title, fontsize=10)
         axis.grid(alpha=0.25)
         axis.set_xlabel("step")
-    _explain(axes[len(panels)], curves)
-    for unused in axes[len(panels) + 1 :]:
+    _explain(axes[len(shown)], curves)
+    for unused in axes[len(shown) + 1 :]:
         unused.remove()
     return figure
 
@@ -168,7 +199,7 @@ def _draw(panel: Panel, axis: Axes, run: Curves, color: str) -> None:
 
 
 def _explain(axis: Axes, curves: Sequence[Curves]) -> None:
-    """Put the legend in the empty sixth place, with the best held-out L1 of each run."""
+    """Put the legend in an empty place, with the best held-out L1 of each run."""
     from matplotlib.lines import Line2D
 
     axis.axis("off")

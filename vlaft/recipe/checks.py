@@ -41,7 +41,7 @@ _POSITIVE = ("train.learning_rate", "train.eps", "train.max_grad_norm", "train.s
 
 def find_problems(config: RecipeConfig) -> list[str]:
     """Return a sentence for every value out of range and every contradiction; empty where all is well."""
-    return [*_out_of_range(config), *_contradictions(config)]
+    return [*out_of_range(config), *_contradictions(config)]
 
 
 def _value(config: RecipeConfig, key: str) -> object:
@@ -51,7 +51,8 @@ def _value(config: RecipeConfig, key: str) -> object:
     return value
 
 
-def _out_of_range(config: RecipeConfig) -> Iterator[str]:
+def out_of_range(config: RecipeConfig) -> Iterator[str]:
+    """Yield a sentence for every value out of range, whatever the others say."""
     for key, (low, high) in _BOUNDS.items():
         value = _value(config, key)
         if isinstance(value, int | float) and not (low <= value <= high and math.isfinite(value)):

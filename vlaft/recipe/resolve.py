@@ -6,16 +6,15 @@ environment) and large files are refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from vlaft.documents import NotYaml, in_words, is_text, parse_yaml, shown
 from vlaft.errors import ConfigError, did_you_mean
-from vlaft.recipe.settings import RecipeConfig
-
-MAX_RECIPE_BYTES = 64 * 1024  # a recipe has some thirty lines
+from vlaft.files import read_yaml
+from vlaft.recipe.settings import PolicyConfig, RecipeConfig
 
 
 def recipe_names() -> list[str]:
@@ -51,32 +50,6 @@ def opening_comments(file: Path) -> tuple[str, str]:
         lines = [stream.readline(), stream.readline()]
     purpose, cost = (line.removeprefix("#").strip() if line.startswith("#") else "" for line in lines)
     return purpose, cost
-
-
-def read_settings(file: Path) -> dict[str, Any]:
-    """Return a YAML file's mapping as plain dicts, lists and scalars.
-
-    Raises:
-        ConfigError: the file is missing, too large, not UTF-8 or not YAML, has aliases, or is no mapping.
-    """
-    try:
-        with file.open("rb") as stream:
-            raw = stream.read(MAX_RECIPE_BYTES + 1)
-        if len(raw) > MAX_RECIPE_BYTES:
-            raise ConfigError(f"{file}: larger than {MAX_RECIPE_BYTES // 1024} KiB, so not a recipe")
-        content = parse_yaml(raw.decode("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file}: not UTF-8 text") from error
-    except NotYaml as error:
-        where = f", line {error.line}" if error.line else ""
-        raise ConfigError(f"{file}{where}: not valid YAML ({error})") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file}: a recipe is a mapping of keys to values")
-    return {str(key): value for key, value in content.items()}
 
 
 def parse_word(word: str) -> dict[str, Any]:
@@ -128,6 +101,34 @@ def merge_layers(layers: Sequence[tuple[str, dict[str, Any]]]) -> tuple[RecipeCo
     config = OmegaConf.to_object(merged)
     assert isinstance(config, RecipeConfig)
     return config, problems
+
+
+def given_keys(settings: Mapping[str, Any]) -> list[str]:
+    """Return the dotted keys of all settings that a layer has."""
+    return [key for key, _ in _leaves(dict(settings), dict(leaf_types()))]
+
+
+def given_policy(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of a policy by the names of `PolicyConfig`'s fields, with their values as that has them.
+
+    Args:
+        settings: by dotted keys such as `policy.chunk`.
+
+    Raises:
+        ConfigError: one is no setting of a policy, or holds what it cannot.
+    """
+    from vlaft.recipe.checks import out_of_range
+
+    config, problems = merge_layers([("", dict(settings))])
+    keys = given_keys(settings)
+    others = [key for key in keys if not key.startswith("policy.")]
+    problems += [
+        f"'{key}' is no setting of a policy; of a model that is there, only policy.* is asked" for key in others
+    ]
+    problems += out_of_range(config)
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return {key.removeprefix("policy."): getattr(config.policy, key.removeprefix("policy.")) for key in keys}
 
 
 def leaf_types(section: type = RecipeConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -207,6 +208,7 @@ def resolve(
     config_files: Sequence[str | Path] = (),
     words: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
+    policy_on: Callable[[str, Mapping[str, Any]], PolicyConfig | None] | None = None,
 ) -> RecipeConfig:
     """Return the settings of one call; later layers win: defaults, recipe, files in order, words in order, settings.
 
@@ -215,6 +217,8 @@ def resolve(
         config_files: YAML files in the shape of a recipe.
         words: `key=value` overrides, the key with dots (`train.batch_size=4`), the value in YAML.
         settings: overrides by their dotted keys, as values: a path may hold any sign.
+        policy_on: says which policy a base is, from the base's name and those settings of `policy` that were given;
+            None where the base is none. It raises where they contradict it.
 
     Raises:
         ConfigError: every unknown key, wrong value, unreadable file and contradiction, all in one.
@@ -233,7 +237,7 @@ def resolve(
             problems += error.problems
     for file in files:
         try:
-            layers.append((f"{file}: ", read_settings(file)))
+            layers.append((f"{file}: ", read_yaml(file, "a recipe")))
         except ConfigError as error:
             problems += error.problems
     for word in words:
@@ -244,7 +248,13 @@ def resolve(
 
     layers.append(("", dict(settings or {})))
     config, layer_problems = merge_layers(layers)
-    problems += [*layer_problems, *find_problems(config)]
+    problems += layer_problems
+    if policy_on is not None and not problems:
+        given = {key for _, layer in layers for key in given_keys(layer)}
+        asked = {key: getattr(config.policy, key.removeprefix("policy.")) for key in given if key.startswith("policy.")}
+        found = policy_on(config.base, {key.removeprefix("policy."): value for key, value in asked.items()})
+        config = config if found is None else replace(config, policy=found)
+    problems += find_problems(config)
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     if recipe_file is not None:

@@ -6,6 +6,7 @@ Its text is in `card.md.j2`.
 from __future__ import annotations
 
 import html
+import json
 import re
 import shlex
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from vlaft.model.configuration import Policy
 from vlaft.observation.images import ImagePipeline
 from vlaft.release.layout import public_name
 from vlaft.release.verify import Comparison
@@ -44,7 +46,7 @@ def write_model_card(
 
     Args:
         folder: the export.
-        kind: `huggingface`, `nf4`, `int8` or `adapter`.
+        kind: `huggingface`, `nf4`, `int8`, `oft` or `adapter`.
         statistics: dataset statistics, by name.
         record: what `merge.json` has: `base`, `base_licence`, `training`, `verified`, `rounding`.
         config: the model's `config.json`.
@@ -72,10 +74,38 @@ def write_model_card(
         verified=record.get("verified"),
         rounding=record.get("rounding"),
         comparison=comparison,
+        policy=_policy(config, statistics),
         pipeline=ImagePipeline.from_checkpoint(config) if isinstance(config.get("image_pipeline"), Mapping) else None,
         llama=str(config.get("llm_backbone_id", "")).startswith(("llama2", "vicuna")),
     )
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
+
+
+def _policy(config: Mapping[str, Any], statistics: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what a policy reads and writes, as the card tells it; None of the released one."""
+    policy = Policy.of(config, "config.json")
+    if policy == Policy():
+        return None
+    sizes = [len(entry["action"]["q01"]) for entry in statistics.values()]
+    places = ", ".join(f"{_text(camera)}: frame_{number}" for number, camera in enumerate(policy.cameras, start=1))
+    several = len(policy.cameras) > 1
+    return {
+        "cameras": policy.cameras,
+        "frames": Markup("{" + places + "}" if several else "frame"),
+        "state": policy.state_size if policy.state else None,
+        "film": policy.film,
+        "chunk": policy.chunk,
+        "size": policy.action_size or max(sizes, default=0),
+        "head": "an L1 head" if policy.head == "l1" else "action tokens",
+        "normalization": {"q99": "the 1st and the 99th percentile", "minmax": "the least and the largest value"}[
+            policy.normalization
+        ],
+    }
+
+
+def _text(name: str) -> str:
+    """Return a name as a text in Python, in a block of code, which a backtick might end."""
+    return json.dumps(_one_line(name).replace("`", ""), ensure_ascii=False)
 
 
 def _template() -> Template:

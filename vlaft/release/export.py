@@ -16,9 +16,10 @@ import torch
 
 from vlaft.errors import CheckFailed, CheckpointError
 from vlaft.files import check_apart, output_folder
-from vlaft.model.load import load_config, load_model
+from vlaft.model.configuration import Policy
+from vlaft.model.load import load_config, load_model, read_policy_files
 from vlaft.release.card import write_model_card
-from vlaft.release.layout import Source, copy_licence, open_source, write_release_files
+from vlaft.release.layout import Source, copy_licence, open_source, policy_files, write_release_files
 from vlaft.release.merge import DTYPE_NAMES, checkpoint_dtype, copy_tensors, tensor_bytes
 from vlaft.release.verify import Comparison, compare, example_probe, round_parameters
 from vlaft.weights.layout import TensorEntry, check_tensors, tensor_table
@@ -73,19 +74,37 @@ def export_huggingface(
     dtypes = {
         name: DTYPE_NAMES[dtype] if dtype and entry.dtype in _FLOATS else entry.dtype for name, entry in table.items()
     }
-    size = tensor_bytes(table, dtypes)
+    modules = policy_bytes(folder)
+    size = tensor_bytes(table, dtypes) + modules
     with output_folder(out, size, overwrite=overwrite) as partial:
         copy_tensors(folder, partial, dtypes, advance=advance)
         write_release_files(source, partial, checkpoint_dtype(dtypes))
         check_weights(partial, dtypes)
+        check_policy_files(source, partial)
         comparison = compare_with_source(source, partial, table, size)
         if comparison is not None and not comparison.holds:
             raise CheckFailed(
                 f"the exported folder does not answer as {folder} does: {comparison.identical_tokens} of"
-                f" {comparison.tokens} tokens are the same; nothing was written"
+                f" {comparison.tokens} {comparison.compared} are the same; nothing was written"
             )
         finish(source, partial, "huggingface", comparison)
-    return ExportResult(out, size, stored_bytes(table.values()), comparison)
+    return ExportResult(out, size, stored_bytes(table.values()) + modules, comparison)
+
+
+def policy_bytes(folder: Path) -> int:
+    """Return the bytes of a policy's own modules, which every export carries in full precision."""
+    return sum(path.stat().st_size for path in policy_files(folder))
+
+
+def check_policy_files(source: Source, folder: Path) -> None:
+    """Hold the modules of an exported policy against those of its source, number for number.
+
+    Raises:
+        CheckFailed: they are others.
+    """
+    before, after = read_policy_files(source.folder), read_policy_files(folder)
+    if set(before) != set(after) or not all(torch.equal(before[name], after[name]) for name in before):
+        raise CheckFailed("the exported folder is not right: the policy's own modules are not those of the source")
 
 
 def stored_bytes(entries: Iterable[TensorEntry]) -> int:
@@ -93,12 +112,13 @@ def stored_bytes(entries: Iterable[TensorEntry]) -> int:
     return sum(entry.end - entry.begin for entry in entries)
 
 
-def check_weights(folder: Path, dtypes: Mapping[str, str]) -> None:
+def check_weights(folder: Path, dtypes: Mapping[str, str], *, own: bool = True) -> None:
     """Open an exported folder as a stranger would and hold it against the model that its config describes.
 
     Args:
         folder: in the release's layout, not quantised.
         dtypes: type of each tensor, by safetensors' names.
+        own: hold a policy's own modules against it as well; False where they are not in our own layout.
 
     Raises:
         CheckFailed: names, shapes or types are not what they should be.
@@ -106,6 +126,9 @@ def check_weights(folder: Path, dtypes: Mapping[str, str]) -> None:
     table = tensor_table(folder)
     try:
         check_tensors({name: entry.shape for name, entry in table.items()}, model_shapes(folder), str(folder))
+        modules = {name: tuple(tensor.shape) for name, tensor in read_policy_files(folder).items()}
+        if own:
+            check_tensors(modules, policy_shapes(folder), str(folder))
     except CheckpointError as error:
         raise CheckFailed(f"the exported folder is not right: {error}") from None
     if wrong := [name for name, entry in table.items() if entry.dtype != dtypes[name]]:
@@ -119,6 +142,18 @@ def model_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = OpenVLAForActionPrediction(load_config(folder))
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def policy_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the modules of its own that the policy in `config.json` has."""
+    from vlaft.model.openvla import OpenVLAForActionPrediction
+
+    config = load_config(folder)
+    with torch.device("meta"):
+        model = OpenVLAForActionPrediction(config)
+        if config.policy:
+            model.attach(Policy.of({"policy": config.policy}, str(folder / "config.json")))
+    return {name: tuple(parameter.shape) for name, parameter in model.policy_parameters().items()}
 
 
 def compare_with_source(source: Source, folder: Path, table: Mapping[str, TensorEntry], size: int) -> Comparison | None:

@@ -15,14 +15,15 @@ from typing import Any
 from vlaft.action.statistics import STATISTICS_FILE, check_statistics
 from vlaft.errors import CheckpointError
 from vlaft.files import read_json, write_json
+from vlaft.model.configuration import Policy
 from vlaft.model.load import load_config
 from vlaft.observation.images import ImagePipeline, recorded
 from vlaft.release.merge import MERGE_FILE, copy_release_files, merge_record
 from vlaft.weights.layout import is_hub_name
-from vlaft.weights.trained import is_trained, statistics_of
+from vlaft.weights.trained import POLICY_PARTS, is_trained, statistics_of
 
 _CODE_REPOSITORY = "openvla/openvla-7b"
-_CONFIG_MAP = {
+CONFIG_MAP = {
     "AutoConfig": "configuration_prismatic.OpenVLAConfig",
     "AutoModelForVision2Seq": "modeling_prismatic.OpenVLAForActionPrediction",
 }
@@ -74,6 +75,11 @@ class Source:
     statistics: Mapping[str, Any]
 
     @property
+    def policy(self) -> Policy:
+        """What it reads and writes."""
+        return Policy.of(self.config, str(self.folder / "config.json"))
+
+    @property
     def merge_record(self) -> dict[str, Any] | None:
         """What `vlaft merge` recorded, or None for a checkpoint that it did not write."""
         return merge_record(self.folder)
@@ -91,11 +97,6 @@ def open_source(folder: Path) -> Source:
     config = read_json(folder / "config.json", CheckpointError)
     if config.get("quantization_config"):
         raise CheckpointError(f"{folder} is quantised already; export the checkpoint that it was made from")
-    if config.get("policy"):
-        raise CheckpointError(
-            f"{folder} is a policy with a head of its own, which no export carries yet: predict and evaluate take the"
-            " merged folder as it is"
-        )
     statistics = statistics_of(None, folder, config)
     if not statistics:
         raise CheckpointError(
@@ -113,7 +114,7 @@ def open_source(folder: Path) -> Source:
 def write_release_files(
     source: Source, target: Path, dtype: str | None, extra: Mapping[str, Any] | None = None
 ) -> None:
-    """Write everything but the weights.
+    """Write everything but the weights that are the released model's: a policy's own modules as they are.
 
     Args:
         source: the checkpoint.
@@ -122,7 +123,11 @@ def write_release_files(
         extra: further keys of `config.json`.
     """
     copy_release_files(source.folder, target)
+    for path in policy_files(source.folder):
+        shutil.copyfile(path, target / path.name)
     config = release_config(source, dtype) | dict(extra or {})
+    if source.policy != Policy():
+        del config["auto_map"]  # upstream's code would read it as the released policy, and not say so
     write_json(target / "config.json", config)
     write_json(target / STATISTICS_FILE, source.statistics)
     if not (target / "generation_config.json").is_file():
@@ -141,6 +146,12 @@ def write_release_files(
     write_json(tokenizer, content | {"auto_map": _auto_map(content, _TOKENIZER_MAP)})
     if (record := source.merge_record) is not None:
         write_json(target / MERGE_FILE, public_record(record))
+
+
+def policy_files(folder: Path) -> list[Path]:
+    """Return the files of a policy's own modules, beside the weights."""
+    files = [folder / f"{part}.safetensors" for part in POLICY_PARTS]
+    return [path for path in files if path.is_file()]
 
 
 def release_config(source: Source, dtype: str | None) -> dict[str, Any]:
@@ -162,7 +173,7 @@ def release_config(source: Source, dtype: str | None) -> dict[str, Any]:
     text.pop("dtype", None)
     config |= {
         "architectures": ["OpenVLAForActionPrediction"],
-        "auto_map": _auto_map(config, _CONFIG_MAP),
+        "auto_map": _auto_map(config, CONFIG_MAP),
         "model_type": "openvla",
         "norm_stats": dict(source.statistics),
     }

@@ -27,6 +27,7 @@ from vlaft.observation.images import recorded
 from vlaft.release.record import base_licence, training_record
 from vlaft.weights.layout import (
     INDEX_FILE,
+    RELEASE_FILES,
     TensorEntry,
     expecting,
     fingerprint,
@@ -36,16 +37,6 @@ from vlaft.weights.stream import DTYPES, Scratch, ShardWriter, read_rows, read_t
 from vlaft.weights.trained import ADAPTER_WEIGHTS, Trained, check_base, statistics_of
 
 MERGE_FILE = "merge.json"
-# Beside the weights and config.json, what a release folder is made of (upstream's Python files are left out).
-RELEASE_FILES = (
-    "generation_config.json",
-    "preprocessor_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _JSON_DTYPES = {short: name for name, short in DTYPE_NAMES.items()}
 
@@ -112,7 +103,7 @@ def merge(
     with output_folder(out, total, overwrite=overwrite) as folder:
         copy_tensors(base, folder, dtypes, changed, advance, rounded, trained.base_checksums)
         copy_release_files(base, folder)
-        write_policy_files(folder, policy_tensors(trained))
+        write_policy_files(folder, policy_tensors(trained, base))
         _write_config(base, folder, trained, checkpoint_dtype(dtypes))
         record = {
             "base": base_name or str(base),

@@ -21,7 +21,15 @@ from vlaft.errors import CheckFailed, CheckpointError, MissingExtra
 from vlaft.files import check_apart, output_folder, write_json
 from vlaft.model.load import load_config
 from vlaft.recipe.settings import AdaptConfig
-from vlaft.release.export import ExportResult, compare_with_source, finish, model_shapes, stored_bytes
+from vlaft.release.export import (
+    ExportResult,
+    check_policy_files,
+    compare_with_source,
+    finish,
+    model_shapes,
+    policy_bytes,
+    stored_bytes,
+)
 from vlaft.release.layout import open_source, write_release_files
 from vlaft.weights.layout import INDEX_FILE, check_tensors, plain_shapes, tensor_table
 from vlaft.weights.stream import read_tensor
@@ -41,7 +49,8 @@ def export_quantized(
 ) -> ExportResult:
     """Write the checkpoint `folder` to `out` with linear weights in nf4 (scales quantised as well) or int8.
 
-    The head, embeddings, convolutions, norms and biases stay in bfloat16.
+    The vocabulary's head, embeddings, convolutions, norms and biases stay in bfloat16, a policy's own modules (action
+    head, state's projector, FiLM) in float32.
 
     Args:
         folder: a merged checkpoint or a base.
@@ -66,7 +75,8 @@ def export_quantized(
     numbers = {name: math.prod(entry.shape) for name, entry in table.items()}
     needed = sum(count * BITS[kind] / 8 if name in chosen else 2 * count for name, count in numbers.items())
     settings = quantization_config(AdaptConfig(quantize=kind, double_quant=kind == "nf4"), _REST)  # type: ignore[arg-type]
-    with output_folder(out, int(needed), overwrite=overwrite) as partial:
+    modules = policy_bytes(folder)
+    with output_folder(out, int(needed) + modules, overwrite=overwrite) as partial:
         shards = _Shards(partial)
         for name, entry in table.items():
             tensor = read_tensor(folder, entry)
@@ -77,10 +87,11 @@ def export_quantized(
         write_release_files(source, partial, "bfloat16", {"quantization_config": described})
         written = tensor_table(partial)
         _check(partial, chosen)
-        size = stored_bytes(written.values())
+        check_policy_files(source, partial)
+        size = stored_bytes(written.values()) + modules
         comparison = compare_with_source(source, partial, table, size)
         finish(source, partial, kind, comparison)
-    return ExportResult(out, size, stored_bytes(table.values()), comparison)
+    return ExportResult(out, size, stored_bytes(table.values()) + modules, comparison)
 
 
 def linear_weights(folder: Path) -> set[str]:

@@ -60,7 +60,7 @@ class Comparison:
     Attributes:
         examples: number of inputs.
         inputs: where they come from.
-        tokens: number of tokens compared.
+        tokens: number of tokens compared; of a policy that writes all at once, of values.
         identical_tokens: how many of them are the same in both.
         ties: how many of the others lie between two choices that rounding cannot tell apart.
         largest_logit_difference: over all places and tokens of the vocabulary.
@@ -69,6 +69,8 @@ class Comparison:
         unrounded_tokens: where the first model was rounded as the second is: how many of the tokens it chose before are
             the second's too; None where it was not.
         unrounded_logit_difference: likewise, the largest difference of a logit.
+        compared: `tokens`, or `values`: normalised numbers, which are the same where rounding cannot tell them apart
+            and stand in the place of logits as well.
     """
 
     examples: int
@@ -81,6 +83,7 @@ class Comparison:
     computed_in: str
     unrounded_tokens: int | None = None
     unrounded_logit_difference: float | None = None
+    compared: str = "tokens"
 
     @property
     def holds(self) -> bool:
@@ -284,6 +287,7 @@ def _compare_actions(
         computed_in=str(dtype).removeprefix("torch."),
         unrounded_tokens=int((abs(exact - other) <= near).sum()) if round_first else None,
         unrounded_logit_difference=float(abs(exact - other).max()) if round_first else None,
+        compared="values",
     )
 
 
@@ -338,7 +342,7 @@ def merge_check(
         kinds = {name: DTYPES[entry.dtype] for name, entry in tensor_table(folder).items()}
         floats = set(kinds.values()) & set(_ROUNDING)
         result = compare(
-            lambda: _attach(load_model(base, dtype=dtype, device=device), trained),
+            lambda: _attach(load_model(base, dtype=dtype, device=device, bare=True), trained, base),
             merged,
             example_probe(trained, base),
             max(floats, key=lambda kind: _ROUNDING[kind], default=torch.float32),
@@ -347,7 +351,8 @@ def merge_check(
         if not result.holds:
             raise CheckFailed(
                 f"the merged model does not answer as base and trained weights do: {result.identical_tokens} of"
-                f" {result.tokens} tokens are the same, and logits differ by up to"
+                f" {result.tokens} {result.compared} are the same, and"
+                f" {'logits' if result.compared == 'tokens' else 'these'} differ by up to"
                 f" {result.largest_logit_difference:.3g}; nothing was written"
             )
         return result.to_json() | record
@@ -355,13 +360,17 @@ def merge_check(
     return check
 
 
-def _attach(model: Any, trained: Trained) -> Any:
+def _attach(model: Any, trained: Trained, base: Path) -> Any:
     from vlaft.adapt.adapter import load_adapter
+    from vlaft.adapt.merging import policy_tensors
+    from vlaft.model.load import fill_policy
     from vlaft.training.checkpoints import load_trained
 
     adapted = load_adapter(model, trained.weights) if trained.has_adapter else model
-    if "policy" in trained.inference:
-        model.attach(Policy.of(trained.inference, str(trained.weights)))
+    config = read_json(base / "config.json", CheckpointError) | dict(trained.inference)
+    if config.get("policy"):
+        model.attach(Policy.of(config, str(trained.weights)))
+        fill_policy(model, policy_tensors(trained, base), str(trained.weights))
     if trained.tensors is not None:
         load_trained(adapted, trained.weights)
     return adapted

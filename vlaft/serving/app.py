@@ -1,4 +1,4 @@
-"""The routes: upstream's `POST /act`, and `GET /health` and `/info`."""
+"""The routes: `POST /act` of upstream's servers, and `GET /health` and `/info`."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from vlaft.action.statistics import choose_key
 from vlaft.errors import VlaftError
-from vlaft.serving import json_numpy
 from vlaft.serving.batching import Batcher
-from vlaft.serving.observation import Observation, read_observation
+from vlaft.serving.observation import Question, read_question
+from vlaft.serving.protocol import NON_ACTION_HEADER, encode_actions
 from vlaft.serving.settings import Refused, ServeSettings, busy
 from vlaft.version import __version__
 
 logger = logging.getLogger(__name__)
 
-# In a header, since the body is the bare action that upstream's clients expect.
-NON_ACTION_HEADER = "vlaft-non-action-tokens"
 _GONE = Response(status_code=499)  # reaches nobody
 
 
@@ -36,10 +36,15 @@ def create_app(policy: Any, name: str, settings: ServeSettings) -> FastAPI:
     While it runs, `state.drop()` refuses what is queued; any thread may call it.
 
     Args:
-        policy: has `statistics`, `pipeline` and `predict`.
+        policy: has `statistics`, `pipeline`, `predict`, and what it reads and writes as `model.policy`.
         name: what `/info` calls the model.
         settings: the limits.
+
+    Raises:
+        DataError: there are no statistics of the name that the settings give.
     """
+    if settings.unnorm_key is not None:
+        choose_key(policy.statistics, settings.unnorm_key)
     batcher = Batcher(_predictor(policy, settings), max_batch=settings.max_batch, max_wait=settings.max_wait)
     gate = _Gate(settings.queue_length)
     received = _Received(settings.queue_length * settings.max_body)
@@ -81,13 +86,13 @@ def create_app(policy: Any, name: str, settings: ServeSettings) -> FastAPI:
                 body = await _read_body(request, settings, lend)
                 # a place only from here on: bodies that never end must not keep out those that do
                 with gate.admit():
-                    observation = read_observation(body, policy.statistics, settings)
+                    question = read_question(body, policy.model.policy, policy.statistics, settings)
                     body.clear()
                     lend(0)
-                    prediction = await _unless_gone(request, batcher.submit(observation))
+                    prediction = await _unless_gone(request, batcher.submit(question))
         except ClientDisconnect:
             return _GONE
-        return _reply(prediction, observation.double_encoded)
+        return _reply(prediction, question)
 
     return app
 
@@ -141,11 +146,13 @@ class _Received:
 
 
 def _predictor(policy: Any, settings: ServeSettings) -> Any:
-    def predict(observations: Sequence[Observation]) -> Sequence[Any]:
+    def predict(questions: Sequence[Question]) -> Sequence[Any]:
+        states = [question.state for question in questions if question.state is not None]
         return policy.predict(
-            [observation.image for observation in observations],
-            [observation.instruction for observation in observations],
-            unnorm_key=observations[0].unnorm_key,
+            [question.images for question in questions],
+            [question.instruction for question in questions],
+            state=np.stack(states) if states else None,  # a policy reads it of all, or of none
+            unnorm_key=questions[0].unnorm_key,
             action_ids_only=settings.action_ids_only,
         )
 
@@ -227,17 +234,21 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _reply(prediction: Any, double_encoded: bool) -> Response:
-    action = json_numpy.encode(prediction.action)
-    content = json.dumps(action) if double_encoded else action
+def _reply(prediction: Any, question: Question) -> Response:
+    actions = encode_actions(prediction.actions, separately=question.separately)
+    content = json.dumps(actions) if question.double_encoded else actions
     return JSONResponse(content, headers={NON_ACTION_HEADER: str(prediction.non_action_tokens)})
 
 
 def _info(policy: Any, name: str, settings: ServeSettings) -> dict[str, Any]:
+    reads = policy.model.policy
     return {
         "model": name,
         "server": f"vlaft {__version__}",
         "unnorm_keys": {key: {"action_size": len(entry["action"]["q01"])} for key, entry in policy.statistics.items()},
+        "cameras": list(reads.cameras),
+        "state_size": reads.state_size if reads.state else None,
+        "chunk": reads.chunk,
         "image": {"size": policy.pipeline.size, "center_crop": policy.pipeline.center_crop},
         "action_ids_only": settings.action_ids_only,
         "limits": {

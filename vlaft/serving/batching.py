@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from vlaft.serving.observation import Observation
+from vlaft.serving.observation import Question
 from vlaft.serving.settings import busy
 
-Predict = Callable[[Sequence[Observation]], Sequence[Any]]
-_Waiting = tuple[Observation, "asyncio.Future[Any]"]
+Predict = Callable[[Sequence[Question]], Sequence[Any]]
+_Waiting = tuple[Question, "asyncio.Future[Any]"]
 
 
 class Batcher:
@@ -23,7 +23,7 @@ class Batcher:
     """
 
     def __init__(self, predict: Predict, *, max_batch: int, max_wait: float) -> None:
-        """Take `predict`, which gives one result per observation of one `unnorm_key` and may run in any thread."""
+        """Take `predict`, which gives one result per question of one `unnorm_key` and may run in any thread."""
         self._predict = predict
         self._max_batch = max_batch
         self._max_wait = max_wait
@@ -51,8 +51,8 @@ class Batcher:
         for future in list(self._unanswered):
             future.set_exception(busy("the server was stopped before the model answered"))
 
-    def submit(self, observation: Observation) -> asyncio.Future[Any]:
-        """Queue an observation; cancelling the future takes it out again, unless it is being computed.
+    def submit(self, question: Question) -> asyncio.Future[Any]:
+        """Queue a question; cancelling the future takes it out again, unless it is being computed.
 
         Raises:
             Refused: the server is stopping.
@@ -62,7 +62,7 @@ class Batcher:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._unanswered.add(future)
         future.add_done_callback(self._unanswered.discard)
-        self._queue.put_nowait((observation, future))
+        self._queue.put_nowait((question, future))
         return future
 
     async def _work(self) -> None:
@@ -82,9 +82,9 @@ class Batcher:
                 await self._answer(group)
 
     async def _answer(self, group: list[_Waiting]) -> None:
-        observations = [observation for observation, _ in group]
+        questions = [question for question, _ in group]
         loop = asyncio.get_running_loop()
-        results = await loop.run_in_executor(self._thread, self._compute, observations)
+        results = await loop.run_in_executor(self._thread, self._compute, questions)
         for (_, future), result in zip(group, results, strict=True):
             if future.done():
                 continue
@@ -93,14 +93,14 @@ class Batcher:
             else:
                 future.set_result(result)
 
-    def _compute(self, observations: list[Observation]) -> Sequence[Any]:
+    def _compute(self, questions: list[Question]) -> Sequence[Any]:
         """Return a result or an exception for each; one that fails does not take its neighbours with it."""
         try:
-            results = list(self._predict(observations))
-            if len(results) != len(observations):
-                raise RuntimeError(f"the model gave {len(results)} results for {len(observations)} observations")
+            results = list(self._predict(questions))
+            if len(results) != len(questions):
+                raise RuntimeError(f"the model gave {len(results)} results for {len(questions)} questions")
             return results
         except Exception as error:
-            if len(observations) == 1:
+            if len(questions) == 1:
                 return [error]
-        return [self._compute([observation])[0] for observation in observations]
+        return [self._compute([question])[0] for question in questions]

@@ -19,6 +19,7 @@ class ServeSettings:
     Attributes:
         token: clients must send `Authorization: Bearer <token>`; None lets everybody in.
         action_ids_only: choose among action tokens only.
+        unnorm_key: name of the statistics where a request names none; None: those of the only dataset.
         max_batch: at most so many requests go through the model together.
         max_wait: seconds that a request waits for others to join it.
         queue_length: requests waiting or computed; a further one is answered 503. Those still being received do not
@@ -30,6 +31,7 @@ class ServeSettings:
 
     token: str | None = None
     action_ids_only: bool = False
+    unnorm_key: str | None = None
     max_batch: int = 8
     max_wait: float = 0.004
     queue_length: int = 32

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from vlaft.adapt.adapter import base_parameters
 from vlaft.documents import read_as, shown
 from vlaft.errors import CheckpointError, VlaftError
-from vlaft.files import SEAL, checksum, holds, sealed, sync, unsealed
+from vlaft.files import SEAL, checksum, holds, read_json, sealed, sync, unsealed
 from vlaft.training.model import gathered, spread_like
 from vlaft.weights.trained import CHECKPOINT_NAME, STATE_FILE, TRAINED_FILE, state_seal_holds
 
@@ -249,7 +249,7 @@ def read_state(folder: Path, *, fresh: bool = False) -> dict[str, Any]:
         CheckpointError: a file is missing or does not match its checksum.
     """
     try:
-        state = json.loads((folder / STATE_FILE).read_text())
+        state = read_json(folder / STATE_FILE, CheckpointError)
         files = read_as(_State, state).files
         if not state_seal_holds(state):
             raise CheckpointError(f"{folder / STATE_FILE}: the file does not match its checksum")

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from vlaft.action.tokens import IGNORED
+from vlaft.adapt.policies import check_policy, recorded_policy
 from vlaft.data.loader import Batch, ExampleLoader, batches_in_order, data_fingerprint
 from vlaft.data.store import ConvertedDataset
 from vlaft.data.windows import Windows
-from vlaft.errors import CheckpointError
+from vlaft.errors import CheckpointError, DataError
 from vlaft.files import read_json
 from vlaft.model.configuration import Policy
 from vlaft.observation.batch import Reader, check_fits
@@ -86,9 +87,11 @@ class TrainingData:
 
         Raises:
             DataError: a dataset is missing or damaged, was converted for another base, or lacks what the policy reads.
+            ConfigError: the base is a policy already, and another one than the recipe's.
         """
         datasets = [ConvertedDataset(Path(path)) for path in recipe.data.paths]
-        reader = _reader(base, read_json(base / "config.json", CheckpointError))
+        check_begins(recipe, datasets, base)
+        reader = _reader(base, recipe.base, read_json(base / "config.json", CheckpointError))
         for dataset in datasets:
             check_fits(dataset.path, dataset.info, dataset.pipeline, reader)
         batch_size = int(recipe.train.batch_size)
@@ -156,6 +159,34 @@ def _policy(policy: PolicyConfig, statistics: Mapping[str, Any]) -> Policy:
     )
 
 
+def check_begins(recipe: RecipeConfig, datasets: Sequence[ConvertedDataset], base: Path | None = None) -> None:
+    """Hold recipe and data against a base that is a policy already: its modules are of its robot's sizes.
+
+    Args:
+        recipe: resolved settings.
+        datasets: what is trained on.
+        base: the base's local folder; None takes the recipe's.
+
+    Raises:
+        ConfigError: the recipe's policy is another.
+        DataError: actions or states are of another width.
+    """
+    begun = recorded_policy(base or Path(recipe.base))
+    if begun is None:
+        return
+    check_policy(begun, asdict(recipe.policy), recipe.base)
+    for dataset in datasets:
+        entry = next(iter(dataset.statistics.values()))
+        parts = {"action": ("actions", begun.action_size), "proprio": ("states", begun.state_size)}
+        for key, (word, size) in parts.items():
+            count = len(entry[key]["mean"]) if key in entry else 0
+            if size is not None and count != size:
+                raise DataError(
+                    f"{dataset.path}: its {word} have {count} dimensions, and the policy {recipe.base}, which training"
+                    f" is to begin from, has {size}: train on the base that it was made from"
+                )
+
+
 def _left_out(policy: PolicyConfig, windows: Mapping[str, Sequence[Windows]]) -> tuple[str, ...]:
     """Tell how many episodes are shorter than the chunk."""
     if policy.tail == "repeat":
@@ -170,14 +201,14 @@ def _left_out(policy: PolicyConfig, windows: Mapping[str, Sequence[Windows]]) ->
     )
 
 
-def _reader(base: Path, config: Mapping[str, Any]) -> Reader:
+def _reader(base: Path, name: str, config: Mapping[str, Any]) -> Reader:
     """Describe what a base reads when it is trained, from its files alone."""
     tokenizer = base / "tokenizer.json"
     preprocessor = base / "preprocessor_config.json"
     processor = read_json(preprocessor, CheckpointError) if preprocessor.is_file() else None
     pipeline = ImagePipeline.for_training(config, processor)
     return Reader(
-        name=str(base),
+        name=name,
         actions=action_tokenizer_of(config),
         prompt_style=prompt_style_of(config),
         tokenizer=hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.is_file() else None,

@@ -86,6 +86,9 @@ class Banner:
     feature_cache: Path | None = None
 
 
+_CHUNKS = ("first_action_l1", "later_actions_l1")  # how the keys end that only policies with chunks log
+
+
 @dataclass(frozen=True)
 class StepLine:
     """One logged step; also a line of `log.jsonl`.
@@ -101,6 +104,8 @@ class StepLine:
         data_seconds: time per step spent waiting for data.
         memory_bytes: peak memory of the device so far; None on a CPU.
         seconds_left: estimated.
+        first_action_l1: `action_l1` of each chunk's first action; None, and not in the log, of one action at a time.
+        later_actions_l1: likewise, of those behind it.
     """
 
     step: int
@@ -113,6 +118,12 @@ class StepLine:
     data_seconds: float
     memory_bytes: int | None
     seconds_left: float
+    first_action_l1: float | None = None
+    later_actions_l1: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the line of `log.jsonl`."""
+        return _without_chunks(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -124,6 +135,17 @@ class EvaluationLine:
     val_action_accuracy: float | None
     val_action_l1: float
     best: bool
+    val_first_action_l1: float | None = None
+    val_later_actions_l1: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the line of `log.jsonl`."""
+        return _without_chunks(asdict(self))
+
+
+def _without_chunks(line: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what one action at a time has no value of."""
+    return {key: value for key, value in line.items() if value is not None or not key.endswith(_CHUNKS)}
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,6 @@ _NUMPY = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16: n
 _VERSION = 1  # of what is stored; part of the name
 
 
-def cache_folder() -> Path:
-    """Return the folder of all caches: `$XDG_CACHE_HOME/vlaft/features`, by default below `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlaft" / "features"
-
-
 def cacheable(model: nn.Module, *, augment: bool) -> bool:
     """Say whether the vision backbone's output depends on the example alone."""
     trained = any(p.requires_grad for name, p in model.named_parameters() if "vision_backbone." in name)

@@ -19,6 +19,7 @@ from typing import Any
 from vlaft.action.statistics import STATISTICS_FILE
 from vlaft.errors import ConfigError, VlaftError
 from vlaft.files import SEAL, content_checksum, disk_errors, sealed, staged, sync, unsealed
+from vlaft.pages.curves import LOG_FILE
 from vlaft.recipe.settings import RecipeConfig
 from vlaft.training.events import flat_settings
 from vlaft.weights.trained import (
@@ -30,7 +31,6 @@ from vlaft.weights.trained import (
 )
 
 RECIPE_FILE = "recipe.yaml"
-LOG_FILE = "log.jsonl"
 _RECIPE_SEAL = f"# {SEAL}: "  # begins the recipe's last line
 CONTINUE = "; make room and continue with --resume"
 _OWN_FILES = {RUN_FILE, RECIPE_FILE, LOG_FILE, STATISTICS_FILE, ENVIRONMENT_FILE, "checkpoints"}
@@ -88,6 +88,7 @@ class RunFolder:
         environment: Mapping[str, Any],
         status: Mapping[str, Any],
         *,
+        resume: bool = False,
         overwrite: bool = False,
     ) -> None:
         """Write what is known before the first step: a new run's folder at once, whole; the lock of it is held.
@@ -97,6 +98,7 @@ class RunFolder:
             statistics: for `dataset_statistics.json`.
             environment: for `environment.json`.
             status: keys of `run.json`.
+            resume: change the files of the run that is there, if there is one.
             overwrite: replace what is there.
 
         Raises:
@@ -104,7 +106,7 @@ class RunFolder:
         """
         if not self.writes:
             return
-        continued = not overwrite and (self.path / RECIPE_FILE).is_file()
+        continued = resume and (self.path / RECIPE_FILE).is_file()
         files = {
             RECIPE_FILE: f"{recipe}{_RECIPE_SEAL}{content_checksum(recipe)}\n",
             STATISTICS_FILE: _json(statistics),

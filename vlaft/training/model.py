@@ -23,9 +23,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlaft.adapt import adapt
 from vlaft.adapt.methods import quantization_config
-from vlaft.errors import CheckpointError
+from vlaft.adapt.policies import recorded_policy
 from vlaft.model.configuration import Policy
-from vlaft.model.load import load_model
+from vlaft.model.load import fill_policy, load_model, read_policy_files
 from vlaft.model.openvla import OpenVLAForActionPrediction
 from vlaft.model.vision import AttentionPool, VisionTransformer
 from vlaft.recipe.settings import PrecisionConfig, RecipeConfig
@@ -47,19 +47,19 @@ def load_trainable(
         precision: number formats without `auto`.
         folder: the base's local folder.
         device: where to put the model.
-        policy: what it is to read and write; None leaves it as the base is.
+        policy: what it is to read and write; None leaves it as the base is. Modules that the base has of its own, being
+            a policy already, begin with its tensors.
 
     Returns:
         The model, and how many parameters are trained (those that no loss reaches included) and how many there are.
     """
     quantization = quantization_config(recipe.adapt, PRECISIONS[precision.compute])
-    model = load_model(folder, dtype=PRECISIONS[precision.frozen], device=device, quantization=quantization)
-    if model.policy_parameters():
-        raise CheckpointError(
-            f"{folder} is a policy with a head of its own: train on the base that it was made from, or continue its run"
-            " with --resume"
-        )
-    trainable = _adapt_and_cast(model, recipe, precision, policy)
+    frozen = PRECISIONS[precision.frozen]
+    model = load_model(folder, dtype=frozen, device=device, quantization=quantization, bare=True)
+    begun = recorded_policy(folder)
+    trainable = _adapt_and_cast(model, recipe, precision, policy or begun)
+    if begun is not None:
+        fill_policy(model, read_policy_files(folder), str(folder))
     counts = trainable_and_total(trainable)
     _prepare_passes(model, recipe)
     if recipe.train.compile:

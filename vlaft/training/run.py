@@ -27,9 +27,10 @@ from vlaft.data.loader import Batch
 from vlaft.documents import read_as
 from vlaft.environments.episodes import Rollout
 from vlaft.errors import CheckpointError, ConfigError, VlaftError
-from vlaft.files import content_checksum
+from vlaft.files import cache_folder, content_checksum
 from vlaft.model.heads.tokens import TokenOutput
 from vlaft.observation.augmentation import pixel_values
+from vlaft.pages.curves import LOG_FILE
 from vlaft.recipe.settings import RecipeConfig, resolve_precision
 from vlaft.training.checkpoints import (
     RunProgress,
@@ -49,8 +50,8 @@ from vlaft.training.checkpoints import (
 )
 from vlaft.training.data import TrainingData, to_inputs
 from vlaft.training.events import Listener, Trackers
-from vlaft.training.feature_cache import FeatureCache, cache_folder, cacheable, pays
-from vlaft.training.folder import LOG_FILE, RunFolder
+from vlaft.training.feature_cache import FeatureCache, cacheable, pays
+from vlaft.training.folder import RunFolder
 from vlaft.training.interrupts import StopSignals
 from vlaft.training.model import (
     PRECISIONS,
@@ -128,7 +129,7 @@ class Run:
         images = torch.zeros(1, cameras, size, size, 3, dtype=torch.uint8)
         sample = self._compute_features(images.to(self.device))
         shape = (self.data.train_examples, cameras * vision.num_patches, vision.embed_dim)
-        folder = cache_folder()
+        folder = cache_folder("features")
         examples = self.recipe.train.steps * self.effective_batch
         bytes_per_row = shape[1] * shape[2] * sample.element_size()
         if wanted == "auto" and not pays(shape[0], examples, bytes_per_row, folder):
@@ -137,6 +138,8 @@ class Run:
             "base": [self.base_fingerprint, content_checksum(self.base_checksums)],
             "data": self.data.fingerprint,
             "pipeline": self.data.pipeline.to_json(),
+            "cameras": list(self.recipe.policy.cameras),  # whose order is that of the patches
+            "windows": [self.recipe.policy.chunk, self.recipe.policy.tail],  # what row a number stands for
             "precision": [self.precision.frozen, self.precision.compute, self.recipe.adapt.quantize],
             "device": self.device.type,
         }

@@ -19,8 +19,9 @@ import torch
 
 from vlaft.action.metrics import Metrics, MetricSums
 from vlaft.adapt.methods import quantization_config
+from vlaft.adapt.policies import base_folder
 from vlaft.errors import ConfigError, Interrupted, VlaftError
-from vlaft.files import check_apart, content_checksum, joined, locked
+from vlaft.files import check_apart, content_checksum, joined, locked, replaceable
 from vlaft.recipe.resolve import resolve, to_yaml
 from vlaft.recipe.settings import RecipeConfig
 from vlaft.training.checkpoints import checkpoint_name, newest_good
@@ -40,7 +41,7 @@ from vlaft.training.interrupts import MemoryWatch, StopSignals, out_of_memory_to
 from vlaft.training.model import is_first, several
 from vlaft.training.optimizer import check_installed
 from vlaft.training.run import Acting, Run
-from vlaft.weights.layout import check_tensor_checksums, resolve_checkpoint
+from vlaft.weights.layout import check_tensor_checksums
 from vlaft.weights.trained import BASE_CHECKSUMS, STATISTICS_CHECKSUM
 
 # Settings that say where something lies, and the key of `run.json` that says what it held.
@@ -80,6 +81,8 @@ def train(
     with StopSignals() as signals, ExitStack() as held:
         if is_first():
             held.enter_context(locked(out, shared=several()))
+            if not resume:  # another process may have trained there since the command line looked
+                replaceable(out, overwrite=overwrite)
         recipe, base = _located(recipe, out, overwrite=overwrite)
         if resume:
             _check_continues(recipe, out)
@@ -122,11 +125,11 @@ def _located(recipe: RecipeConfig, out: Path, *, overwrite: bool) -> tuple[Recip
         )
     quantization_config(recipe.adapt, torch.bfloat16)  # raises where bitsandbytes is missing
     recipe = replace(recipe, data=replace(recipe.data, path=[str(Path(path).resolve()) for path in recipe.data.paths]))
-    base = resolve_checkpoint(recipe.base)
+    base = base_folder(recipe.base, recipe.policy)
     if Path(recipe.base).is_dir():
-        recipe = replace(recipe, base=str(base.resolve()))
+        recipe = replace(recipe, base=str(Path(recipe.base).resolve()))
     if overwrite:
-        check_apart(out, [base, *map(Path, recipe.data.paths)])
+        check_apart(out, [base, Path(recipe.base), *map(Path, recipe.data.paths)])
     return recipe, base
 
 
@@ -182,6 +185,7 @@ def _begin(run: Run, *, resume: bool, overwrite: bool) -> None:
         {"status": "running", "recipe": run.recipe.name, "base": run.recipe.base}
         | prints
         | {"inference": run.data.inference, STATISTICS_CHECKSUM: content_checksum(run.data.statistics)},
+        resume=resume,
         overwrite=overwrite,
     )
     if resume:
@@ -271,8 +275,10 @@ def _log_step(run: Run, metrics: Metrics, norm: torch.Tensor | None, elapsed: fl
         data_seconds=waited / steps,
         memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         seconds_left=elapsed / steps * (run.recipe.train.steps - run.progress.step),
+        first_action_l1=metrics.first_action_l1,
+        later_actions_l1=metrics.later_actions_l1,
     )
-    run.log(asdict(line))
+    run.log(line.to_json())
     run.listener.stepped(line)
 
 
@@ -288,8 +294,16 @@ def _evaluate(run: Run) -> None:
         progress.best_l1 = metrics.action_l1
     if chosen:
         _count_best(run, best)
-    line = EvaluationLine(progress.step, metrics.loss, metrics.action_accuracy, metrics.action_l1, best)
-    run.log(asdict(line))
+    line = EvaluationLine(
+        step=progress.step,
+        val_loss=metrics.loss,
+        val_action_accuracy=metrics.action_accuracy,
+        val_action_l1=metrics.action_l1,
+        best=best,
+        val_first_action_l1=metrics.first_action_l1,
+        val_later_actions_l1=metrics.later_actions_l1,
+    )
+    run.log(line.to_json())
     run.listener.evaluated(line)
 
 

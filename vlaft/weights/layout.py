@@ -1,6 +1,7 @@
 """Checkpoints on disk: a folder (or a Hub repository) in the released OpenVLA layout, safetensors only.
 
-A checkpoint is data: no pickle is opened and no code of the folder is run.
+A checkpoint is data: no code of the folder is run. The one pickled thing that is read, OpenVLA-OFT's heads, is read as
+tensors and nothing else (`vlaft.weights.oft`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,16 @@ from vlaft.files import read_json, remembered, restored
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+# Beside the weights and config.json, what a checkpoint's folder is made of (upstream's Python files are left out).
+RELEASE_FILES = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 _MAX_HEADER = 100 * 2**20  # safetensors' own bound on a header
 _CHUNK = 2**20  # bytes read at once
 _FEW = 20  # tensors that a disk or a download damages; where more differ, it is another checkpoint
@@ -81,7 +92,7 @@ def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "tokenizer.model"] + (["*.safetensors"] if weights else [])
+    patterns = ["*.json", "tokenizer.model"] + (["*.safetensors", "*_checkpoint.pt"] if weights else [])
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except LocalEntryNotFoundError as error:

@@ -298,6 +298,10 @@ def state_seal_holds(state: Mapping[str, Any]) -> bool:
 def _of_adapter(folder: Path) -> Trained:
     if not (folder / ADAPTER_CONFIG).is_file():
         raise CheckpointError(f"{folder}: trained tensors without their run; give the run's folder")
+    if any(folder.parent.glob("action_head--*_checkpoint.pt")):
+        raise CheckpointError(
+            f"{folder} belongs to a policy of OpenVLA-OFT's, whose head lies beside it: give {folder.parent} itself"
+        )
     check_weights(folder)
     fingerprint, checksums = adapter_base(folder)
     base = read_json(folder / ADAPTER_CONFIG, CheckpointError).get("base_model_name_or_path")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import faults
 import h5py
 import numpy as np
 import pytest
@@ -18,11 +20,14 @@ from vlaft.data.codec import encode_image
 from vlaft.data.store import ConvertedDataset
 
 SLOW = """
-import sys, time
+import os, sys, time
+from pathlib import Path
 from vlaft.data.convert import shards as convert_shards
 encode = convert_shards.encode_image
 def slowly(*arguments):
     time.sleep(0.02)
+    while "HELD" in os.environ and any(Path(os.environ["HELD"]).glob("*.parquet.json")):
+        time.sleep(0.02)  # a shard is finished: no other will be
     return encode(*arguments)
 convert_shards.encode_image = slowly
 """
@@ -107,12 +112,13 @@ def test_interrupted_is_130_and_goes_on_later(
     long_demos: Path, base: str, tmp_path: Path, number: signal.Signals, workers: int
 ) -> None:
     out = tmp_path / "out"
-    process = subprocess.Popen(command(long_demos, base, out, workers, True), stderr=subprocess.PIPE, text=True)
+    held = os.environ | {"HELD": str(tmp_path / "out.partial/.conversion")}  # it cannot be done before the signal comes
+    words = command(long_demos, base, out, workers, True)
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=held, preexec_fn=faults.heed_signals)
     wait_for_shards(tmp_path / "out.partial", process, 1)  # type: ignore[arg-type]
-    started = time.monotonic()
     process.send_signal(number)
-    _, told = process.communicate(timeout=30)
-    assert process.returncode == 130 and time.monotonic() - started < 10
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 130
     (sentence,) = [line for line in told.splitlines() if line.startswith("error")]
     assert "interrupted; give the same command again to go on" in sentence
     assert "Traceback" not in told
@@ -120,6 +126,61 @@ def test_interrupted_is_130_and_goes_on_later(
     again = subprocess.run(command(long_demos, base, out, workers), capture_output=True, text=True, check=True)
     assert "files were there already" in again.stderr
     ConvertedDataset(out).verify()
+
+
+@pytest.mark.parametrize("digit", ["rows", "crc32c"])
+def test_a_damaged_note_of_a_finished_shard_is_not_believed(
+    long_demos: Path, base: str, tmp_path: Path, digit: str
+) -> None:
+    out, notes = tmp_path / "out", tmp_path / "out.partial/.conversion"
+    script = """
+import os, sys
+from vlaft.data.convert import run
+from vlaft.cli.main import main
+remember = run.remember_shard
+def remember_and_end(*arguments):
+    remember(*arguments)
+    os._exit(9)
+run.remember_shard = remember_and_end
+main(sys.argv[1:])
+"""
+    words = command(long_demos, base, out, 1)
+    assert subprocess.run([sys.executable, "-c", script, *words[2:]], capture_output=True).returncode == 9
+    (note,) = notes.glob("*.parquet.json")
+    content = json.loads(note.read_text())
+    if digit == "rows":
+        content["shard"]["rows"] += 1
+    else:
+        del content[digit]
+    note.write_text(json.dumps(content))
+    again = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert "files were there already" not in again.stderr
+    ConvertedDataset(out).verify()
+
+
+def test_interrupted_while_the_workers_start_it_does_not_wait_for_them(
+    long_demos: Path, base: str, tmp_path: Path
+) -> None:
+    """They would write shards for ever: Ctrl-C that comes while they are given their work ends them."""
+    words = command(long_demos, base, tmp_path / "out", 2, True)
+    path = Path(words[1])
+    patch = """
+import signal
+from concurrent.futures import ProcessPoolExecutor
+submit = ProcessPoolExecutor.submit
+def submit_and_stop(self, *arguments):
+    ProcessPoolExecutor.submit = submit
+    os.kill(os.getpid(), signal.SIGINT)
+    return submit(self, *arguments)
+ProcessPoolExecutor.submit = submit_and_stop
+"""
+    path.write_text(path.read_text().replace("from vlaft.cli.main", f"{patch}from vlaft.cli.main", 1))
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held/0.parquet.json").touch()
+    held = os.environ | {"HELD": str(tmp_path / "held")}
+    done = subprocess.run(words, capture_output=True, text=True, env=held, preexec_fn=faults.heed_signals, timeout=120)
+    assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_is_one_sentence(long_demos: Path, base: str, tmp_path: Path) -> None:

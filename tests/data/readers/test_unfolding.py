@@ -58,7 +58,7 @@ def test_a_packed_array_of_nothing(tmp_path: Path, chunks: tuple[int, int]) -> N
 def read(path: Path, table: pa.Table, **options: object) -> pa.Table:
     pq.write_table(table, path, **options)
     with pq.ParquetFile(path) as file:
-        return read_bounded(file, range(file.num_row_groups), table.column_names, str(path))
+        return read_bounded(file, path, range(file.num_row_groups), table.column_names)
 
 
 def test_a_constant_parquet_column(tmp_path: Path) -> None:

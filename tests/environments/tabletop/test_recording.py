@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import faults
 import h5py
 import numpy as np
 import pyarrow.parquet as pq
@@ -187,6 +191,19 @@ def test_a_partial_file_is_never_left(
     if error is KeyboardInterrupt:
         assert main(["--out", str(tmp_path / "demos.hdf5"), "--episodes", "4"]) == 130
         assert not list(tmp_path.iterdir())
+
+
+def test_told_to_stop_it_leaves_nothing(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", recording.__name__, "--out", str(tmp_path / "demos.hdf5"), "--episodes", "900"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=faults.heed_signals)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / ".demos.hdf5.partial").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.terminate()
+    _, told = process.communicate(timeout=120)
+    assert (process.returncode, told) == (130, "error: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

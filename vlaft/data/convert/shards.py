@@ -81,14 +81,15 @@ def convert_shards(job: ShardJob, plans: Sequence[ShardPlan], workers: int) -> I
         keep_alive,
         ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker, initargs=(job, alive)) as pool,
     ):
-        # Ctrl-C in a terminal goes to every process. The workers leave it to this one: they are started with it
-        # blocked, before they could say so themselves. Here it is delivered a moment later.
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        waiting: set[Future[ShardResult | str]] = set()
         try:
-            waiting: set[Future[ShardResult | str]] = {pool.submit(_convert_in_worker, plan) for plan in plans}
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-        try:
+            # Ctrl-C in a terminal goes to every process. The workers leave it to this one: they are started with it
+            # blocked, before they could say so themselves. Here it is delivered as soon as they are.
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            try:
+                waiting = {pool.submit(_convert_in_worker, plan) for plan in plans}
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
             while waiting:
                 finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in finished:
@@ -96,14 +97,15 @@ def convert_shards(job: ShardJob, plans: Sequence[ShardPlan], workers: int) -> I
                     if isinstance(result, str):
                         raise DataError(result)
                     yield result
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a conversion process was killed, perhaps for want of memory; run the same command again with fewer"
-                " workers, finished shards are kept"
-            ) from error
+        except BaseException as error:
+            keep_alive.close()  # nobody needs what the workers are still at
+            if isinstance(error, BrokenProcessPool):
+                raise DataError(
+                    "a conversion process was killed, perhaps for want of memory; run the same command again with fewer"
+                    " workers, finished shards are kept"
+                ) from error
+            raise
         finally:
-            if waiting:  # something went wrong: nobody needs what the workers are still at
-                keep_alive.close()
             pool.shutdown(cancel_futures=True)
 
 

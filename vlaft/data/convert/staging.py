@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from vlaft.data.convert.shards import Damaged, ShardResult
 from vlaft.data.store import DATASET_FILE, Shard
 from vlaft.errors import DataError
-from vlaft.files import Listing, checksum, publish, read_json, replaceable, write_json
+from vlaft.files import Listing, checksum, publish, read_json, replaceable, seal_holds, sealed, write_json
 
 STATE = ".conversion"  # folder inside the staging folder: the fingerprint and what is finished
 _REQUEST = "request.json"  # in there: the fingerprint of what was asked for
@@ -56,7 +57,8 @@ def open_staging(out: Path, fingerprint: str) -> Path:
 def remember_shard(staging: Path, plan: str, result: ShardResult) -> None:
     """Note that a shard of the plan is finished."""
     # not synced: what a power cut took away is found missing by its checksum
-    write_json(staging / STATE / f"{result.shard.file}.json", {"plan": plan, **asdict(result)}, durable=False)
+    content = sealed({"plan": plan, **asdict(result)})
+    write_json(staging / STATE / f"{result.shard.file}.json", content, durable=False)
 
 
 def finished_shards(staging: Path, files: Sequence[str], plan: str, on_error: str) -> dict[str, ShardResult]:
@@ -66,9 +68,8 @@ def finished_shards(staging: Path, files: Sequence[str], plan: str, on_error: st
     """
     results = {}
     for file in files:
-        record, path = staging / STATE / f"{file}.json", staging / file
-        if record.is_file() and path.is_file():
-            value = read_json(record)
+        value, path = _noted(staging / STATE / f"{file}.json"), staging / file
+        if value is not None and path.is_file():
             shard = Shard(**value["shard"])
             usable = value["plan"] == plan and not (value["damaged"] and on_error == "stop")
             if usable and checksum(path) == shard.crc32c:
@@ -82,14 +83,23 @@ def finished_shards(staging: Path, files: Sequence[str], plan: str, on_error: st
 def remember_damage(staging: Path, damage: Mapping[tuple[int, int], str]) -> None:
     """Note which episodes, by number of the source and `EpisodeRef.index`, have damaged frames, and why."""
     listed = [{"source": source, "index": index, "why": why} for (source, index), why in sorted(damage.items())]
-    write_json(staging / STATE / _DAMAGE, {"episodes": listed})
+    write_json(staging / STATE / _DAMAGE, sealed({"episodes": listed}))
 
 
 def known_damage(staging: Path) -> dict[tuple[int, int], str]:
     """Return what `remember_damage` noted in an earlier run of the same request."""
-    path = staging / STATE / _DAMAGE
-    entries = read_json(path)["episodes"] if path.is_file() else []
+    value = _noted(staging / STATE / _DAMAGE)
+    entries = value["episodes"] if value is not None else []
     return {(entry["source"], entry["index"]): entry["why"] for entry in entries}
+
+
+def _noted(path: Path) -> dict[str, Any] | None:
+    """Return a note of an earlier run as it was written; where it is missing or damaged, its work is done again."""
+    try:
+        value = read_json(path)
+    except DataError:
+        return None
+    return value if seal_holds(value) else None
 
 
 def _fingerprint_in(mark: Path) -> object:

@@ -8,7 +8,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from hdf5_expected import assert_as_expected, assert_frames, load_expected
+from expected_facts import assert_as_expected, assert_frames, load_expected
 from PIL import Image
 
 from vlaft.data.layout import apply_layout

@@ -1,18 +1,17 @@
 from __future__ import annotations
 
-import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from expected_facts import assert_actions, load_expected, quarters
 
 from vlaft.data.episode import Episode
 from vlaft.data.layout import apply_layout
 from vlaft.data.readers.lerobot.source import LeRobotReader, download, looks_like_lerobot
 from vlaft.errors import DataError
-from vlaft.observation.images import Image
 
 SETS = ["v2.0_gr00t_pick_place", "v2.1_internvla_pick_place", "v2.1_pusht_image", "v3.0_internvla_pick_place"]
 OPENVLA_LIKE = ("action.delta_eef_position", "action.delta_eef_rotation", "action.gripper_close")
@@ -27,19 +26,7 @@ def opened(samples: Path, name: str) -> tuple[LeRobotReader, list[Episode]]:
 
 
 def expected(samples: Path, name: str) -> dict:
-    return json.loads((samples / "expected" / f"lerobot_{name}.json").read_text())
-
-
-def quarters(frame: Image) -> dict[str, list[float]]:
-    height, width = frame.shape[0] // 2, frame.shape[1] // 2
-    parts = {
-        "mean": frame,
-        "top_left": frame[:height, :width],
-        "top_right": frame[:height, width:],
-        "bottom_left": frame[height:, :width],
-        "bottom_right": frame[height:, width:],
-    }
-    return {key: list(part.mean(axis=(0, 1))) for key, part in parts.items()}
+    return load_expected(samples, f"lerobot_{name}")
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -60,27 +47,7 @@ def test_counts_names_instructions_and_rate(samples: Path, name: str) -> None:
 @pytest.mark.parametrize("name", SETS)
 def test_actions_and_their_statistics(samples: Path, name: str) -> None:
     _, episodes = opened(samples, name)
-    facts = expected(samples, name)["action"]
-    ends = {
-        "first_of_first_episode": episodes[0].action[0],
-        "last_of_first_episode": episodes[0].action[-1],
-        "first_of_last_episode": episodes[-1].action[0],
-        "last_of_last_episode": episodes[-1].action[-1],
-    }
-    for key, action in ends.items():
-        np.testing.assert_allclose(action, facts[key], rtol=1e-6, atol=1e-9)
-    actions = np.concatenate([episode.action for episode in episodes]).astype(np.float64)
-    assert actions.shape == (facts["stats"]["count"], facts["dim"])
-    found = {
-        "mean": actions.mean(0),
-        "std": actions.std(0),
-        "min": actions.min(0),
-        "max": actions.max(0),
-        "q01": np.quantile(actions, 0.01, axis=0),
-        "q99": np.quantile(actions, 0.99, axis=0),
-    }
-    for key, values in found.items():
-        np.testing.assert_allclose(values, facts["stats"][key], rtol=1e-5, atol=1e-5, err_msg=key)
+    assert_actions([episode.action for episode in episodes], expected(samples, name)["action"], ends=0)
 
 
 @pytest.mark.parametrize("name", SETS)

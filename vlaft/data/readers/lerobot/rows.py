@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vlaft.data.codec import largest_unfolded
+from vlaft.data.readers.lerobot.footer import column_sizes
 from vlaft.errors import DataError
 
 Slices = Mapping[str, tuple[str, int, int]]  # name: (column, start, end)
@@ -92,7 +93,7 @@ class RowReader:
         Row-group statistics would do with less reading, but pyarrow aborts the process on damaged ones.
         """
         if self._held_numbers is None or self._held_numbers[0] != path:
-            table = read_bounded(file, range(file.num_row_groups), ["episode_index"], str(path))
+            table = read_bounded(file, path, range(file.num_row_groups), ["episode_index"])
             column = table.column("episode_index")
             self._held_numbers = (path, np.asarray(column.to_numpy()))
         return self._held_numbers[1]
@@ -101,7 +102,7 @@ class RowReader:
         if self._held is None or self._held[0] != (path, group):
             # pyarrow takes "action" to mean "action.joints" too, hence the second selection
             self._held = None
-            table = read_bounded(file, [group], names, str(path)).select(names)
+            table = read_bounded(file, path, [group], names).select(names)
             table.validate(full=True)
             self._held = ((path, group), table)
         return self._held[1]
@@ -115,7 +116,7 @@ def read_records(path: Path, prefixes: tuple[str, ...] = ("",)) -> list[dict[str
             for name in file.schema_arrow.names
             if _loadable(file.schema_arrow.field(name).type, texts=True) and name.startswith(prefixes)
         ]
-        table = read_bounded(file, range(file.num_row_groups), names, str(path)).select(names)
+        table = read_bounded(file, path, range(file.num_row_groups), names).select(names)
         table.validate(full=True)
         return list(table.to_pylist())
 
@@ -178,22 +179,22 @@ def _doubt_number(rows: Rows, path: Path, number: int, where: str, warnings: lis
     return Rows(rows.table.take(pa.array(chosen)), rows.positions[chosen])
 
 
-def read_bounded(file: pq.ParquetFile, groups: Sequence[int], names: Sequence[str], where: str) -> pa.Table:
+def read_bounded(file: pq.ParquetFile, path: Path, groups: Sequence[int], names: Sequence[str]) -> pa.Table:
     """Return columns of some row groups.
 
     Args:
         file: the open file.
+        path: where it lies.
         groups: numbers of its row groups.
         names: of its columns.
-        where: names the file in the message.
 
     Raises:
-        DataError: they unfold to far more than what is stored of them.
+        DataError: they unfold to far more than what is stored of them, or the file's footer is damaged.
     """
-    stored, numbers, texts = _sizes(file.metadata, groups, names)
+    stored, numbers, texts = _sizes(path, groups, names)
     limit = largest_unfolded(stored)
     if numbers > limit:
-        raise DataError(f"{where}: {_too_much(names, stored, numbers)}")
+        raise DataError(f"{path}: {_too_much(names, stored, numbers)}")
     if numbers + texts <= limit:
         return file.read_row_groups(list(groups), columns=list(names), use_threads=False)
     batches: list[pa.RecordBatch] = []
@@ -201,7 +202,7 @@ def read_bounded(file: pq.ParquetFile, groups: Sequence[int], names: Sequence[st
     for batch in file.iter_batches(_BATCH, row_groups=list(groups), columns=list(names), use_threads=False):
         size += batch.nbytes
         if size > limit:
-            raise DataError(f"{where}: {_too_much(names, stored, size)}")
+            raise DataError(f"{path}: {_too_much(names, stored, size)}")
         batches.append(batch)
     return pa.Table.from_batches(batches) if batches else file.read_row_groups([], columns=list(names))
 
@@ -211,24 +212,23 @@ def _too_much(names: Sequence[str], stored: int, size: int) -> str:
     return f"the {stored} bytes of {listed} unfold to {size} or more, too many to be right; fetch or write it anew"
 
 
-def _sizes(metadata: pq.FileMetaData, groups: Sequence[int], names: Sequence[str]) -> tuple[int, int, int]:
+def _sizes(path: Path, groups: Sequence[int], names: Sequence[str]) -> tuple[int, int, int]:
     """Return bytes on disk, bytes of the numbers, and the most bytes that the texts can have in memory."""
     stored = numbers = texts = 0
     prefixes = tuple(f"{name}." for name in names)
+    described = column_sizes(path)
     for group in groups:
-        row_group = metadata.row_group(group)
-        for index in range(row_group.num_columns):
-            column = row_group.column(index)
-            if column.path_in_schema not in names and not column.path_in_schema.startswith(prefixes):
+        for column in described[group]:
+            if column.path not in names and not column.path.startswith(prefixes):
                 continue
-            stored += column.total_compressed_size
-            width = _WIDTHS.get(column.physical_type)
+            stored += column.stored
+            width = _WIDTHS.get(column.physical)
             if width is not None:
-                numbers += column.num_values * width
-            elif any("DICTIONARY" in encoding for encoding in column.encodings):
-                texts += column.num_values * column.total_uncompressed_size
+                numbers += column.values * width
+            elif column.dictionary:
+                texts += column.values * column.unpacked
             else:
-                texts += column.num_values + column.total_uncompressed_size
+                texts += column.values + column.unpacked
     return stored, numbers, texts
 
 

@@ -27,6 +27,7 @@ from vlaft.errors import DataError
 from vlaft.observation.images import Image
 
 _STEPS = "steps/"
+_LONGEST_NAME = 255  # bytes of a file's name, on every common file system
 _STATES = ("observation/state", "observation/proprio", "state", "proprio")
 # Names of the third-person camera in the Open X-Embodiment datasets, the most telling first.
 _MAIN_CAMERAS = (
@@ -501,6 +502,8 @@ def _shard_name(template: str, dataset: str, split: str, index: int, count: int,
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or len(name) > 512:
         raise DataError(f"'{info_path}': filepathTemplate leads out of the dataset's folder ({name[:80]!r})")
+    if max((len(part.encode(errors="replace")) for part in path.parts), default=0) > _LONGEST_NAME:
+        raise DataError(f"'{info_path}': the shards' names are too long to be files ({name[:80]!r} ...)")
     return name
 
 
