@@ -76,6 +76,7 @@ def test_a_layout_joins_arrays_and_renames_cameras() -> None:
         cameras={"primary": "front"},
         fps=5.0,
         action_names=("x", "y", "gripper"),
+        state_names=tuple("abcdefg"),
     )
     episode = apply_layout(make_episode(), layout)
     assert episode.action is not None and episode.state is not None
@@ -91,6 +92,8 @@ def test_a_layout_joins_arrays_and_renames_cameras() -> None:
         (Layout(action=()), r"which arrays are the action is not known.*closed, huge, vector"),
         (Layout(action=("vector",), cameras={"primary": "frnt"}), "no camera 'frnt'; did you mean 'front'"),
         (Layout(action=("vector",), action_names=("x",)), "1 action_names are given for the 7 dimensions"),
+        (Layout(action=("vector",), state=("vector",), state_names=("x",)), "1 state_names are given for the 7"),
+        (Layout(action=("vector",), state_names=("x",)), "1 state_names are given for the 0 dimensions of its state"),
         (Layout(action=("huge",)), "step 2: the action is not finite"),
     ],
 )

@@ -38,6 +38,8 @@ def source_episode(preset: str, layout: Layout, steps: int = 6) -> Episode:
             width = {"nyu_franka_play": 15, "furniture_bench": 8, "iamlab_cmu_pickup_insert": 8}.get(
                 preset, WHOLE_ACTION.get(preset, 7)
             )
+        if layout.state_names and reference in layout.state:
+            width = len(layout.state_names)
         arrays[path] = random.uniform(-1, 1, (steps, width)).astype(np.float32)
     frames = ArrayFrames(np.zeros((steps, 2, 2, 3), np.uint8))
     cameras = dict.fromkeys(layout.cameras.values() or ["observations/images/cam_high"], frames)
@@ -114,7 +116,8 @@ def test_libero_from_rlds_and_from_hdf5_agree_on_the_action() -> None:
 
 
 def test_a_preset_replaces_only_the_fields_it_names(tmp_path: Path) -> None:
-    base = Layout(action=("a",), state=("s",), fps=10.0, action_names=("x",), action_mask=(True,), steps=("drop_last",))
+    named = {"action_names": ("x",), "state_names": ("y",)}
+    base = Layout(action=("a",), state=("s",), fps=10.0, action_mask=(True,), steps=("drop_last",), **named)
     file = tmp_path / "mine.yaml"
     file.write_text("fps: 5\ninstruction: push the button\n")
     layout = load_preset(file, base)
@@ -124,6 +127,9 @@ def test_a_preset_replaces_only_the_fields_it_names(tmp_path: Path) -> None:
     layout = load_preset(str(file), base)
     assert (layout.action, layout.state, layout.steps) == (("b",), ("s",), ())
     assert (layout.action_names, layout.action_mask) == ((), ())  # they described the other action
+    assert layout.state_names == ("y",)
+    file.write_text("state: [t]\n")
+    assert load_preset(file, base).state_names == ()
 
 
 def test_all_problems_of_a_preset_are_told_together(tmp_path: Path) -> None:

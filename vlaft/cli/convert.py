@@ -160,7 +160,8 @@ def _layout_settings(words: Sequence[str]) -> dict[str, Any]:
         except ConfigError as error:
             problems += error.problems
             continue
-        if key in ("action", "state", "steps", "steps+", "action_names") and isinstance(value, str | dict):
+        lists = ("action", "state", "steps", "steps+", "action_names", "state_names")
+        if key in lists and isinstance(value, str | dict):
             value = [value]
         *parents, last = key.split(".")
         place = settings

@@ -59,6 +59,7 @@ class Layout:
         steps: standardizing steps by name, with their arguments, in order.
         action_names: one name per dimension of the joined `action`, or empty. Steps that add, drop or turn
             dimensions change the names with them: the final ones are `Episode.action_names`.
+        state_names: one name per dimension of the joined `state`, or empty; `dataset.json` keeps them.
         action_mask: True where q01/q99 normalisation applies, one per dimension of the standardized action;
             empty means all.
         options: what only one reader understands (for example a generic HDF5 mapping).
@@ -71,6 +72,7 @@ class Layout:
     fps: float | None = None
     steps: tuple[StepSpec, ...] = ()
     action_names: tuple[str, ...] = ()
+    state_names: tuple[str, ...] = ()
     action_mask: tuple[bool, ...] = ()
     options: Mapping[str, object] = field(default_factory=dict)
 
@@ -137,6 +139,12 @@ def apply_layout(episode: Episode, layout: Layout) -> Episode:
     state = None
     if layout.state:
         state = np.concatenate([read_reference(episode, reference) for reference in layout.state], axis=1)
+    width = 0 if state is None else state.shape[1]
+    if layout.state_names and len(layout.state_names) != width:
+        raise DataError(
+            f"episode '{episode.name}': {len(layout.state_names)} state_names are given for the {width} dimensions of"
+            " its state"
+        )
     if layout.action_names and len(layout.action_names) != action.shape[1]:
         raise DataError(
             f"episode '{episode.name}': {len(layout.action_names)} action_names are given for the {action.shape[1]}"

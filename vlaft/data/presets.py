@@ -57,12 +57,14 @@ def load_preset(name_or_path: str | Path, base: Layout | None = None) -> Layout:
 def with_fields(layout: Layout, values: Mapping[str, Any]) -> Layout:
     """Return the layout with the fields that `layout_fields` returned.
 
-    Another action leaves the old one's names and mask behind; `steps+` adds to the steps.
+    Another action leaves the old one's names and mask behind, another state its names; `steps+` adds to the steps.
     """
     values = dict(values)
     added = values.pop(ADDED_STEPS, ())
     if "action" in values:
         values = {"action_names": (), "action_mask": (), **values}
+    if "state" in values:
+        values = {"state_names": (), **values}
     changed = replace(layout, **values)
     return replace(changed, steps=(*changed.steps, *added))
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from vlaft.environments.tabletop.drawing import SIZE, Camera, draw
+from vlaft.environments.tabletop.drawing import SIZE, Camera, Wrist, draw, draw_wrist
 from vlaft.environments.tabletop.scene import CEILING, OBJECT_HEIGHT, REACH, SETUP_A, SETUP_B, Scene, SetUp, new_scene
 
 BOTH = pytest.mark.parametrize("setup", [SETUP_A, SETUP_B], ids=lambda setup: setup.name)
@@ -119,3 +120,74 @@ def test_pictures_stay_what_they_are(setup: SetUp, means: tuple[float, float, fl
     """The base learned from set-up A's, and docs/demo.md tells of results on set-up B's."""
     frames = np.stack([draw(new_scene(setup, np.random.default_rng(seed))) for seed in range(20)])
     assert frames.mean(axis=(0, 1, 2)) == pytest.approx(means, abs=0.002)
+
+
+@BOTH
+def test_the_wrist_camera_sees_what_is_below_the_gripper(setup: SetUp) -> None:
+    for x, y, z in ((0.1, 0.05, 0.12), (-0.2, 0.2, 0.05)):
+        scene = scene_of(setup, [(x + 0.02, y + 0.06), (-0.15, -0.2)], (x, y, z))
+        frame, wrist = draw_wrist(scene), Wrist(x, y, z)
+        assert frame.shape == (SIZE, SIZE, 3) and frame.dtype == np.uint8
+        column, row = wrist.pixel(x + 0.02, y + 0.06, OBJECT_HEIGHT)
+        assert column > (SIZE - 1) / 2 > row  # to the right, and above: away from the robot
+        wanted = np.clip(np.array(setup.objects[scene.colours[0]]) * 1.06 * setup.brightness, 0, 255)
+        assert frame[round(row), round(column)] == pytest.approx(wanted, abs=1)
+        beneath = np.array(setup.table) * setup.brightness
+        assert frame[SIZE // 2, SIZE // 2] == pytest.approx(beneath, abs=setup.checker + 1)  # between the fingers
+
+
+@BOTH
+def test_it_moves_with_the_gripper_and_sees_more_the_lower_it_is(setup: SetUp) -> None:
+    def seen(x: float, z: float) -> np.ndarray:
+        return draw_wrist(scene_of(setup, [(0.0, 0.05), (-0.2, 0.2)], (x, 0.0, z)))
+
+    def size(frame: np.ndarray) -> int:
+        top = np.array(setup.objects[next(iter(setup.objects))]) * 1.06 * setup.brightness
+        return int((abs(frame - np.clip(top, 0, 255)).max(axis=2) < 2).sum())
+
+    high, low = (seen(0.0, z) for z in (0.12, 0.02))
+    assert size(low) > 2 * size(high) > 0
+    assert (seen(0.001, 0.12) != high).any() and (seen(0.0, 0.121) != high).any()
+    main = [draw(scene_of(setup, [(0.0, 0.05), (-0.2, 0.2)], (x, 0.0, 0.1))) for x in (-0.2, 0.2)]
+    assert (main[0][50:70] == main[1][50:70]).mean() > 0.9  # the main camera stays where it is
+    assert size(seen(-0.2, 0.05)) == 0  # and this one has left the object behind
+
+
+@BOTH
+def test_the_fingers_tell_open_from_closed_and_held(setup: SetUp) -> None:
+    scene = scene_of(setup, [(0.0, 0.0), (-0.2, 0.2)], (0.0, 0.0, 0.01))
+
+    def between() -> int:
+        """Return the pixels of the middle row that no finger covers."""
+        row = draw_wrist(scene)[SIZE // 2].astype(float)
+        fingers = [np.clip(np.array(setup.gripper) * light * setup.brightness, 0, 255) for light in (0.75, 0.9)]
+        return int(min((abs(row[None] - np.array(fingers)[:, None]).max(axis=2) > 2).all(axis=0).sum(), SIZE))
+
+    opened = between()
+    scene.step(np.array([0, 0, 0, 0, 0, 0, 0.0]))
+    assert scene.held == 0
+    held, frame = between(), draw_wrist(scene)
+    top = np.clip(np.array(setup.objects[scene.colours[0]]) * 1.06 * setup.brightness, 0, 255)
+    assert frame[SIZE // 2, SIZE // 2] == pytest.approx(top, abs=1)
+    scene.held, scene.objects[0] = None, (0.2, 0.2, 0.0)
+    assert opened > held > between() > 0
+
+
+@BOTH
+def test_the_tables_squares_lie_where_the_main_camera_sees_them(setup: SetUp) -> None:
+    chequered = replace(setup, checker=20.0, brightness=1.0)
+    scene = scene_of(chequered, [(0.24, 0.24), (-0.24, 0.24)], (0.0, -0.05, 0.12))
+    main, wrist_frame = draw(scene), draw_wrist(scene)
+    camera, wrist = Camera.of(chequered), Wrist(0.0, -0.05, 0.12)
+    for x, y in ((-0.11, -0.19), (-0.04, -0.19), (0.04, -0.19), (0.11, -0.19), (0.11, -0.12)):
+        column, row = wrist.pixel(x, y)
+        assert wrist_frame[round(row), round(column)] == pytest.approx(at(main, camera, x, y), abs=1)
+
+
+def test_drawing_the_wrist_changes_nothing_and_draws_no_lots() -> None:
+    scene = new_scene(SETUP_B, np.random.default_rng(1))
+    before = copy.deepcopy(scene)
+    first, again = draw_wrist(scene), draw_wrist(copy.deepcopy(scene))
+    assert (first == again).all()
+    assert (scene.objects == before.objects).all() and (scene.gripper == before.gripper).all()
+    assert scene.generator.bit_generator.state == before.generator.bit_generator.state

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
+from vlaft.environments.tabletop.drawing import draw_wrist
 from vlaft.environments.tabletop.environment import EPISODE_STEPS, TabletopEnv
 from vlaft.environments.tabletop.recording import expert_action
 from vlaft.environments.tabletop.scene import SETUP_A, SETUP_B, SetUp
@@ -63,6 +64,7 @@ def test_an_episode_of_the_expert(setup: SetUp) -> None:
         while not ended:
             assert observation in env.observation_space
             assert (env.render() == observation["image"]).all()
+            assert (draw_wrist(env.scene) == observation["image_wrist"]).all()
             assert observation["state"] == pytest.approx([*env.scene.gripper, float(env.scene.is_open)])
             observation, reward, ended, truncated, info = env.step(expert_action(env.scene).astype(np.float32))
             steps += 1

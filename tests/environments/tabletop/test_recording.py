@@ -18,6 +18,7 @@ import pytest
 from small_base import write_small_base
 
 from vlaft.cli.main import main as vlaft
+from vlaft.data.codec import decode_image
 from vlaft.data.store import ConvertedDataset
 from vlaft.environments.tabletop import recording
 from vlaft.environments.tabletop.environment import EPISODE_STEPS, TabletopEnv
@@ -89,8 +90,11 @@ def test_a_demonstration_without_disturbances_can_be_done_again(setup: SetUp) ->
         env = TabletopEnv(setup, recording.RECORDING_NOISE)
         observation, info = env.reset(seed=seed)
         assert shown.instruction == info["instruction"]
-        for frame, state, action in zip(shown.frames, shown.states, shown.actions, strict=True):
+        for frame, wrist_frame, state, action in zip(
+            shown.frames, shown.wrist_frames, shown.states, shown.actions, strict=True
+        ):
             assert (observation["image"] == frame).all() and (observation["state"] == state).all()
+            assert (observation["image_wrist"] == wrist_frame).all()
             observation, _, terminated, _, info = env.step(action)
         assert terminated and info["success"]
 
@@ -140,6 +144,7 @@ def test_the_file(tmp_path: Path) -> None:
             assert demo.attrs["language_instruction"] == shown.instruction
             assert (demo["actions"][:] == shown.actions).all() and demo["actions"].dtype == np.float32
             assert (demo["obs/agentview_image"][:] == shown.frames).all()
+            assert (demo["obs/robot0_eye_in_hand_image"][:] == shown.wrist_frames).all()
             assert (demo["obs/robot_state"][:] == shown.states).all()
 
 
@@ -152,18 +157,26 @@ def test_recorded_and_converted(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert vlaft(words) == 0
     converted = ConvertedDataset(data)
     assert list(converted.statistics) == ["tabletop_b"]  # the name under which `evaluate --env tabletop` looks
-    statistics = converted.statistics["tabletop_b"]["action"]
-    assert statistics["mask"] == [True] * 6 + [False]
+    statistics = converted.statistics["tabletop_b"]
+    assert statistics["action"]["mask"] == [True] * 6 + [False]
+    assert converted.cameras == ("image", "image_wrist")  # `main` and `wrist`, as the environment names them
+    [source] = converted.info["sources"]
+    assert source["layout"]["state_names"] == ["x", "y", "z", "gripper"]
     rows = [row for shard in sorted(data.glob("*.parquet")) for row in pq.read_table(shard).to_pylist()]
     targets = [*SETUP_B.objects, *SETUP_B.objects]
     shown = [demonstrate(SETUP_B, 40 + number, targets[number]) for number in range(6)]
     assert len(rows) == sum(len(each.actions) for each in shown)
+    states = np.concatenate([each.states for each in shown])
+    assert statistics["proprio"]["max"] == pytest.approx(states.max(axis=0), abs=1e-6)
     for number, demonstration in enumerate(shown):
         own = sorted(
             (row for row in rows if row["source"].endswith(f"demo_{number}")), key=lambda row: row["frame_index"]
         )
         assert {row["instruction"] for row in own} == {demonstration.instruction}
         assert np.array([row["action"] for row in own], np.float32) == pytest.approx(demonstration.actions, abs=1e-6)
+        wrist = np.stack([decode_image(row["image_wrist"]["bytes"], "wrist") for row in own])
+        resized = np.stack([converted.pipeline.prepare(frame) for frame in demonstration.wrist_frames])
+        assert abs(wrist.astype(float) - resized).mean() < 3  # stored with some loss
         assert np.array([row["state"] for row in own], np.float32) == pytest.approx(demonstration.states, abs=1e-6)
 
 

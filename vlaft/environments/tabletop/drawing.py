@@ -1,7 +1,9 @@
-"""Draw a scene as a camera above the table sees it: uint8 `[84, 84, 3]`, in numpy, thousands of frames a second.
+"""Draw a scene as its two cameras see it: uint8 `[84, 84, 3]`, in numpy, thousands of frames a second.
 
-The view is slightly oblique: what is higher appears further up and larger, and the gripper's shadow tells where over
-the table it is. Edges are antialiased, so that a fraction of a pixel shows.
+The main camera stands over the table. Its view is slightly oblique: what is higher appears further up and larger, and
+the gripper's shadow tells where over the table it is. The wrist camera sits in the palm, looks straight down between
+the fingers and moves with them: what is beneath the gripper is in the middle, and larger the lower the gripper is.
+Edges are antialiased, so that a fraction of a pixel shows.
 """
 
 from __future__ import annotations
@@ -18,6 +20,10 @@ from vlaft.observation.images import Image
 SIZE = 84  # pixels
 _OBLIQUE = 0.55  # pixels per metre upwards, over those along the table
 _NEARER = 1.6  # growth of what is higher, per metre
+_PALM = 0.11  # height of the wrist camera over the fingertips, in metres
+_FOCAL = 45.0  # its focal length, in pixels: 86 degrees from edge to edge
+_FINGER = 0.012  # half of a finger's width, in metres
+_CHECK = 0.075  # side of the table's squares, in metres
 _ROWS, _COLUMNS = np.mgrid[:SIZE, :SIZE].astype(np.float32)
 
 
@@ -51,7 +57,7 @@ class Camera:
 
 
 def draw(scene: Scene) -> Image:
-    """Return the frame that the camera sees: uint8 `[84, 84, 3]`, RGB."""
+    """Return the frame that the main camera sees: uint8 `[84, 84, 3]`, RGB."""
     setup, camera = scene.setup, Camera.of(scene.setup)
     image = _table(camera, setup.table, setup.checker, setup.surroundings).copy()
     order = np.argsort([-camera.pixel(x, y)[1] for x, y, _ in scene.objects])[::-1]  # what is further away first
@@ -59,6 +65,19 @@ def draw(scene: Scene) -> Image:
         if index != scene.held:
             _draw_object(image, scene, camera, int(index))
     _draw_gripper(image, scene, camera)
+    return np.clip(image * setup.brightness, 0, 255).astype(np.uint8)
+
+
+def draw_wrist(scene: Scene) -> Image:
+    """Return the frame that the wrist camera sees: uint8 `[84, 84, 3]`, RGB; its columns run along the table's x."""
+    setup, wrist = scene.setup, Wrist(*(float(value) for value in scene.gripper))
+    image = _table_below(wrist, setup)
+    for index in range(len(scene.objects)):
+        if index != scene.held:
+            _draw_below(image, scene, wrist, index)
+    if scene.held is not None:
+        _draw_below(image, scene, wrist, scene.held)
+    _draw_fingers(image, scene)
     return np.clip(image * setup.brightness, 0, 255).astype(np.uint8)
 
 
@@ -71,9 +90,72 @@ def _table(camera: Camera, plain: Colour, checker: float, around: Colour) -> NDA
     inside = np.clip((REACH + 0.05 - np.maximum(abs(x), abs(y))) * camera.scale + 0.5, 0, 1)[..., None]
     table = np.asarray(plain, np.float32)
     if checker:
-        table = table + checker * (((x // 0.075 + y // 0.075) % 2) * 2 - 1)[..., None]
+        table = table + checker * (((x // _CHECK + y // _CHECK) % 2) * 2 - 1)[..., None]
     surroundings = np.asarray(around, np.float32)
     return (surroundings + (table - surroundings) * inside).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Wrist:
+    """The projection of the wrist camera: table coordinates to pixels.
+
+    Attributes:
+        x: of the gripper, in metres, and of the camera.
+        y: likewise.
+        z: height of the fingertips; the camera is higher.
+    """
+
+    x: float
+    y: float
+    z: float
+
+    def scale(self, z: float) -> float:
+        """Return pixels per metre at a height over the table."""
+        return _FOCAL / (self.z + _PALM - z)
+
+    def pixel(self, x: float, y: float, z: float = 0.0) -> tuple[float, float]:
+        """Return column and row of a point."""
+        scale, middle = self.scale(z), (SIZE - 1) / 2
+        return middle + (x - self.x) * scale, middle - (y - self.y) * scale
+
+
+def _table_below(wrist: Wrist, setup: SetUp) -> NDArray[np.float32]:
+    """Return what lies beneath objects and fingers; columns are x and rows are y, so that each is reckoned alone."""
+    scale = wrist.scale(0.0)
+    offsets = (_COLUMNS[0] - (SIZE - 1) / 2) / scale
+    along = (wrist.x + offsets, wrist.y - offsets)
+    inside_x, inside_y = (np.clip((REACH + 0.05 - abs(each)) * scale + 0.5, 0, 1) for each in along)
+    image = np.empty((SIZE, SIZE, 3), np.float32)
+    image[:] = setup.table
+    if setup.checker:
+        # 1 and -1 by turns, and in between within half a pixel of a square's edge
+        x, y = (np.clip((0.5 - abs((each / _CHECK + 0.5) % 2 - 1)) * 2 * _CHECK * scale, -1, 1) for each in along)
+        image -= (setup.checker * np.outer(y, x)).astype(np.float32)[..., None]
+    if min(inside_x.min(), inside_y.min()) < 1:
+        _blend(image, 1 - np.minimum(inside_y[:, None], inside_x), setup.surroundings)
+    return image
+
+
+def _draw_below(image: NDArray[np.float32], scene: Scene, wrist: Wrist, index: int) -> None:
+    x, y, z = (float(value) for value in scene.objects[index])
+    colour = scene.setup.objects[scene.colours[index]]
+    layers = ((0.0, 0.62), (OBJECT_HEIGHT / 2, 0.62), (OBJECT_HEIGHT, 1.06))
+    for height, light in layers:
+        u, v = wrist.pixel(x, y, z + height)
+        radius = OBJECT_RADIUS * wrist.scale(z + height)
+        if scene.setup.shape == "disc":
+            _disc(image, u, v, radius, _scaled(colour, light))
+        else:
+            _bar(image, (u - radius, u + radius), (v - 0.9 * radius, v + 0.9 * radius), _scaled(colour, light))
+
+
+def _draw_fingers(image: NDArray[np.float32], scene: Scene) -> None:
+    """Two bars from the fingertips to the palm, which is out of the picture on either side."""
+    near = _FOCAL / (_PALM - (OBJECT_HEIGHT if scene.held is not None else 0.0))  # what is held hides the tips
+    gap, half, middle = _gap(scene) * near, _FINGER * near, (SIZE - 1) / 2
+    rows = (middle - half, middle + half)
+    _bar(image, (-1.0, middle - gap), rows, _scaled(scene.setup.gripper, 0.75))
+    _bar(image, (middle + gap, float(SIZE)), rows, _scaled(scene.setup.gripper, 0.9))
 
 
 def _draw_object(image: NDArray[np.float32], scene: Scene, camera: Camera, index: int) -> None:
@@ -101,8 +183,7 @@ def _draw_gripper(image: NDArray[np.float32], scene: Scene, camera: Camera) -> N
     _disc(image, u, v, 5.0 + 10.0 * z, (0.0, 0.0, 0.0), 0.42 - 0.9 * z)
     if scene.held is not None:
         _draw_object(image, scene, camera, scene.held)
-    gap = 0.045 if scene.is_open else OBJECT_RADIUS if scene.held is not None else 0.006
-    gap = gap * camera.scale * near
+    gap = _gap(scene) * camera.scale * near
     u, v = camera.pixel(x, y, z + OBJECT_HEIGHT * 0.6)
     dark, half = _scaled(setup.gripper, 0.75), 1.5 * near
     for side in (-1.0, 1.0):
@@ -111,6 +192,11 @@ def _draw_gripper(image: NDArray[np.float32], scene: Scene, camera: Camera) -> N
     u, v = camera.pixel(x, y, z + 0.075)
     _box(image, u, v, gap + 2 * half, 2.1 * near, camera, setup.gripper)
     _disc(image, u, v, 2.3 * near, setup.lights[0 if scene.is_open else 1])
+
+
+def _gap(scene: Scene) -> float:
+    """Return half of the distance between the fingers, in metres."""
+    return 0.045 if scene.is_open else OBJECT_RADIUS if scene.held is not None else 0.006
 
 
 def _scaled(colour: Colour, factor: float) -> Colour:
@@ -148,6 +234,19 @@ def _box(
         across * np.clip(half_height + 0.5 - abs(camera.sine * right + camera.cosine * down), 0, 1),
         colour,
     )
+
+
+def _bar(image: NDArray[np.float32], columns: tuple[float, float], rows: tuple[float, float], colour: Colour) -> None:
+    """Fill a rectangle that lies along the frame's edges, from one column and row to another."""
+    (window_x, cover_x), (window_y, cover_y) = (_cover(*each) for each in (columns, rows))
+    _blend(image[window_y, window_x], np.outer(cover_y, cover_x), colour)
+
+
+def _cover(low: float, high: float) -> tuple[slice, NDArray[np.float32]]:
+    """Return which pixels of a row lie between two places, and how much of each does."""
+    first, last = max(int(low) - 1, 0), min(int(high) + 2, SIZE)
+    pixels = _COLUMNS[0, first : max(last, first)]
+    return slice(first, max(last, first)), np.clip(np.minimum(pixels + 0.5 - low, high - pixels + 0.5), 0, 1)
 
 
 def _blend(part: NDArray[np.float32], cover: NDArray[np.float32], colour: Colour) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import ArrayLike, NDArray
 
-from vlaft.environments.tabletop.drawing import SIZE, draw
+from vlaft.environments.tabletop.drawing import SIZE, draw, draw_wrist
 from vlaft.environments.tabletop.scene import CEILING, REACH, SETUP_B, Scene, SetUp, new_scene
 from vlaft.errors import DataError
 from vlaft.observation.images import Image
@@ -31,7 +31,8 @@ _Observation = dict[str, NDArray[Any]]
 class TabletopEnv(gymnasium.Env[_Observation, NDArray[np.float32]]):
     """Three objects of different colours on a table, one of which the instruction names; pick it up.
 
-    * Observation: `image`, uint8 `[84, 84, 3]`; `state`, float32 `[4]`: x, y, z in metres, gripper (1 open, 0 closed).
+    * Observation: `image` and `image_wrist`, uint8 `[84, 84, 3]`; `state`, float32 `[4]`: x, y, z in metres, gripper
+      (1 open, 0 closed).
     * Action, float32 `[7]`: x, y, z in metres, roll, pitch, yaw in radians (without effect), gripper (1 = open), as
       OpenVLA has it. Moves longer than the set-up's `max_step` are shortened.
     * `info`: `instruction`; `success`, whether the named object has been picked up; `picked_up`, which one has.
@@ -47,6 +48,7 @@ class TabletopEnv(gymnasium.Env[_Observation, NDArray[np.float32]]):
         self.observation_space = spaces.Dict(  # type: ignore[assignment]
             {
                 "image": spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8),
+                "image_wrist": spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8),
                 "state": spaces.Box(
                     np.array([-REACH, -REACH, 0, 0], np.float32), np.array([REACH, REACH, CEILING, 1], np.float32)
                 ),
@@ -94,7 +96,7 @@ class TabletopEnv(gymnasium.Env[_Observation, NDArray[np.float32]]):
         return self._observation(), float(info["success"]), ended, self._steps >= EPISODE_STEPS and not ended, info
 
     def render(self) -> Image:  # type: ignore[override]
-        """Return the frame, uint8 `[84, 84, 3]`."""
+        """Return the main camera's frame, uint8 `[84, 84, 3]`."""
         return draw(self._scene())
 
     def _scene(self) -> Scene:
@@ -105,7 +107,7 @@ class TabletopEnv(gymnasium.Env[_Observation, NDArray[np.float32]]):
     def _observation(self) -> _Observation:
         scene = self._scene()
         state = np.array([*scene.gripper, float(scene.is_open)], np.float32)
-        return {"image": draw(scene), "state": state}
+        return {"image": draw(scene), "image_wrist": draw_wrist(scene), "state": state}
 
     def _info(self) -> dict[str, Any]:
         scene = self._scene()

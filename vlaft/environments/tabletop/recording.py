@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -71,13 +72,15 @@ class Demonstration:
 
     Attributes:
         instruction: what was done.
-        frames: uint8 `[T, 84, 84, 3]`.
+        frames: uint8 `[T, 84, 84, 3]`, of the main camera.
+        wrist_frames: likewise, of the wrist camera.
         actions: float32 `[T, 7]`, as commanded, before the noise.
         states: float32 `[T, 4]`, as `TabletopEnv` observes them.
     """
 
     instruction: str
     frames: NDArray[np.uint8]
+    wrist_frames: NDArray[np.uint8]
     actions: NDArray[np.float32]
     states: NDArray[np.float32]
 
@@ -101,19 +104,21 @@ def demonstrate(
     env = TabletopEnv(setup, noise)
     generator = np.random.default_rng([seed, 1])
     observation, info = env.reset(seed=seed, options={"target": target})
-    frames, actions, states = [], [], []
+    observed: dict[str, list[NDArray[Any]]] = {name: [] for name in observation}
+    actions = []
     for number in range(EPISODE_STEPS):
         assert env.scene is not None
         action = expert_action(env.scene).astype(np.float32)
-        frames.append(observation["image"])
-        states.append(observation["state"])
+        for name, value in observation.items():
+            observed[name].append(value)
         actions.append(action)
         if number < EPISODE_STEPS // 2 and generator.random() < disturbed:  # what is left is enough to succeed
             action = _disturb(action, generator, setup.max_step)
         observation, _, terminated, truncated, _ = env.step(action)
         if terminated or truncated:
             break
-    return Demonstration(info["instruction"], np.stack(frames), np.stack(actions), np.stack(states))
+    frames, wrist_frames, states = (np.stack(observed[name]) for name in ("image", "image_wrist", "state"))
+    return Demonstration(info["instruction"], frames, wrist_frames, np.stack(actions), states)
 
 
 def _disturb(action: NDArray[np.float32], generator: np.random.Generator, limit: float) -> NDArray[np.float32]:
@@ -155,8 +160,10 @@ def record_demonstrations(path: Path, setup: SetUp, seeds: Sequence[int]) -> int
             demo.attrs["language_instruction"] = demonstration.instruction
             demo["actions"] = demonstration.actions
             demo["obs/robot_state"] = demonstration.states
-            images = demonstration.frames
-            demo.create_dataset("obs/agentview_image", data=images, chunks=(1, *images.shape[1:]), compression=4)
+            cameras = {"agentview": demonstration.frames, "robot0_eye_in_hand": demonstration.wrist_frames}
+            for camera, images in cameras.items():  # named as robomimic names them
+                chunks = (1, *images.shape[1:])
+                demo.create_dataset(f"obs/{camera}_image", data=images, chunks=chunks, compression=4)
             frames += len(demonstration.actions)
         data.attrs["total"] = frames
     return frames
