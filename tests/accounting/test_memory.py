@@ -170,7 +170,7 @@ def stored_in(folder: Path, dtype: torch.dtype) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["lora8", "full", "last-layer", "qlora32"])
+@pytest.mark.parametrize("name", ["lora8", "full", "last-layer", "qlora32", "oft-state"])
 def test_own_and_mapped_memory_are_the_live_tensors_of_a_real_step(name: str) -> None:
     if name == "qlora32":
         pytest.importorskip("bitsandbytes")

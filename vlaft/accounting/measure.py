@@ -15,8 +15,8 @@ from torch import nn
 
 from vlaft.accounting.costs import Measurement, RecipeCost
 from vlaft.accounting.memory import LABELS
-from vlaft.accounting.meta import example_inputs, example_normalization, meta_model, usual_policy
-from vlaft.accounting.step import follow_steps, trace_step
+from vlaft.accounting.meta import example_normalization, meta_model, usual_policy
+from vlaft.accounting.step import follow_steps, step_inputs, trace_step
 from vlaft.adapt.methods import SKIPPED, quantization_config
 from vlaft.errors import VlaftError
 from vlaft.model.configuration import OpenVLAConfig
@@ -79,9 +79,10 @@ def measure(recipe: RecipeConfig, config: OpenVLAConfig, cost: RecipeCost, devic
     torch.manual_seed(recipe.train.seed)
     try:
         base = random_base(config, recipe, PRECISIONS[precision.frozen], device)
-        model = make_trainable(base, recipe, precision, usual_policy(recipe, config))
+        policy = usual_policy(recipe, config)
+        model = make_trainable(base, recipe, precision, policy)
         optimizer = build_optimizer(model, recipe.train, recipe.adapt.lora.plus_ratio)
-        inputs = example_inputs(config, batch_size=batch_size, tokens=tokens, labels=LABELS, device=device)
+        inputs = step_inputs(config, policy, batch_size=batch_size, tokens=tokens, labels=LABELS, device=device)
         normalization = example_normalization(config)
         if not on_gpu:
             real = follow_steps(model, optimizer, inputs, normalization, recipe, precision)

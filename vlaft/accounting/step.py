@@ -62,13 +62,9 @@ def trace_step(
     precision = resolve_precision(recipe.precision, on_gpu)
     model, counted = trainable_without_data(recipe, config, precision, policy)
     in_recomputed_blocks(model, on_gpu)
-    # `tokens` and `labels` are those of one action of the usual arm
-    written = policy.chunk * (policy.action_size or ACTION_SIZE) - ACTION_SIZE
     traces = []
     for batch_size in batch_sizes:
-        inputs = example_inputs(
-            config, batch_size=batch_size, tokens=tokens + written, labels=labels + written, policy=policy
-        )
+        inputs = step_inputs(config, policy, batch_size=batch_size, tokens=tokens, labels=labels)
         optimizer: Any
         if on_gpu:
             optimizer = GpuOptimizer([p for p in model.parameters() if p.requires_grad], recipe.train.optimizer)
@@ -78,6 +74,22 @@ def trace_step(
         step = partial(follow_steps, forward_pass=forward_pass, steady=on_gpu)
         traces.append(step(model, optimizer, inputs, normalization, recipe, precision))
     return traces, counted
+
+
+def step_inputs(
+    config: OpenVLAConfig,
+    policy: Policy,
+    *,
+    batch_size: int,
+    tokens: int,
+    labels: int,
+    device: torch.device = META,
+) -> Inputs:
+    """Return examples for a policy; `tokens` and `labels` are those of one action of the usual arm."""
+    written = policy.chunk * (policy.action_size or ACTION_SIZE) - ACTION_SIZE
+    return example_inputs(
+        config, batch_size=batch_size, tokens=tokens + written, labels=labels + written, device=device, policy=policy
+    )
 
 
 def trainable_without_data(
