@@ -12,6 +12,8 @@ MADE: list[TwoSteps] = []
 class TwoSteps:
     """Frames of 100 x 140 pixels, brighter with the seed; done at the second step where the seed is even."""
 
+    LENGTH = 2
+
     def __init__(self) -> None:
         self.closed = 0
         self.seeds: list[int] = []
@@ -28,7 +30,7 @@ class TwoSteps:
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         self.steps += 1
         self.actions.append(action)
-        done = self.steps == 2
+        done = self.steps == self.LENGTH
         return self.observation(), 0.0, done, False, {"success": done and self.seeds[-1] % 2 == 0, "dry": np.bool_(1)}
 
     def observation(self) -> dict[str, Any]:
@@ -37,6 +39,26 @@ class TwoSteps:
 
     def close(self) -> None:
         self.closed += 1
+
+
+class TwoCameras(TwoSteps):
+    """Ten steps, seen by a wrist camera besides; the state tells the step."""
+
+    LENGTH = 10
+
+    def observation(self) -> dict[str, Any]:
+        seen = super().observation()
+        return {"image": seen["image"], "image_wrist": 255 - seen["image"], "state": np.full(3, 0.1 * self.steps)}
+
+
+class WideState(TwoCameras):
+    def observation(self) -> dict[str, Any]:
+        return super().observation() | {"state": np.zeros(7)}
+
+
+class NoState(TwoCameras):
+    def observation(self) -> dict[str, Any]:
+        return {name: value for name, value in super().observation().items() if name != "state"}
 
 
 class Chatty(TwoSteps):

@@ -6,14 +6,18 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_base import write_small_base
+from small_base import convert_small, write_small_base
+from small_run import Small, run
 from two_steps import MADE, TwoSteps
 
+from vlaft.action.execution import Execution
+from vlaft.cli.main import main
 from vlaft.environments.registry import environment_maker
 from vlaft.environments.tabletop.environment import TabletopEnv
 from vlaft.errors import CheckpointError, ConfigError, DataError, UsageError, VlaftError
@@ -26,6 +30,16 @@ from vlaft.policy import load
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights, with statistics of one dataset, `mini`."""
     return write_small_base(tmp_path_factory.mktemp("rollout") / "base")
+
+
+@pytest.fixture(scope="module")
+def chunked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose policy reads two cameras and a state of three numbers, and writes chunks of eight actions."""
+    folder = tmp_path_factory.mktemp("chunked")
+    base = write_small_base(folder / "base", "fused")
+    small = Small(base, convert_small(base, folder / "data", rich=True))
+    run(small.recipe("oft-state", "train.steps=1"), folder / "run")
+    return folder / "run"
 
 
 @pytest.fixture
@@ -137,6 +151,52 @@ def test_a_model_acts_in_a_users_environment(base: Path) -> None:
         "info": {"success": False, "dry": True},
     }
     json.dumps(found)
+
+
+def test_a_policy_of_several_cameras_a_state_and_chunks_acts(chunked: Path, tmp_path: Path) -> None:
+    def acted(model: Path, **options: Any) -> list[np.ndarray]:
+        MADE.clear()
+        evaluation = evaluate_in(str(model), "two_steps:TwoCameras", episodes=2, seed=4, **options)
+        assert [each.steps for each in evaluation.rollout.episodes] == [10, 10]
+        assert evaluation.tokens == 0  # it writes none
+        return next(env for env in MADE if env.seeds[0] == 4).actions
+
+    def chunk(step: int) -> np.ndarray:
+        frame = np.full((100, 140, 3), 40 + step, np.uint8)
+        seen = {"wrist": 255 - frame, "main": frame}  # by name, in whatever order
+        return policy.predict(seen, "push the red cube 4", state=np.full(3, 0.1 * step)).actions
+
+    policy = load(chunked)
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    np.testing.assert_allclose(acted(chunked), [*chunk(0), *chunk(8)[:2]], **close)
+    by_three = acted(chunked, execution=Execution(3))
+    np.testing.assert_allclose(by_three, [*chunk(0)[:3], *chunk(3)[:3], *chunk(6)[:3], chunk(9)[0]], **close)
+    assert len(acted(chunked, execution=Execution(ensemble=True))) == 10
+    assert main(["merge", str(chunked), "--out", str(tmp_path / "merged")]) == 0
+    np.testing.assert_allclose(acted(tmp_path / "merged"), acted(chunked), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("env", "told"),
+    [
+        ("TwoSteps", r"run: it reads the camera 'wrist', which two_steps:TwoSteps lacks \(it has: main\)"),
+        ("WideState", "run: it reads a state of 3 numbers, and two_steps:WideState observes one of 7"),
+        ("NoState", "run: it reads a state of 3 numbers, and two_steps:NoState observes none"),
+    ],
+)
+def test_an_environment_that_lacks_what_the_policy_reads(chunked: Path, env: str, told: str) -> None:
+    MADE.clear()
+    with pytest.raises(DataError, match=told):
+        evaluate_in(str(chunked), f"two_steps:{env}", episodes=1)
+    assert [each.closed for each in MADE] == [1]
+
+
+def test_more_actions_than_a_chunk_has(chunked: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for model, chunk, asked in ((chunked, 8, "9"), (base, 1, "2")):
+        words = ["evaluate", str(model), "--env", "two_steps:TwoCameras", "--episodes", "1", "--execute", asked]
+        assert main(words) == 1
+        told = capsys.readouterr().err
+        assert f"--execute {asked}: the policy writes chunks of {chunk}; give at most {chunk}" in told
 
 
 def test_the_same_seeds_give_the_same_episodes(base: Path) -> None:
