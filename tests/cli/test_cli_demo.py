@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 
 from vlaft.cli.main import main
 from vlaft.demo import steps as demo
@@ -50,6 +52,34 @@ def test_the_whole_job(little: None, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (out / "merged.json").is_file()
     assert (out / "run" / "report.json").stat().st_mtime_ns == written
     assert main(["demo", "--out", str(out), "--demos", "7", "--resume"]) == 1
+
+
+def _numbers(file: Path) -> int:
+    return sum(math.prod(tensor.shape) for tensor in load_file(file).values())
+
+
+def test_two_cameras_the_state_and_chunks(little: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--demos", "6", "--recipe", "oft-state"]) == 0
+    told = capsys.readouterr().out
+    said = (
+        "reads the main and wrist cameras and the robot's state, and writes chunks of 5 actions at once, by regression"
+    )
+    assert f"the adapted policy {said}" in told
+    page = (out / "report.html").read_text()
+    assert said.replace("'", "&#39;") in page and "tokens exactly right" not in page
+    policy = json.loads((out / "result.json").read_text())["policy"]
+    assert (policy["head"], policy["chunk"], policy["cameras"]) == ("l1", 5, ["main", "wrist"])
+    words = ["evaluate", str(out / "model-nf4"), "--env", "tabletop", "--episodes", "1", "--execute", "2", "--json"]
+    capsys.readouterr()
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["models"][0]["tokens"] == 0
+    cost = json.loads((out / "result.json").read_text())["cost"]
+    merged = {"action_head", "proprio_projector"}
+    sizes = {name: _numbers(out / "model" / f"{name}.safetensors") for name in merged}
+    adapter = _numbers(out / "run/checkpoints/step-000002/adapter_model.safetensors")
+    assert cost["trainable"] == adapter + sum(sizes.values())  # for this robot's state, which has four numbers
+    assert cost["total"] - cost["trainable"] == _numbers(out / "base/model.safetensors")
 
 
 def test_a_folder_that_is_no_demos_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from gymnasium import spaces
 
 from vlaft.demo import steps as demo
 from vlaft.demo.results import Success, mean_interval
 from vlaft.demo.steps import DemoSettings, steps
+from vlaft.environments.tabletop.environment import CONTROL_RATE, TabletopEnv
 from vlaft.recipe.resolve import recipe_names, resolve
 
 
@@ -35,9 +37,21 @@ def test_the_commands_are_those_of_the_job(tmp_path: Path) -> None:
     assert verbs[len(order) :] in ([], ["export", "evaluate"])
 
 
-def test_every_shipped_recipe_of_one_action_can_be_demonstrated() -> None:
-    acting = {name for name in recipe_names() if resolve(name).policy.chunk == 1}
-    assert set(demo.LEARNING_RATES) == acting
+def test_every_shipped_recipe_whose_cameras_the_tabletop_has_can_be_demonstrated() -> None:
+    space = TabletopEnv().observation_space
+    assert isinstance(space, spaces.Dict)
+    cameras = {"main", *(name.removeprefix("image_") for name in space if name.startswith("image_"))}
+    acting = {name for name in recipe_names() if cameras.issuperset(resolve(name).policy.cameras)}
+    assert set(demo.LEARNING_RATES) == acting == {*recipe_names()} - {"oft-film"}  # which has three
+
+
+def test_chunks_are_a_second_long(tmp_path: Path) -> None:
+    assert demo.CHUNK == CONTROL_RATE
+    for recipe in demo.LEARNING_RATES:
+        lines = [step.line for step in steps(tmp_path, DemoSettings(recipe))]
+        said = [line for line in lines if f"policy.chunk={demo.CHUNK}" in line]
+        assert len(said) == (2 if resolve(recipe).policy.chunk > 1 else 0)  # report and train
+        resolve(recipe, words=demo.TRAINING + demo.chunk_words(recipe))  # does not contradict itself
 
 
 def test_seeds_have_scenes_of_their_own(tmp_path: Path) -> None:

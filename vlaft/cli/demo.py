@@ -79,6 +79,7 @@ def _demo(out: Path, settings: DemoSettings, vlaft: Callable[[Sequence[str]], in
     with output_file(out / "report.html") as partial:
         partial.write_text(render(result), encoding="utf-8")
     show("")
+    show(f"the adapted policy {result.described}")
     show(_table(result))
     show(f"\n{out / 'report.html'} has the films, the curves and the commands.")
     show(f"next: vlaft serve {out / 'model'}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vlaft.environments.episodes import wilson_interval
 from vlaft.files import output_file
+from vlaft.recipe.settings import PolicyConfig
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ class DemoResult:
         merged: the first seed's run, merged.
         exported: that, exported to nf4; None where it could not be (bitsandbytes is missing).
         commands: in their order.
+        policy: what the adapted model reads and writes.
     """
 
     out: Path
@@ -129,6 +131,19 @@ class DemoResult:
     merged: Success
     exported: Success | None
     commands: tuple[Command, ...]
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+
+    @property
+    def described(self) -> str:
+        """What the adapted model reads and writes, as a clause."""
+        policy = self.policy
+        cameras = " and ".join(policy.cameras) + (" camera" if len(policy.cameras) == 1 else " cameras")
+        state = " and the robot's state" if policy.state else ""
+        writes = "an action token by token"
+        if policy.parallel:
+            by = "by regression" if policy.head == "l1" else "as tokens"
+            writes = f"chunks of {policy.chunk} actions at once, {by}"
+        return f"reads the {cameras}{state}, and writes {writes}"
 
 
 def mean_interval(rates: Sequence[float], episodes: int) -> tuple[float, float]:

@@ -23,18 +23,24 @@ import contextlib
 import importlib.util
 import io
 import json
+import math
 import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
+
+from safetensors import safe_open
 
 from vlaft.demo.results import Command, Cost, DemoResult, SeedResult, Success
 from vlaft.environments.tabletop import recording as recorder
 from vlaft.errors import VlaftError
 from vlaft.files import output_file, output_folder, read_json
+from vlaft.recipe.resolve import resolve
+from vlaft.recipe.settings import PolicyConfig
+from vlaft.weights.trained import ADAPTER_WEIGHTS, TRAINED_FILE
 
 DATASET = "tabletop_b"
 EVALUATION_EPISODES = 100
@@ -50,6 +56,7 @@ TRAINING = (
     BATCH_WORD,
     "train.accumulation=1",
     "train.schedule.name=cosine",
+    "train.schedule.step_size=null",
     "train.schedule.warmup_steps=20",
     "train.evaluate_every=100",
     "train.log_every=20",
@@ -66,7 +73,16 @@ LEARNING_RATES = {
     "lora64": 5e-3,
     "rslora64": 2e-3,
     "qlora32": 5e-3,
+    "oft": 2e-3,
+    "oft-state": 2e-3,
+    "qoft": 2e-3,
 }
+# What the demo says to recipes that write chunks. The tabletop acts at 5 Hz, so that 5 actions are a second, as
+# `vlaft inspect` recommends; an episode has about 11. The last 4 frames of each, where the object is grasped and
+# lifted, are examples only if the last action, to go on lifting, is repeated.
+CHUNK = 5
+CHUNK_WORDS = (f"policy.chunk={CHUNK}", "policy.tail=repeat")
+EXECUTE = 1  # of a chunk before the next is asked for: so little training makes its later actions vague (docs/demo.md)
 
 
 @dataclass(frozen=True)
@@ -138,6 +154,7 @@ def seed_folder(out: Path, seed: int) -> Path:
 def steps(out: Path, settings: DemoSettings) -> Iterator[DemoStep]:
     """Yield the demo's commands in their order; the first is to be done before the next is asked for."""
     base, recipe = out / "base", settings.recipe
+    execute = EXECUTE if chunk_words(recipe) else None
     for seed in range(1, settings.seeds + 1):
         folder = seed_folder(out, seed)
         demonstrations_from, episodes_from = scene_seeds(seed)
@@ -145,20 +162,26 @@ def steps(out: Path, settings: DemoSettings) -> Iterator[DemoStep]:
         yield converting(folder, base)
         if seed == 1:
             words = ("report", "--base", str(base), "--recipe", recipe, "--measure", "--json", BATCH_WORD)
-            yield DemoStep(words, out / "cost.json", out / "cost.json")
+            yield DemoStep((*words, *chunk_words(recipe)), out / "cost.json", out / "cost.json")
         yield acting(base, folder, "before", episodes_from, films=True)
-        yield training(recipe, LEARNING_RATES[recipe], seed, base, folder / "data", folder / "run")
-        yield acting(trained(folder), folder, "after", episodes_from, films=True)
+        run = folder / "run"
+        yield training(recipe, LEARNING_RATES[recipe], seed, base, folder / "data", run, chunk_words(recipe))
+        yield acting(trained(folder), folder, "after", episodes_from, execute=execute, films=True)
     compared = ("evaluate", str(base), str(trained(out)), "--data", str(out / "data"))
     pictures = ("--plots", str(out / "held-out"), "--overwrite", "--json")
     yield DemoStep((*compared, *pictures), out / "held-out.json", out / "held-out.json")
     yield DemoStep(("merge", str(out / "run"), "--checkpoint", "last", "--out", str(out / "model")), out / "model")
-    yield acting(out / "model", out, "merged", scene_seeds(1)[1])
+    yield acting(out / "model", out, "merged", scene_seeds(1)[1], execute=execute)
     if importlib.util.find_spec("bitsandbytes") is not None:
         yield DemoStep(
             ("export", str(out / "model"), "--out", str(out / "model-nf4"), "--to", "nf4"), out / "model-nf4"
         )
-        yield acting(out / "model-nf4", out, "exported", scene_seeds(1)[1])
+        yield acting(out / "model-nf4", out, "exported", scene_seeds(1)[1], execute=execute)
+
+
+def chunk_words(recipe: str) -> tuple[str, ...]:
+    """Return what is said to a recipe that writes chunks; nothing to others."""
+    return CHUNK_WORDS if resolve(recipe).policy.chunk > 1 else ()
 
 
 def recording(folder: Path, demonstrations: int, seed: int) -> DemoStep:
@@ -174,27 +197,33 @@ def converting(folder: Path, base: Path) -> DemoStep:
     return DemoStep((*words, "--out", str(folder / "data")), folder / "data" / "dataset.json")
 
 
-def training(recipe: str, rate: float, seed: int, base: Path, data: Path, run: Path) -> DemoStep:
-    """Return the command that trains."""
+def training(
+    recipe: str, rate: float, seed: int, base: Path, data: Path, run: Path, more: Sequence[str] = ()
+) -> DemoStep:
+    """Return the command that trains; `more` are further settings."""
     words = ("train", "--recipe", recipe, "--base", str(base), "--data", str(data), "--out", str(run))
     resume = ("--resume",) if run.exists() else ()
-    settings = (*TRAINING, f"train.learning_rate={rate:g}", f"train.seed={seed}")
+    settings = (*TRAINING, f"train.learning_rate={rate:g}", f"train.seed={seed}", *more)
     return DemoStep((*words, *resume, *settings), run / "report.json")
 
 
-def trained(folder: Path) -> Path:
-    """Return the last checkpoint of the run in a folder.
+def trained(folder: Path, steps: int | None = None) -> Path:
+    """Return the last checkpoint of the run in a folder, of the demo's number of steps or of another.
 
     Not the best by held-out L1: of five demonstrations that is mostly noise, and on the validation seeds the last one
     succeeded more often (docs/demo.md).
     """
-    return folder / "run" / "checkpoints" / f"step-{STEPS:06d}"
+    return folder / "run" / "checkpoints" / f"step-{steps or STEPS:06d}"
 
 
-def acting(model: Path, folder: Path, name: str, seed: int, *, films: bool = False) -> DemoStep:
-    """Return the command that lets a model act in the new set-up."""
+def acting(
+    model: Path, folder: Path, name: str, seed: int, *, execute: int | None = None, films: bool = False
+) -> DemoStep:
+    """Return the command that lets a model act in the new set-up; `execute` actions of each chunk, by default all."""
     words = ["evaluate", str(model), "--env", "tabletop", "--episodes", str(EVALUATION_EPISODES), "--seed", str(seed)]
     words += ["--batch-size", "50"]
+    if execute is not None:
+        words += ["--execute", str(execute)]
     if films:
         words += ["--plots", str(folder / name), "--overwrite"]
     return DemoStep((*words, "--json"), folder / f"{name}.json", folder / f"{name}.json")
@@ -267,18 +296,32 @@ def _run_step(step: DemoStep, vlaft: Callable[[Sequence[str]], int]) -> None:
 
 def read_result(out: Path, settings: DemoSettings, commands: Sequence[Command]) -> DemoResult:
     """Gather what the commands left on disk."""
+    policy = resolve(settings.recipe, words=chunk_words(settings.recipe)).policy
     data = read_json(out / "data" / "dataset.json")
     return DemoResult(
         out=out,
         recipe=settings.recipe,
         demonstrations=settings.demonstrations,
         frames=sum(data["counts"]["rows"].values()),
-        cost=Cost.from_file(out / "cost.json"),
+        cost=_cost(out, policy),
         seeds=tuple(_seed_result(out, seed) for seed in range(1, settings.seeds + 1)),
         merged=Success.from_file(out / "merged.json"),
         exported=Success.from_file(out / "exported.json") if (out / "exported.json").is_file() else None,
         commands=tuple(commands),
+        policy=policy,
     )
+
+
+def _cost(out: Path, policy: PolicyConfig) -> Cost:
+    """Return what the report says, with this robot's state: the report counts one of the usual width."""
+    cost = Cost.from_file(out / "cost.json")
+    if not policy.state:
+        return cost
+    kept = 0
+    for name in (ADAPTER_WEIGHTS, TRAINED_FILE):
+        with safe_open(trained(out) / name, framework="numpy") as file:
+            kept += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    return replace(cost, trainable=kept, total=cost.total - cost.trainable + kept)
 
 
 def _seed_result(out: Path, seed: int) -> SeedResult:
