@@ -2,15 +2,15 @@
 
     python benchmarks/tabletop_policies.py --out policies-out
 
-takes an hour or less on two idle CPU cores; the same command again goes on where it was interrupted. The same for every
+takes an hour or more on two CPU cores; the same command again goes on where it was interrupted. The same for every
 policy are demonstrations, base, rank, number of steps, batch, augmentation, schedule, and the episodes that are
-reported, whose scenes nothing was chosen by. Policies that write tokens have the demo's learning rate for `lora32`,
-which was chosen on validation scenes; those with an L1 head have the one of two that does best for `oft` there.
+reported, whose scenes nothing was chosen by. Learning rates are chosen on validation scenes: for tokens with `lora32`,
+for L1 heads with `oft`; `parallel` and `oft-state` take theirs.
 
 OUT/
   base/                     the demo's base
   validation/               demonstrations that the learning rate is chosen on
-  oft/search-RATE/          a run on them, and validation.json: its successes
+  POLICY/search-RATE/       a run on them, and validation.json: its successes; of `lora32` and `oft`
   seed-1/ ...               demonstrations of each training seed
   POLICY/seed-1/ ...        a run on these, and its successes on scenes used for nothing else: report.json of whole
                             chunks, every-step.json of a chunk asked for at every step
@@ -24,7 +24,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -35,13 +35,13 @@ from vlaft.cli.console import fail, say
 from vlaft.cli.main import main as vlaft
 from vlaft.demo.results import Success, mean_interval, overlapping, write_result
 from vlaft.demo.steps import (
+    CHUNK_BATCH,
+    CHUNK_STEPS,
     CHUNK_WORDS,
-    EXECUTE,
-    LEARNING_RATES,
-    STEPS,
     DemoStep,
     StepFailed,
     acting,
+    budget,
     converting,
     recording,
     run_steps,
@@ -75,9 +75,9 @@ class Contender:
     title: str
 
     @property
-    def searched(self) -> bool:
-        """Whether its learning rate is the one that the search chose."""
-        return self.recipe != "lora32"
+    def searched(self) -> str:
+        """Whose learning rate it has: that of the policy with its kind of head that was searched."""
+        return "lora32" if self.recipe == "lora32" else "oft"
 
 
 CONTENDERS = (
@@ -130,7 +130,9 @@ class PolicyResult:
         return mean_interval(self.every_step, self.episodes)
 
 
-def study_steps(out: Path, base: Path, demonstrations: int, seeds: int, steps: int) -> Iterator[DemoStep]:
+def study_steps(
+    out: Path, base: Path, demonstrations: int, seeds: int, steps: int, batch_size: int
+) -> Iterator[DemoStep]:
     """Yield the commands in their order; each is to be done before the next is asked for.
 
     Args:
@@ -139,41 +141,40 @@ def study_steps(out: Path, base: Path, demonstrations: int, seeds: int, steps: i
         demonstrations: per seed.
         seeds: number of training seeds.
         steps: of each training.
+        batch_size: of each step.
     """
     yield recording(out / "validation", demonstrations, VALIDATION[0])
     yield converting(out / "validation", base)
-    for rate in RATES:
-        folder = search_folder(out, rate)
-        words = (*CHUNK_WORDS, f"train.steps={steps}")
-        yield training("oft", rate, 0, base, out / "validation" / "data", folder / "run", words)
-        yield acting(trained(folder, steps), folder, "validation", VALIDATION[1], execute=EXECUTE)
+    for each in CONTENDERS:
+        for rate in RATES if each.name == each.searched else ():
+            folder, words = search_folder(out, each.name, rate), (*each.words, *budget(steps, batch_size))
+            yield training(each.recipe, rate, 0, base, out / "validation" / "data", folder / "run", words)
+            yield acting(trained(folder, steps), folder, "validation", VALIDATION[1], execute=1)
     for seed in range(1, seeds + 1):  # seed by seed, so that whatever there is compares all policies
         data, (demonstrations_from, episodes_from) = out / f"seed-{seed}", scene_seeds(seed)
         yield recording(data, demonstrations, demonstrations_from)
         yield converting(data, base)
         for each in CONTENDERS:
-            folder, words = out / each.name / f"seed-{seed}", (*each.words, f"train.steps={steps}")
+            folder, words = out / each.name / f"seed-{seed}", (*each.words, *budget(steps, batch_size))
             yield training(each.recipe, rate_of(out, each), seed, base, data / "data", folder / "run", words)
             yield acting(trained(folder, steps), folder, "report", episodes_from)
             if each.words:  # it writes chunks
                 yield acting(trained(folder, steps), folder, "every-step", episodes_from, execute=1)
 
 
-def search_folder(out: Path, rate: float) -> Path:
+def search_folder(out: Path, name: str, rate: float) -> Path:
     """Return where a candidate of the search lies."""
-    return out / "oft" / f"search-{rate:g}"
+    return out / name / f"search-{rate:g}"
 
 
-def searched(out: Path) -> dict[float, float]:
+def searched(out: Path, name: str) -> dict[float, float]:
     """Return learning rate to success on the validation scenes."""
-    return {rate: Success.from_file(search_folder(out, rate) / "validation.json").rate for rate in RATES}
+    return {rate: Success.from_file(search_folder(out, name, rate) / "validation.json").rate for rate in RATES}
 
 
 def rate_of(out: Path, contender: Contender) -> float:
     """Return a contender's learning rate; of several that do as well, the lowest."""
-    if not contender.searched:
-        return LEARNING_RATES[contender.recipe]
-    found = searched(out)
+    found = searched(out, contender.searched)
     return max(RATES, key=lambda rate: (found[rate], -rate))
 
 
@@ -228,16 +229,19 @@ def _predict(policy: Policy, observation: dict, instruction: str) -> int:
     return len(policy.predict(frames, instruction, state=state).actions)
 
 
-def markdown(comparison: Sequence[PolicyResult], search: dict[float, float], steps: int) -> str:
+def markdown(comparison: Sequence[PolicyResult], search: Mapping[str, Mapping[float, float]], trained_for: str) -> str:
     """Return the table, and what of it is certain."""
     first, seeds = comparison[0], len(comparison[0].rates)
-    told = ", ".join(f"{rate:g}: {percent(success)}" for rate, success in search.items())
+    told = [
+        f"{name}: " + ", ".join(f"{rate:g}: {percent(success)}" for rate, success in found.items())
+        for name, found in search.items()
+    ]
     columns = (
         *("policy", "reads; writes", "success, asked at every step", "each seed", "success, whole chunks", "each seed"),
         *("learning rate", "training", "actions per second, whole chunks"),
     )
     lines = [
-        f"Training seeds: {seeds}, of {steps} steps; {first.episodes} episodes each. In brackets: intervals of 95 %,"
+        f"Training seeds: {seeds}, of {trained_for}; {first.episodes} episodes each. In brackets: intervals of 95 %,"
         " Student's t over training seeds. Actions per second are those of one robot on one thread.",
         "",
         f"| {' | '.join(columns)} |",
@@ -248,7 +252,7 @@ def markdown(comparison: Sequence[PolicyResult], search: dict[float, float], ste
         "",
         *(f"- {_pair(*pair)}" for pair in combinations(comparison, 2)),
         "",
-        f"Success of `oft` on validation scenes, asked at every step, by learning rate: {told}.",
+        f"Success on validation scenes, asked at every step, by learning rate: {'; '.join(told)}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -298,7 +302,7 @@ def begin(out: Path, asked: dict[str, int]) -> None:
         partial.write_text(json.dumps(asked) + "\n", encoding="utf-8")
 
 
-def compare(out: Path, demonstrations: int, seeds: int, steps: int) -> str:
+def compare(out: Path, demonstrations: int, seeds: int, steps: int, batch_size: int) -> str:
     """Run what is not done yet and write the results; return them as Markdown.
 
     Raises:
@@ -306,10 +310,11 @@ def compare(out: Path, demonstrations: int, seeds: int, steps: int) -> str:
         VlaftError: the folder cannot be used.
     """
     with locked(out):
-        begin(out, {"demos": demonstrations, "steps": steps})
-        run_steps(study_steps(out, write_base(out), demonstrations, seeds, steps), out, vlaft, say)
+        begin(out, {"demos": demonstrations, "steps": steps, "batch-size": batch_size})
+        run_steps(study_steps(out, write_base(out), demonstrations, seeds, steps, batch_size), out, vlaft, say)
         comparison = read_comparison(out, seeds, steps)
-        text = markdown(comparison, searched(out), steps)
+        search = {name: searched(out, name) for name in ("lora32", "oft")}
+        text = markdown(comparison, search, f"{steps} steps of {batch_size} examples")
         write_result(out / "comparison.json", comparison)
         with output_file(out / "comparison.md") as partial:
             partial.write_text(text, encoding="utf-8")
@@ -322,10 +327,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("policies-out"), help="folder to write, or to go on with")
     parser.add_argument("--demos", type=int, default=50, help="demonstrations per training seed")
     parser.add_argument("--seeds", type=int, default=3, choices=range(1, 10), help="training seeds")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of each training, above the 20 of the warm-up")
+    parser.add_argument("--steps", type=int, default=CHUNK_STEPS, help="of each training, above the warm-up's 20")
+    parser.add_argument("--batch-size", type=int, default=CHUNK_BATCH, help="examples of a step")
     options = parser.parse_args()
     try:
-        print(compare(options.out, options.demos, options.seeds, options.steps))
+        print(compare(options.out, options.demos, options.seeds, options.steps, options.batch_size))
     except StepFailed as failed:
         return failed.exit_code
     except VlaftError as error:

@@ -19,6 +19,8 @@ LITTLE = ("train.steps=2", "train.batch_size=4", "train.evaluate_every=2", "trai
 def little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "TRAINING", LITTLE)
     monkeypatch.setattr(demo, "STEPS", 2)
+    monkeypatch.setattr(demo, "CHUNK_STEPS", 2)
+    monkeypatch.setattr(demo, "CHUNK_BATCH", 4)
     monkeypatch.setattr(demo, "BATCH_WORD", LITTLE[1])
     monkeypatch.setattr(demo, "EVALUATION_EPISODES", 2)
 

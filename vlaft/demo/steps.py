@@ -82,6 +82,8 @@ LEARNING_RATES = {
 # lifted, are examples only if the last action, to go on lifting, is repeated.
 CHUNK = 5
 CHUNK_WORDS = (f"policy.chunk={CHUNK}", "policy.tail=repeat")
+# The base has never written several actions at once: it takes many updates, of few examples each (docs/demo.md).
+CHUNK_STEPS, CHUNK_BATCH = 1000, 8
 EXECUTE = 1  # of a chunk before the next is asked for: so little training makes its later actions vague (docs/demo.md)
 
 
@@ -154,7 +156,8 @@ def seed_folder(out: Path, seed: int) -> Path:
 def steps(out: Path, settings: DemoSettings) -> Iterator[DemoStep]:
     """Yield the demo's commands in their order; the first is to be done before the next is asked for."""
     base, recipe = out / "base", settings.recipe
-    execute = EXECUTE if chunk_words(recipe) else None
+    chunked = bool(chunk_words(recipe))
+    execute, last = (EXECUTE, CHUNK_STEPS) if chunked else (None, STEPS)
     for seed in range(1, settings.seeds + 1):
         folder = seed_folder(out, seed)
         demonstrations_from, episodes_from = scene_seeds(seed)
@@ -166,8 +169,8 @@ def steps(out: Path, settings: DemoSettings) -> Iterator[DemoStep]:
         yield acting(base, folder, "before", episodes_from, films=True)
         run = folder / "run"
         yield training(recipe, LEARNING_RATES[recipe], seed, base, folder / "data", run, chunk_words(recipe))
-        yield acting(trained(folder), folder, "after", episodes_from, execute=execute, films=True)
-    compared = ("evaluate", str(base), str(trained(out)), "--data", str(out / "data"))
+        yield acting(trained(folder, last), folder, "after", episodes_from, execute=execute, films=True)
+    compared = ("evaluate", str(base), str(trained(out, last)), "--data", str(out / "data"))
     pictures = ("--plots", str(out / "held-out"), "--overwrite", "--json")
     yield DemoStep((*compared, *pictures), out / "held-out.json", out / "held-out.json")
     yield DemoStep(("merge", str(out / "run"), "--checkpoint", "last", "--out", str(out / "model")), out / "model")
@@ -181,7 +184,12 @@ def steps(out: Path, settings: DemoSettings) -> Iterator[DemoStep]:
 
 def chunk_words(recipe: str) -> tuple[str, ...]:
     """Return what is said to a recipe that writes chunks; nothing to others."""
-    return CHUNK_WORDS if resolve(recipe).policy.chunk > 1 else ()
+    return (*CHUNK_WORDS, *budget(CHUNK_STEPS, CHUNK_BATCH)) if resolve(recipe).policy.chunk > 1 else ()
+
+
+def budget(steps: int, batch_size: int) -> tuple[str, str]:
+    """Return the words for so many updates of so many examples."""
+    return f"train.steps={steps}", f"train.batch_size={batch_size}"
 
 
 def recording(folder: Path, demonstrations: int, seed: int) -> DemoStep:
@@ -319,7 +327,7 @@ def _cost(out: Path, policy: PolicyConfig) -> Cost:
         return cost
     kept = 0
     for name in (ADAPTER_WEIGHTS, TRAINED_FILE):
-        with safe_open(trained(out) / name, framework="numpy") as file:
+        with safe_open(trained(out, CHUNK_STEPS) / name, framework="numpy") as file:
             kept += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
     return replace(cost, trainable=kept, total=cost.total - cost.trainable + kept)
 
