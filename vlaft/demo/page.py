@@ -12,7 +12,7 @@ import numpy as np
 
 from vlaft.demo.results import DemoResult, SeedResult, Success, mean_interval, overlapping
 from vlaft.errors import DataError
-from vlaft.pages.curves import PANELS, Curves, Panel, read_curves
+from vlaft.pages.curves import Curves, Panel, panels, read_curves
 from vlaft.pages.html import ACCENT, Picture, embedded, fill_page, new_figure, plot
 
 # how an episode ended, and its colour
@@ -38,7 +38,7 @@ def render(result: DemoResult) -> str:
         means=[_mean(column) for column in columns],
         train_seconds=sum(seed.train_seconds for seed in seeds) / len(seeds),
         curves=curves,
-        curve_plots=[_curve_plot(panel, curves) for panel in CURVES if _logged(panel, curves)],
+        curve_plots=[_curve_plot(panel, curves) for panel in panels(curves) if panel.held_out] if curves else [],
         predictions=next(filter(None, map(_predictions, seeds)), None),
     )
 
@@ -148,12 +148,6 @@ def _predictions(seed: SeedResult) -> dict[str, list[Picture]] | None:
 
 _INK = "#1c2733"
 _DPI = 200  # sharp on screens of two or three pixels to the point
-CURVES = tuple(panel for panel in PANELS if panel.held_out)
-
-
-def _logged(panel: Panel, curves: Sequence[Curves]) -> bool:
-    """Return whether a run tells of it: one that writes no tokens has none that are right."""
-    return any(np.isfinite(run.train[panel.train]).any() for run in curves)
 
 
 def _curve_plot(panel: Panel, curves: Sequence[Curves]) -> Picture:
