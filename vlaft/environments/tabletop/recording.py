@@ -74,12 +74,14 @@ class Demonstration:
         frames: uint8 `[T, 84, 84, 3]`.
         actions: float32 `[T, 7]`, as commanded, before the noise.
         states: float32 `[T, 4]`, as `TabletopEnv` observes them.
+        success: whether it was done.
     """
 
     instruction: str
     frames: NDArray[np.uint8]
     actions: NDArray[np.float32]
     states: NDArray[np.float32]
+    success: bool
 
 
 def demonstrate(
@@ -110,10 +112,12 @@ def demonstrate(
         actions.append(action)
         if number < EPISODE_STEPS // 2 and generator.random() < disturbed:  # what is left is enough to succeed
             action = _disturb(action, generator, setup.max_step)
-        observation, _, terminated, truncated, _ = env.step(action)
+        observation, _, terminated, truncated, info = env.step(action)
         if terminated or truncated:
             break
-    return Demonstration(info["instruction"], np.stack(frames), np.stack(actions), np.stack(states))
+    return Demonstration(
+        info["instruction"], np.stack(frames), np.stack(actions), np.stack(states), bool(info["success"])
+    )
 
 
 def _disturb(action: NDArray[np.float32], generator: np.random.Generator, limit: float) -> NDArray[np.float32]:
