@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from processes import gone
 from repository import ROOT
 
 from vlaft.cli.main import main
@@ -48,19 +48,32 @@ def test_the_tabletop_as_a_lerobot_dataset(tmp_path: Path) -> None:
         assert 10 * np.log10(255**2 / error.mean()) > 35  # dB: H.264 with chroma at half resolution
 
 
-def test_the_dataset_does_not_depend_on_processes_or_kills(tmp_path: Path) -> None:
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_the_dataset_does_not_depend_on_processes_or_kills(how: signal.Signals, tmp_path: Path) -> None:
     words = ["record", "tabletop", "--episodes", "6", "--seed", "3", "--out"]
     assert main([*words, str(tmp_path / "here")]) == 0
     out = tmp_path / "there"
     command = [sys.executable, "-m", "vlaft", *words, str(out), "--workers", "2"]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     partial = tmp_path / "there.partial"
-    while process.poll() is None and len(list(partial.glob("tabletop-*"))) < 2:
+    while process.poll() is None and not list(partial.glob("tabletop-*")):
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    workers = children(process.pid)
+    process.send_signal(how)
+    _, told = process.communicate()
+    assert len(workers) == 2 and all(map(gone, workers))
+    if how == signal.SIGINT:
+        assert process.returncode == 130 and "Traceback" not in told
+        assert (
+            told.splitlines()[-1]
+            == "error: interrupted; give the same command again to go on, what is finished is kept"
+        )
     finished = len(list(partial.glob("tabletop-*")))
-    assert finished >= 2 and not out.exists()
+    assert finished >= 1 and not out.exists()
     done = record(RecordRequest(("tabletop",), out, episodes=6, seed=3, workers=2))
     assert finished <= done.reused <= 6 and done.episodes == 6
     assert contents(out) == contents(tmp_path / "here")

@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import two_steps
+from processes import alive, gone
 from repository import ROOT
 
 from vlaft.environments.episodes import ENDINGS, Job, run_episodes
@@ -22,23 +22,6 @@ from vlaft.environments.seats import WorkerSeat, how_many, opened_seats
 from vlaft.environments.task import Task
 from vlaft.environments.workers import Defect, Worker, WorkerDied, answered, close_workers
 from vlaft.errors import ConfigError, MissingExtra, UsageError, VlaftError
-
-
-def alive(pid: int) -> bool:
-    """Say whether a process runs; one that ended and was not waited for does not."""
-    try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-
-
-def gone(pid: int) -> bool:
-    """Wait until a process is no more."""
-    for _ in range(300):
-        if not alive(pid):
-            return True
-        time.sleep(0.1)
-    return False
 
 
 def fail_with(name: str) -> None:

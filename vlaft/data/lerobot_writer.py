@@ -116,7 +116,7 @@ def write_piece(
             _write_video(aside / f"{camera}.mp4", each, shape.fps)
     write_json(aside / "episode.json", asdict(piece), durable=False)
     aside.rename(folder / name)
-    return piece
+    return read_as(Piece, asdict(piece))  # as a later call will find it
 
 
 def read_piece(folder: Path, name: str) -> Piece | None:
@@ -321,7 +321,10 @@ def _nested(key: str, stats: Mapping[str, list[float]]) -> dict[str, Any]:
     """Return a camera's statistics as `[3, 1, 1]`, which is how LeRobot keeps them."""
     if not key.startswith("observation.images."):
         return dict(stats)
-    return {name: each if name == "count" else [[[value]] for value in each] for name, each in stats.items()}
+    return {
+        name: [int(value) for value in each] if name == "count" else [[[value]] for value in each]
+        for name, each in stats.items()
+    }
 
 
 def _flat(stats: Mapping[str, _Stats]) -> dict[str, list[float]]:

@@ -193,7 +193,8 @@ def _library() -> SimpleNamespace:
             import mujoco
             from metaworld.env_dict import ALL_V3_ENVIRONMENTS
         except ModuleNotFoundError as error:
-            raise MissingExtra("metaworld", error.name or "metaworld", "metaworld") from error
+            missing = (error.name or "metaworld").partition(".")[0]
+            raise MissingExtra("metaworld", missing, "metaworld") from error
     atexit.register(_close_kept)  # after MuJoCo's own, so that it runs before: it takes down what is drawn with
     return SimpleNamespace(mujoco=mujoco, worlds=ALL_V3_ENVIRONMENTS, experts=metaworld.policies.ENV_POLICY_MAP)
 
