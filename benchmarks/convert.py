@@ -27,7 +27,8 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from vlaft.data.codec import decode_image, encode_image
-from vlaft.data.convert.run import ConvertRequest, SourceRequest, available_cpus, convert
+from vlaft.data.convert.run import ConvertRequest, SourceRequest, convert
+from vlaft.machine import available_cpus
 from vlaft.observation.images import ImagePipeline
 
 TARGET = 0.8

@@ -22,9 +22,10 @@ import numpy as np
 from convert import write_base, write_demos
 
 from vlaft.data.codec import decode_image
-from vlaft.data.convert.run import ConvertRequest, SourceRequest, available_cpus, convert
+from vlaft.data.convert.run import ConvertRequest, SourceRequest, convert
 from vlaft.data.loader import ExampleLoader
 from vlaft.data.store import ConvertedDataset
+from vlaft.machine import available_cpus
 
 TARGET = 0.7
 

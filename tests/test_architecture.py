@@ -21,7 +21,7 @@ FLOORS = (
     ("weights", "pages"),
     ("action", "recipe"),
     ("files",),
-    ("errors", "documents", "version"),
+    ("errors", "documents", "machine", "version"),
 )
 MOST_FLOORS = 10
 MOST_LINES = 600

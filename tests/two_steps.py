@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import numpy as np
@@ -82,6 +84,26 @@ class NoSuccess(TwoSteps):
 class Interrupted(TwoSteps):
     def step(self, action: np.ndarray) -> Any:
         raise KeyboardInterrupt
+
+
+class Deadly(TwoSteps):
+    """Takes its process with it at the second step where the seed is 1."""
+
+    def step(self, action: np.ndarray) -> Any:
+        if self.seeds[-1] == 1 and self.steps == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(action)
+
+
+def stillborn() -> TwoSteps:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def with_argument(argument: str) -> TwoSteps:
+    environment = TwoSteps()
+    environment.argument = argument  # type: ignore[attr-defined]
+    return environment
 
 
 def broken() -> TwoSteps:

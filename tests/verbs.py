@@ -98,6 +98,7 @@ _CONVERT = (*_CONVERT, "steps=[]", "action_mask=[true, true, true, true, true, t
 _MERGE = ("merge", "{made}/run", "--out", "{place}/out", "--no-verify")
 _EXPORT = ("export", "{made}/model", "--out", "{place}/out")
 _HELD_OUT = ("evaluate", "{made}/run", "--data", "{made}/data", "--device", "cpu", "--limit", "2")
+_RECORD = ("record", "tabletop", "--episodes", "2", "--seed", "7", "--out", "{place}/out")
 _ACTING = ("evaluate", "{made}/model", "--env", "two_steps:TwoSteps", "--episodes", "2", "--device", "cpu")
 
 CASES = (
@@ -159,6 +160,14 @@ CASES = (
         before=(("plots", "films"),),
         parts=True,
     ),
+    Case(
+        "evaluate",
+        "--env --out",
+        (*_ACTING, "--out", "{place}/out"),
+        (*_ACTING, "--out", "{place}/out", "--resume"),
+        parts=True,
+        growing=("episodes.jsonl",),
+    ),
     Case("inspect", "--html", ("inspect", "{made}/data", "--html", "{place}/page.html")),
     Case(
         "inspect",
@@ -173,6 +182,8 @@ CASES = (
         ("plot", "{made}/begun", "--out", "{place}/curves.png", "--overwrite"),
         before=(("costs.png", "curves.png"),),
     ),
+    Case("record", "", _RECORD, kept=("out.partial",)),
+    Case("record", "--overwrite", (*_RECORD, "--overwrite"), before=(("older", "out"),), kept=("out.partial",)),
     Case("recording", "", (RECORDING, "--out", "{place}/demos.hdf5", "--episodes", "2", "--seed", "7")),
 )
 VERBS = tuple(dict.fromkeys(case.verb for case in CASES))

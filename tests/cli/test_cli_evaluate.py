@@ -89,12 +89,20 @@ def test_refused(small: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureF
         ([base, "--data", data, "--env", "tabletop"], 2, "with --data, or in an environment with --env: one of them"),
         ([base, "--data", data, "--unnorm-key", "mini"], 2, "--unnorm-key is for --env"),
         ([base, "--data", data, "--resize", "lanczos"], 2, "--resize is for --env; with --data, frames are taken"),
-        (["--data", data], 2, "Missing argument"),
+        (["--data", data], 2, "which model? name a checkpoint, a run or an adapter"),
         ([base, "--env", "tabeltop"], 2, "there is no such environment; did you mean 'tabletop'?"),
         ([base, "--env", "absent_module:make"], 2, "there is no module 'absent_module'"),
         ([base, "--env", "two_steps:make"], 2, "the module has no 'make'"),
         ([base, "--env", "two_steps:broken"], 1, "factory failed: OSError: no robot on /dev/ttyUSB0"),
         ([base, "--env", "tabletop", "--limit", "3"], 2, "--limit is for --data"),
+        ([base, "--env", "tabletop", "--env", "tabletop"], 1, "--env tabletop is named twice"),
+        ([base, "--env", "metaworld:push-v2"], 2, "has no task 'push-v2'; did you mean 'push-v3'?"),
+        ([base, "--env", "libero:libero_object"], 2, "LIBERO is not in this version of vlaft"),
+        ([base, "--env", "tabletop", "--workers", "-1"], 2, "Invalid value for '--workers'"),
+        ([base, "--data", data, "--workers", "2"], 2, "--out and --workers are for --env"),
+        ([base, "--env", "tabletop", "--resume"], 2, "name it with --out"),
+        ([base, "--env", "tabletop", "--out", str(used)], 1, "is not empty; name another folder with --out"),
+        ([base, "--env", "tabletop", "--out", "r", "--resume", "--overwrite"], 2, "contradict each other"),
         ([base, "--env", "tabletop", "--episodes", "0"], 2, "Invalid value for '--episodes'"),
         ([base, "--env", "tabletop", "--seed", "-1"], 2, "Invalid value for '--seed'"),
         ([base, "--env", "tabletop", "--plots", str(used)], 1, "is not empty; name another folder with --plots"),
@@ -122,8 +130,8 @@ def test_acting(small: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFi
     assert main([*acting(base), "--seed", "7", "--plots", str(films)]) == 0
     captured = capsys.readouterr()
     heading, row = (line.split() for line in captured.out.splitlines())
-    assert heading == ["model", "success", "95", "%", "interval", "episodes", "mean", "steps", "seconds"]
-    assert row[:-1] == [base, "50.0%", "15.0%", "to", "85.0%", "4", "2.0"]
+    assert heading == ["model", "success", "95", "%", "interval", "episodes", "mean", "steps", "ended", "by"]
+    assert row == [base, "50.0%", "15.0%", "to", "85.0%", "4", "2.0", "success", "2,", "environment", "2"]
     assert "acting in two_steps:TwoSteps: 4/4 episodes" in captured.err
     assert f"2 pictures written to {films}" in captured.err
     assert sorted(path.name for path in films.iterdir()) == ["episodes.gif", "episodes.png"]
@@ -140,10 +148,10 @@ def test_acting_as_json(small: tuple[str, str], tmp_path: Path, capsys: pytest.C
     (other / "dataset_statistics.json").write_text(json.dumps(known | {"tabletop_a": known["mini"]}))
     assert main([*acting(base, str(other), env="tabletop-a"), "--json", "--seed", "2"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert (report["env"], report["seed"]) == ("tabletop-a", 2)
+    assert (report["env"], report["seed"]) == (["tabletop-a"], 2)
     first, second = report["models"]
-    assert (first["model"], first["unnorm_key"]) == (base, "mini")
-    assert (second["model"], second["unnorm_key"]) == (str(other), "tabletop_a")
+    assert (first["model"], first["tasks"][0]["unnorm_key"]) == (base, "mini")
+    assert (second["model"], second["tasks"][0]["unnorm_key"]) == (str(other), "tabletop_a")
     for model in (first, second):
         assert model["episodes"] == len(model["outcomes"]) == 4
         assert model["successes"] == sum(each["success"] for each in model["outcomes"])
@@ -177,3 +185,29 @@ def test_acting_that_fails(small: tuple[str, str], tmp_path: Path, capsys: pytes
     assert [env.closed for env in two_steps.MADE] == [1] * 9
     assert main(["--debug", *acting(base, env="two_steps:Failing")]) == 1
     assert 'raise RuntimeError("a motor\\nis hot")' in capsys.readouterr().err
+
+
+def test_a_policy_whose_actions_do_not_fit(
+    small: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(small[0], tmp_path / "other"))
+    known = json.loads((other / "config.json").read_text())["norm_stats"]["mini"]
+    short = {key: value[:5] if isinstance(value, list) else value for key, value in known["action"].items()}
+    (other / "dataset_statistics.json").write_text(json.dumps({"tabletop_b": known | {"action": short}}))
+    assert main(["evaluate", str(other), "--env", "tabletop", "--episodes", "1"]) == 1
+    sentence = "its actions in 'tabletop_b' have 5 numbers, and tabletop takes 7 (x, y, z, roll, pitch, yaw, gripper)"
+    assert sentence in capsys.readouterr().err
+
+
+def test_environments_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--list-envs"]) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert (
+        len(lines) == 1 + 2 + 50 and lines[1].startswith("tabletop ") and "your own as module:factory" in captured.err
+    )
+    (push,) = (line for line in lines if line.startswith("metaworld:push-v3 "))
+    assert push.split("  ")[0] == "metaworld:push-v3" and push.rstrip().endswith("push the puck to the target")
+    assert main(["evaluate", "--list-envs", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert len(listed) == 52 and listed[0]["step_limit"] == 30 and listed[0]["unnorm_keys"] == ["tabletop_b"]

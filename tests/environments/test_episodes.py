@@ -101,6 +101,23 @@ def test_frames_and_actions_of_the_first_episodes_are_kept() -> None:
         assert (env.step(action)[0]["image"] == frame).all()
 
 
+def test_frames_of_the_first_successes_and_failures_are_kept_and_of_long_episodes_fewer() -> None:
+    rollout = roll_out(idle, TwoSteps, seeds=range(9), parallel=4, keep=2)
+    assert [bool(each.frames) for each in rollout.episodes] == [True] * 4 + [False] * 5
+
+    class Counting(TwoSteps):
+        def step(self, action: np.ndarray) -> Any:
+            super().step(action)
+            return self.observation(), 0.0, False, False, {"success": self.steps == 701}
+
+        def observation(self) -> Any:
+            return np.full((4, 5, 3), self.steps % 251, np.uint8)
+
+    (episode,) = roll_out(idle, Counting, seeds=[1], keep=1).episodes
+    shown = [int(frame[0, 0, 0]) for frame in episode.frames]
+    assert shown == [step % 251 for step in [*range(0, 701, 4), 701]] and len(episode.actions) == 701
+
+
 def test_instructions_are_handed_through_and_may_change() -> None:
     class Changing(TwoSteps):
         def step(self, action: np.ndarray) -> Any:
@@ -168,7 +185,10 @@ def test_success_and_max_steps_end_episodes() -> None:
             return observation, 0.0, False, False, info
 
     rollout = roll_out(idle, Endless, seeds=[0, 1], max_steps=9)
-    assert [(each.success, each.steps) for each in rollout.episodes] == [(True, 2), (False, 9)]
+    found = [(each.success, each.steps, each.ended) for each in rollout.episodes]
+    assert found == [(True, 2, "success"), (False, 9, "step limit")]
+    assert [each.ended for each in roll_out(idle, TwoSteps, seeds=[0, 1]).episodes] == ["success", "environment"]
+    assert roll_out(idle, lambda: TabletopEnv(SETUP_A), seeds=[0]).episodes[0].ended == "step limit"  # its own
 
 
 def test_large_frames_are_kept_smaller() -> None:

@@ -22,7 +22,7 @@ from vlaft.environments.registry import environment_maker
 from vlaft.environments.tabletop.environment import TabletopEnv
 from vlaft.errors import CheckpointError, ConfigError, DataError, UsageError, VlaftError
 from vlaft.evaluation import rollout as module
-from vlaft.evaluation.rollout import evaluate_in, write_pictures
+from vlaft.evaluation.rollout import evaluate_in, pictures
 from vlaft.policy import load
 
 
@@ -78,16 +78,20 @@ def test_a_module_of_the_working_folder(here: Path) -> None:
     assert isinstance(environment, TwoSteps)
     assert sys.path == [*before, str(here)]  # at the end: a file of the folder hides no package from others
     assert environment_maker("two_steps:TwoSteps") is TwoSteps
+    assert environment_maker("two_steps:with_argument:left: fast")().argument == "left: fast"  # type: ignore[attr-defined]
     assert sys.path == [*before, str(here)]
 
 
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("tabeltop", r"--env tabeltop: there is no such environment; did you mean 'tabletop'\? \(tabletop, tabletop-a"),
+        ("tabeltop", r"tabeltop: there is no such environment; did you mean 'tabletop'\? \(tabletop, tabletop-a"),
         ("tabletop_b", "did you mean 'tabletop-b'"),
         ("", "there is no such environment"),
         ("two_steps", "or your own as module:factory"),
+        ("two_steps:with_argument:", "there is no such environment"),
+        ("metaworld:push", "Meta-World has no task 'push'; did you mean 'push-v3'"),
+        ("libero:libero_object:3", "LIBERO is not in this version"),
         ("two_steps:", "there is no such environment"),
         (":make", "there is no such environment"),
         (".two_steps:make", "there is no such environment"),
@@ -131,9 +135,13 @@ def test_a_model_acts_in_a_users_environment(base: Path) -> None:
     assert [(each.seed, each.success, each.steps) for each in episodes] == [
         (seed, seed % 2 == 0, 2) for seed in range(10, 15)
     ]
-    assert evaluation.rollout.success_rate == 0.6 and told == [1] * 5 and evaluation.unnorm_key == "mini"
+    assert (
+        evaluation.rollout.success_rate == 0.6
+        and told == [1] * 5
+        and evaluation.unnorm_keys == {"two_steps:TwoSteps": "mini"}
+    )
     assert [env.closed for env in MADE] == [1, 1]
-    assert len(episodes[0].frames) == 3 and not episodes[1].frames
+    assert [len(each.frames) for each in episodes] == [3, 3, 0, 0, 0]  # the first success, the first failure
     # what the environment was given is what the model predicts for its frame and its instruction
     frame = np.full((100, 140, 3), 100, np.uint8)
     expected = load(base).predict(frame, "push the red cube 10").action
@@ -144,9 +152,11 @@ def test_a_model_acts_in_a_users_environment(base: Path) -> None:
     assert (found["episodes"], found["successes"], found["success_rate"]) == (5, 3, 0.6)
     assert found["interval"] == list(evaluation.rollout.interval)
     assert found["outcomes"][1] == {
+        "task": "two_steps:TwoSteps",
         "seed": 11,
         "instruction": "push the red cube 11",
         "success": False,
+        "ended": "environment",
         "steps": 2,
         "info": {"success": False, "dry": True},
     }
@@ -216,7 +226,7 @@ def test_whose_statistics(base: Path, tmp_path: Path) -> None:
     options = {"episodes": 1, "keep": 1}
 
     def key(env: str, unnorm_key: str | None = None, model: Path = merged) -> str:
-        return evaluate_in(str(model), env, unnorm_key=unnorm_key, **options).unnorm_key  # type: ignore[arg-type]
+        return evaluate_in(str(model), env, unnorm_key=unnorm_key, **options).unnorm_keys[env]  # type: ignore[arg-type]
 
     assert key("tabletop") == "tabletop_b" and key("tabletop-a") == "tabletop_a"
     assert key("tabletop", "mini") == "mini"
@@ -241,6 +251,8 @@ def test_what_is_wrong_shows_before_a_model_is_loaded(base: Path, monkeypatch: p
         evaluate_in(str(base), "table")
     with pytest.raises(VlaftError, match="factory failed: OSError: no robot on /dev/ttyUSB0"):
         evaluate_in(str(base), "two_steps:broken")
+    with pytest.raises(ConfigError, match="--env tabletop is named twice"):
+        evaluate_in(str(base), ["tabletop", "tabletop"])
     for options, told in [({"episodes": 0}, "no episodes"), ({"seed": -1}, "-1 is no seed"), ({"parallel": 0}, "few")]:
         with pytest.raises(ConfigError, match=told):
             evaluate_in(str(base), "tabletop", **options)  # type: ignore[arg-type]
@@ -272,17 +284,26 @@ def test_models_that_go_wrong(base: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_pictures(base: Path, tmp_path: Path) -> None:
-    evaluations = [evaluate_in(str(base), "two_steps:TwoSteps", episodes=3, keep=keep) for keep in (2, 1)]
     out = tmp_path / "films"
-    assert [path.name for path in write_pictures(out, evaluations)] == [
-        "episodes-1-base.gif", "episodes-1-base.png", "episodes-2-base.gif", "episodes-2-base.png"
-    ]  # fmt: skip
+    out.mkdir()
     (out / "notes.png").write_text("mine")
-    files = write_pictures(out, evaluations[:1])
-    assert [path.name for path in files] == ["episodes.gif", "episodes.png"]
-    assert sorted(path.name for path in out.iterdir()) == ["episodes.gif", "episodes.png", "notes.png"]
-    with Image.open(files[0]) as film:
+    (out / "episodes-2-of_before.png").write_text("old")
+    several, one, none = (
+        evaluate_in(str(base), "two_steps:TwoSteps", episodes=episodes, keep=keep).rollout.episodes
+        for episodes, keep in ((5, 1), (1, 1), (1, 0))
+    )
+    with pictures(out) as drawn:
+        drawn.add("", several)
+        drawn.add("nothing", none)
+        drawn.add("1-base-two_steps:TwoSteps", one)
+    names = ["episodes.gif", "episodes.png", *[f"episodes-1-base-two_steps-TwoSteps.{kind}" for kind in ("gif", "png")]]
+    assert drawn.names == names
+    assert sorted(path.name for path in out.iterdir()) == sorted([*names, "notes.png"])
+    with Image.open(out / "episodes.gif") as film:
         assert film.size == (2 * 252 + 4, 180 + 30)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(VlaftError, match=r"films cannot be written, since .*file is a file"):
-        write_pictures(tmp_path / "file/films", evaluations)
+    with (
+        pytest.raises(VlaftError, match=r"films cannot be written, since .*file is a file"),
+        pictures(tmp_path / "file/films"),
+    ):
+        raise AssertionError("opened")

@@ -60,12 +60,12 @@ def _console_class() -> type[Console]:
 @functools.cache  # one for all, so that a message written during a progress bar does not tear it
 def stderr_console() -> Console:
     """Return the console for people: messages, warnings, progress."""
-    return _console_class()(stderr=True)
+    return _console_class()(stderr=True, emoji=False)
 
 
 def stdout_console() -> Console:
     """Return the console for results."""
-    return _console_class()(file=sys.stdout, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    return _console_class()(file=sys.stdout, emoji=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
 def say(text: str) -> None:

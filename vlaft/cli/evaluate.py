@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,9 +17,10 @@ from vlaft.cli.arguments import AsJson, Base, CenterCrop, Device, Overwrite, Res
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from vlaft.action.execution import Execution
     from vlaft.action.metrics import ActionMetrics, DimensionMetrics
+    from vlaft.environments.episodes import EpisodeOutcome
     from vlaft.evaluation.offline import Evaluation
-    from vlaft.evaluation.rollout import RolloutEvaluation
 
 _METRICS = {  # attribute to the heading of its column
     "token_accuracy": "accuracy",
@@ -32,24 +34,27 @@ _METRICS = {  # attribute to the heading of its column
 
 def evaluate(
     models: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="MODEL...",
             help="Checkpoint (folder or Hub id), run, run checkpoint, or adapter; policy.KEY=VALUE among them is what"
             " a folder of OpenVLA-OFT's does not tell.",
             show_default=False,
         ),
-    ],
+    ] = None,
     data: Annotated[
         list[Path] | None,
         typer.Option("--data", help="Folder that `vlaft convert` wrote; may be given again.", show_default=False),
     ] = None,
     env: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            "--env", help="Environment to act in: tabletop, tabletop-a, or module:factory.", show_default=False
+            "--env",
+            help="Environment to act in: tabletop, metaworld:TASK, or module:factory; may be given again.",
+            show_default=False,
         ),
     ] = None,
+    list_envs: Annotated[bool, typer.Option("--list-envs", help="List the environments, and stop.")] = False,
     split: Annotated[str, typer.Option("--split", help="val or train.")] = "val",
     limit: Annotated[
         int | None, typer.Option("--limit", help="At most so many examples, evenly spread.", min=1, show_default=False)
@@ -58,14 +63,30 @@ def evaluate(
         Path | None,
         typer.Option("--plots", help="Folder for pictures: trajectories and errors, or films.", show_default=False),
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="With --env: folder for the results, a line for each finished episode.", show_default=False
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in --out.")] = False,
     overwrite: Overwrite = False,
     batch_size: Annotated[
         int, typer.Option("--batch-size", help="Examples per forward pass, or environments side by side.", min=1)
     ] = 16,
-    episodes: Annotated[int, typer.Option("--episodes", help="With --env: how many.", min=1)] = 100,
+    episodes: Annotated[int, typer.Option("--episodes", help="With --env: how many of each task.", min=1)] = 100,
     seed: Annotated[
         int, typer.Option("--seed", help="With --env: of the first episode; the others follow.", min=0)
     ] = 0,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers",
+            help="With --env: processes with an environment each, 0 for none; by default by the environment.",
+            min=0,
+            show_default=False,
+        ),
+    ] = None,
     unnorm_key: Annotated[
         str | None, typer.Option("--unnorm-key", help="With --env: statistics to use.", show_default=False)
     ] = None,
@@ -97,35 +118,45 @@ def evaluate(
     from vlaft.cli.console import print_json, progress, say, show, warn
     from vlaft.errors import UsageError, VlaftError
 
-    if (env is None) == (not data):
+    if list_envs:
+        list_environments(as_json)
+        return
+    if (not env) == (not data):
         raise UsageError("evaluate on demonstrations with --data, or in an environment with --env: one of them")
-    if env is not None and limit is not None:
+    if env and limit is not None:
         raise UsageError("--limit is for --data; with --env, say how many with --episodes")
-    if env is None and (execute is not None or ensemble):
+    if not env and (execute is not None or ensemble):
         raise UsageError("--execute and --ensemble are for --env; with --data, every action of a chunk is compared")
-    if env is None and unnorm_key is not None:
+    if not env and unnorm_key is not None:
         raise UsageError("--unnorm-key is for --env; with --data, statistics are those of the dataset's name")
-    if env is None and resize is not None:
+    if not env and resize is not None:
         raise UsageError("--resize is for --env; with --data, frames are taken as vlaft convert stored them")
+    if not env and (out is not None or workers is not None):
+        raise UsageError("--out and --workers are for --env; with --data, --json prints what --out would hold")
+    if resume and out is None:
+        raise UsageError("--resume goes on with what is in a folder of results: name it with --out")
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite contradict each other; give one of them")
     if plots is not None and plots.exists() and not plots.is_dir():
         raise VlaftError(f"{plots} is a file; --plots needs a folder")
-    if plots is not None and not overwrite and plots.is_dir() and any(plots.iterdir()):
+    if plots is not None and not (overwrite or resume) and plots.is_dir() and any(plots.iterdir()):
         raise VlaftError(f"{plots} is not empty; name another folder with --plots, or give --overwrite")
     from vlaft.evaluation.offline import check_models
 
+    models = models or []
     policy = parse_policy([word for word in models if word.startswith("policy.") and "=" in word])
     models = [word for word in models if not (word.startswith("policy.") and "=" in word)]
     if not models:
         raise UsageError("which model? name a checkpoint, a run or an adapter")
     chunk = check_models(models, policy, base)
-    if env is not None:
+    if env:
         from vlaft.action.execution import Execution
 
         execution = Execution(execute, ensemble)
-        options: dict[str, Any] = {"unnorm_key": unnorm_key, "dtype": dtype, "device": device, "base": base}
-        options |= {"execution": execution, "settings": policy}
-        options |= {"center_crop": center_crop, "resize": resize}
-        in_environment(models, env, episodes, seed, batch_size, plots, as_json, options)
+        pipeline = {"center_crop": center_crop, "resize": resize}
+        acting = Acting(models, env, episodes, seed, execution, unnorm_key, dtype, device, base, policy, pipeline)
+        results = acting.run(batch_size, workers, plots, out, resume, overwrite)
+        print_json(results) if as_json else show(successes(results))
         return
     from vlaft.data.held_out import HeldOut
     from vlaft.evaluation.offline import evaluate as run_evaluation
@@ -178,67 +209,144 @@ def evaluate(
             warn(f"{evaluation.model} {sentence}")
 
 
-def in_environment(
-    models: Sequence[str],
-    env: str,
-    episodes: int,
-    seed: int,
-    parallel: int,
-    plots: Path | None,
-    as_json: bool,
-    options: dict[str, Any],
-) -> None:
-    """Let models act in an environment, and print how often each succeeded."""
-    from vlaft.cli.console import print_json, progress, say, show, warn
-    from vlaft.evaluation.rollout import KEPT, evaluate_in, write_pictures
-
-    done = []
-    # what an environment prints must not come between the results
-    with (
-        progress(f"acting in {env}", total=episodes * len(models), unit="episodes") as advance,
-        contextlib.redirect_stdout(sys.stderr),
-    ):
-        for model in models:
-            done.append(
-                evaluate_in(
-                    model,
-                    env,
-                    episodes=episodes,
-                    seed=seed,
-                    parallel=parallel,
-                    keep=KEPT if plots is not None else 0,
-                    advance=partial(advance, note=model),
-                    **options,
-                )
-            )
-    for each in done:
-        if each.non_action_tokens:
-            warn(
-                f"{each.model}: {each.non_action_tokens:,} of {each.tokens:,} tokens stand for no action, and were"
-                " acted on as full moves"
-            )
-    if as_json:
-        print_json({"env": env, "seed": seed, "models": [each.to_json() for each in done]})
-    else:
-        show(_successes(done))
-    if plots is not None:
-        files = write_pictures(plots, done)
-        say(f"{len(files)} pictures written to {plots}")
-
-
-def _successes(evaluations: Sequence[RolloutEvaluation]) -> Table:
+def list_environments(as_json: bool) -> None:
+    """Print what ships with vlaft: names, cameras, actions, limits, what is to be done."""
     from rich.table import Table
 
-    table = Table("model", box=None, pad_edge=False)
-    for heading in ("success", "95 % interval", "episodes", "mean steps", "seconds"):
-        table.add_column(heading, justify="right")
-    for each in evaluations:
-        rollout = each.rollout
-        low, high = rollout.interval
-        count = len(rollout.episodes)
-        steps = sum(episode.steps for episode in rollout.episodes) / count
-        rate, interval = f"{rollout.success_rate:.1%}", f"{low:.1%} to {high:.1%}"
-        table.add_row(each.model, rate, interval, f"{count}", f"{steps:.1f}", f"{rollout.seconds:.1f}")
+    from vlaft.cli.console import print_json, say, show
+    from vlaft.environments.registry import shipped_tasks
+
+    tasks = shipped_tasks()
+    if as_json:
+        print_json([task.described() for task in tasks])
+        return
+    table = Table("--env", box=None, pad_edge=False)
+    for heading in ("cameras", "action", "steps", "what is to be done"):
+        table.add_column(heading, justify="right" if heading == "steps" else "left")
+    for task in tasks:
+        widths = " or ".join(str(len(names)) for names in task.actions)
+        steps = f"{task.step_limit}" + (f" + {task.waiting_steps}" if task.waiting_steps else "")
+        table.add_row(
+            task.name, ", ".join(task.cameras or ()), widths, steps, task.instruction or "(each episode says it)"
+        )
+    show(table)
+    say("and your own as module:factory, or module:factory:argument; metaworld alone stands for all its tasks")
+
+
+@dataclass(frozen=True)
+class Acting:
+    """Models that are to act in environments, and how."""
+
+    models: Sequence[str]
+    envs: Sequence[str]
+    episodes: int
+    seed: int
+    execution: Execution
+    unnorm_key: str | None
+    dtype: str | None
+    device: str
+    base: str | None
+    settings: Mapping[str, Any]
+    pipeline: Mapping[str, Any]
+
+    def run(
+        self,
+        parallel: int,
+        workers: int | None,
+        plots: Path | None,
+        out: Path | None,
+        resume: bool,
+        overwrite: bool,
+    ) -> dict[str, Any]:
+        """Let them act; print tables, draw pictures, and return everything."""
+        from vlaft.cli.console import progress, say, warn
+        from vlaft.evaluation.journal import opened_journal
+        from vlaft.evaluation.rollout import KEPT, evaluate_in, pictures, tasks_of
+
+        tasks, done = tasks_of(self.envs), []
+        total = self.episodes * len(tasks) * len(self.models)
+        with contextlib.ExitStack() as stack:
+            journal = None
+            if out is not None:
+                journal = stack.enter_context(opened_journal(out, self.request(), resume=resume, overwrite=overwrite))
+            drawn = None if plots is None else stack.enter_context(pictures(plots))
+            # what an environment prints must not come between the results
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+            advance = stack.enter_context(progress(f"acting in {', '.join(self.envs)}", total=total, unit="episodes"))
+            for number, model in enumerate(self.models, 1):
+
+                def draw(task: str, outcomes: list[EpisodeOutcome], number: int = number, model: str = model) -> None:
+                    if drawn is not None:
+                        names = [f"{number}-{Path(model).resolve().name}"] * (len(self.models) > 1)
+                        drawn.add("-".join(names + [task] * (len(tasks) > 1)), outcomes)
+
+                done.append(
+                    evaluate_in(
+                        model,
+                        self.envs,
+                        episodes=self.episodes,
+                        seed=self.seed,
+                        parallel=parallel,
+                        workers=workers,
+                        keep=KEPT if drawn is not None else 0,
+                        execution=self.execution,
+                        unnorm_key=self.unnorm_key,
+                        dtype=self.dtype,
+                        device=self.device,
+                        base=self.base,
+                        settings=self.settings,
+                        **self.pipeline,
+                        journal=journal,
+                        advance=partial(advance, note=model),
+                        task_done=draw,
+                        told=warn,
+                    )
+                )
+            results = {"env": list(self.envs), "seed": self.seed, "models": [each.to_json() for each in done]}
+            if journal is not None:
+                journal.finish(results)
+        for each in done:
+            if each.non_action_tokens:
+                warn(
+                    f"{each.model}: {each.non_action_tokens:,} of {each.tokens:,} tokens stand for no action, and were"
+                    " acted on as full moves"
+                )
+        if out is not None:
+            say(f"results written to {out}")
+        if drawn is not None:
+            say(f"{len(drawn.names)} pictures written to {plots}")
+        return results
+
+    def request(self) -> dict[str, Any]:
+        """Return the words that say what is acted: whoever goes on has to give the same."""
+        own = {"execute": self.execution.actions, "ensemble": self.execution.ensemble}
+        words = {key: getattr(self, key) for key in ("seed", "unnorm_key", "dtype", "base")}
+        return {
+            **words,
+            **self.pipeline,
+            "policy": dict(self.settings),
+            "models": list(self.models),
+            "envs": list(self.envs),
+            **own,
+        }
+
+
+def successes(results: Mapping[str, Any]) -> Table:
+    """Return the table of what `Acting.run` found: a row for each task, and where there are several a total."""
+    from rich.table import Table
+
+    several = len(results["models"][0]["tasks"]) > 1
+    table = Table("model", *["task"] * several, box=None, pad_edge=False)
+    for heading in ("success", "95 % interval", "episodes", "mean steps", "ended by"):
+        table.add_column(heading, justify="left" if heading == "ended by" else "right")
+    for model in results["models"]:
+        rows = [(each["task"], each) for each in model["tasks"]]
+        for task, each in [*rows, *[("all", model)] * several]:
+            low, high = each["interval"]
+            rate, interval = f"{each['success_rate']:.1%}", f"{low:.1%} to {high:.1%}"
+            ended = ", ".join(f"{ending} {count}" for ending, count in each["ended"].items())
+            names = [model["model"], *[task] * several]
+            table.add_row(*names, rate, interval, f"{each['episodes']}", f"{each['mean_steps']:.1f}", ended)
     return table
 
 

@@ -27,6 +27,7 @@ from vlaft.cli import (
     plot,
     predict,
     recipes,
+    record,
     report,
     serve,
     train,
@@ -44,6 +45,7 @@ app = typer.Typer(
 )
 app.add_typer(recipes.app, name="recipes")
 app.command("demo")(demo.demo)
+app.command("record")(record.record)
 app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.command("report")(report.report)

@@ -13,7 +13,7 @@ Any Gymnasium environment will do that keeps to this:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -45,11 +45,13 @@ class Moment:
         frames: camera to frame, uint8 `[H, W, 3]`; the main camera's first.
         instruction: what is to be done.
         state: float32 `[S]`, as the environment observes it; None where it observes none.
+        task: name of the task that it belongs to.
     """
 
     frames: Mapping[str, Image]
     instruction: str
     state: NDArray[np.float32] | None = None
+    task: str = ""
 
     @property
     def frame(self) -> Image:
@@ -64,12 +66,14 @@ class Outcome:
     Attributes:
         moment: what can be seen afterwards.
         ended: whether the environment ended the episode.
+        truncated: whether it did so because a limit was reached.
         success: whether what was to be done has been done.
         info: of `info`, what is text, number or truth value.
     """
 
     moment: Moment
     ended: bool
+    truncated: bool
     success: bool
     info: dict[str, Any]
 
@@ -89,14 +93,39 @@ def opened_environments(make: Callable[[], Environment], count: int) -> Iterator
     environments: list[Environment] = []
     try:
         for _ in range(count):
-            environments.append(_made(make, environments))
+            environments.append(made(make, environments))
         yield environments
     finally:
         for environment in environments:
-            try:
-                getattr(environment, "close", lambda: None)()
-            except Exception as error:  # what was found before counts
-                _log.warning("an environment could not be closed (%s)", described(error))
+            close(environment)
+
+
+def made(make: Callable[[], Environment], before: Sequence[Environment]) -> Environment:
+    """Make an environment, another one than those `before`.
+
+    Raises:
+        DataError: what it makes is no single environment, or one of those before.
+        VlaftError: it fails.
+    """
+    from gymnasium.vector import VectorEnv
+
+    with _told("factory"):
+        environment = make()
+    if not (callable(getattr(environment, "reset", None)) and callable(getattr(environment, "step", None))):
+        raise DataError(f"the environment's factory makes no environment, but {type(environment).__name__}")
+    if isinstance(environment, VectorEnv):
+        raise DataError("the environment's factory makes a vector of environments; make a single one")
+    if any(environment is other for other in before):
+        raise DataError("the environment's factory gives the same one twice; make a new one, or use --batch-size 1")
+    return environment
+
+
+def close(environment: Environment) -> None:
+    """Close an environment that can be closed; one that fails at it is told of."""
+    try:
+        getattr(environment, "close", lambda: None)()
+    except Exception as error:  # what was found before counts
+        _log.warning("an environment could not be closed (%s)", described(error))
 
 
 def begin(environment: Environment, seed: int) -> Moment:
@@ -136,6 +165,7 @@ def step(environment: Environment, action: NDArray[np.float32], seed: int, numbe
     return Outcome(
         moment=_moment(observation, said if isinstance(said, str) else instruction),
         ended=_truth(terminated, "terminated") or _truth(truncated, "truncated"),
+        truncated=_truth(truncated, "truncated"),
         success=_success(info),
         info=_plain(info),
     )
@@ -155,20 +185,6 @@ def _told(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise VlaftError(f"the environment's {what} failed: {described(error)} (--debug shows where)") from error
-
-
-def _made(make: Callable[[], Environment], before: list[Environment]) -> Environment:
-    from gymnasium.vector import VectorEnv
-
-    with _told("factory"):
-        environment = make()
-    if not (callable(getattr(environment, "reset", None)) and callable(getattr(environment, "step", None))):
-        raise DataError(f"the environment's factory makes no environment, but {type(environment).__name__}")
-    if isinstance(environment, VectorEnv):
-        raise DataError("the environment's factory makes a vector of environments; make a single one")
-    if any(environment is other for other in before):
-        raise DataError("the environment's factory gives the same one twice; make a new one, or use --batch-size 1")
-    return environment
 
 
 def _parts(answer: Any, method: str, names: tuple[str, ...]) -> tuple[Any, ...]:

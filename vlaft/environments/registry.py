@@ -1,4 +1,7 @@
-"""Environments by name: `tabletop`, or `module:factory` for one of the user's own."""
+"""Environments by name: `tabletop`, `metaworld:TASK`, or `module:factory` for one of the user's own.
+
+A name stands for one task or for several: `metaworld` for all of Meta-World's.
+"""
 
 from __future__ import annotations
 
@@ -7,48 +10,136 @@ import importlib
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vlaft.environments.interface import Environment, described
-from vlaft.environments.tabletop.scene import SETUP_A, SETUP_B
+from vlaft.environments.metaworld import tasks as metaworld
+from vlaft.environments.tabletop.scene import SETUP_A, SETUP_B, SetUp
+from vlaft.environments.task import Expert, ExpertEpisode, Task
 from vlaft.errors import UsageError, VlaftError, did_you_mean
 
 
-def environment_maker(name: str) -> Callable[[], Environment]:
-    """Return what makes an environment of a name.
+def tasks_named(name: str) -> tuple[Task, ...]:
+    """Return the tasks that a name stands for; nothing is made yet.
 
     Args:
-        name: `tabletop` (or `tabletop-b`, the demo's new robot; `tabletop-a`, where its base comes from), or
-            `module:factory`, a callable without arguments that returns an environment (see
-            `vlaft.environments.interface`); the module is looked for in the working folder too.
+        name: `tabletop` (or `tabletop-b`, the demo's new robot; `tabletop-a`, where its base comes from);
+            `metaworld:TASK`, or `metaworld` for all of its tasks; or `module:factory` or `module:factory:argument`, a
+            callable that returns an environment (see `vlaft.environments.interface`) and takes no argument, or this
+            text; the module is looked for in the working folder too.
 
     Raises:
         UsageError: there is none of that name.
         VlaftError: its module cannot be imported.
     """
-    if name in _SHIPPED:
-        from vlaft.environments.tabletop.environment import TabletopEnv
-
-        return lambda: TabletopEnv(_SHIPPED[name])
+    world, _, argument = name.partition(":")
+    if name in _TABLETOPS:
+        return (_tabletop(name),)
+    if world == "metaworld":
+        return _metaworld(name, argument)
+    if world == "libero":
+        raise UsageError(f"{name}: LIBERO is not in this version of vlaft; --list-envs says what is")
     match = _FACTORY.fullmatch(name)
     if match is None:
         raise UsageError(
-            f"--env {name}: there is no such environment{did_you_mean(name, [*_SHIPPED])}"
-            " (tabletop, tabletop-a, or your own as module:factory)"
+            f"{name}: there is no such environment{did_you_mean(name, [*_TABLETOPS, 'metaworld'])}"
+            " (tabletop, tabletop-a, metaworld:TASK, or your own as module:factory)"
         )
+    return (Task(name, _own(name, match)),)
+
+
+def environment_maker(name: str) -> Callable[[], Environment]:
+    """Return what makes an environment of a name, as `tasks_named` takes it; of several tasks, that of the first.
+
+    Raises:
+        UsageError: there is none of that name.
+        VlaftError: its module cannot be imported.
+    """
+    return tasks_named(name)[0].make
+
+
+def shipped_tasks() -> tuple[Task, ...]:
+    """Return every task that ships with vlaft."""
+    return (*map(_tabletop, ("tabletop", "tabletop-a")), *_metaworld("metaworld", ""))
+
+
+def _tabletop(name: str) -> Task:
+    from vlaft.environments.tabletop.environment import CONTROL_RATE, EPISODE_STEPS, TabletopEnv
+
+    setup = _TABLETOPS[name]
+    return Task(
+        name,
+        lambda: TabletopEnv(setup),
+        cameras=("main", "wrist"),
+        actions=(OPENVLA_ACTION,),
+        unnorm_keys=(setup.name,),
+        step_limit=EPISODE_STEPS,
+        expert=Expert(
+            partial(_tabletop_expert, setup), CONTROL_RATE, OPENVLA_ACTION, ("x", "y", "z", "gripper"), setup.name
+        ),
+    )
+
+
+def _tabletop_expert(setup: SetUp, seed: int, disturbed: float | None) -> ExpertEpisode:
+    """Return the expert's episode; each of the colours in turn."""
+    from vlaft.environments.tabletop.recording import DISTURBED, demonstrate
+
+    colours = list(setup.objects)
+    shown = demonstrate(
+        setup, seed, colours[seed % len(colours)], disturbed=DISTURBED if disturbed is None else disturbed
+    )
+    frames = {"main": shown.frames, "wrist": shown.wrist_frames}
+    return ExpertEpisode(shown.instruction, shown.success, frames, shown.actions, shown.states)
+
+
+def _metaworld(name: str, argument: str) -> tuple[Task, ...]:
+    known = metaworld.INSTRUCTIONS
+    if argument and argument not in known:
+        near = did_you_mean(argument, [*known]) or "; --list-envs names them"
+        raise UsageError(f"{name}: Meta-World has no task '{argument}'{near}")
+    return tuple(_metaworld_task(task) for task in ([argument] if argument else known))
+
+
+def _metaworld_task(task: str) -> Task:
+    from vlaft.environments.metaworld.environment import MetaWorldEnv, as_openvla, demonstrate
+
+    return Task(
+        f"metaworld:{task}",
+        partial(MetaWorldEnv, task),
+        cameras=metaworld.CAMERAS,
+        instruction=metaworld.INSTRUCTIONS[task],
+        actions=(metaworld.ACTION, OPENVLA_ACTION),
+        unnorm_keys=(f"metaworld_{task.replace('-', '_')}", "metaworld"),
+        step_limit=metaworld.EPISODE_STEPS,
+        memory=metaworld.MEMORY,
+        expert=Expert(
+            partial(demonstrate, task),
+            metaworld.CONTROL_RATE,
+            metaworld.ACTION,
+            metaworld.STATE,
+            "sawyer",
+            padded=OPENVLA_ACTION,
+            pad=as_openvla,
+        ),
+    )
+
+
+def _own(name: str, match: re.Match[str]) -> Callable[[], Environment]:
+    """Return a user's factory, with its argument where one is given."""
     if match["module"].endswith(".py"):
-        raise UsageError(f"--env {name}: name the module, not its file: {match['module'][:-3]}:{match['factory']}")
+        raise UsageError(f"{name}: name the module, not its file: {match['module'][:-3]}:{match['factory']}")
     module = _imported(match["module"], name)
     made = getattr(module, match["factory"], None)
     if made is None:
         hint = did_you_mean(match["factory"], [word for word in vars(module) if not word.startswith("_")])
-        raise UsageError(f"--env {name}: the module has no '{match['factory']}'{hint}")
+        raise UsageError(f"{name}: the module has no '{match['factory']}'{hint}")
     if not callable(made):
         raise UsageError(
-            f"--env {name}: '{match['factory']}' cannot be called; name a function or class that makes the environment"
+            f"{name}: '{match['factory']}' cannot be called; name a function or class that makes the environment"
         )
-    return made
+    return made if match["argument"] is None else partial(made, match["argument"])
 
 
 def _imported(module: str, name: str) -> Any:
@@ -59,16 +150,12 @@ def _imported(module: str, name: str) -> Any:
     except ModuleNotFoundError as error:
         missing = error.name or module
         if module == missing or module.startswith(f"{missing}."):
-            raise UsageError(
-                f"--env {name}: there is no module '{missing}'; run from the folder that has it"
-            ) from error
-        raise VlaftError(f"--env {name}: the module needs '{missing}', which is not installed") from error
+            raise UsageError(f"{name}: there is no module '{missing}'; run from the folder that has it") from error
+        raise VlaftError(f"{name}: the module needs '{missing}', which is not installed") from error
     except VlaftError:
         raise
     except Exception as error:
-        raise VlaftError(
-            f"--env {name}: the module failed to load: {described(error)} (--debug shows where)"
-        ) from error
+        raise VlaftError(f"{name}: the module failed to load: {described(error)} (--debug shows where)") from error
     finally:
         with contextlib.suppress(ValueError):  # the module may have changed the path itself
             sys.path.remove(here)
@@ -76,7 +163,6 @@ def _imported(module: str, name: str) -> Any:
             sys.path.append(here)  # what the factory imports later; at the end, where it hides nothing
 
 
-_SHIPPED = {"tabletop": SETUP_B, "tabletop-a": SETUP_A, "tabletop-b": SETUP_B}
-
-
-_FACTORY = re.compile(r"(?P<module>\w+(\.\w+)*):(?P<factory>\w+)")
+OPENVLA_ACTION = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+_TABLETOPS = {"tabletop": SETUP_B, "tabletop-a": SETUP_A, "tabletop-b": SETUP_B}
+_FACTORY = re.compile(r"(?P<module>\w+(\.\w+)*):(?P<factory>\w+)(:(?P<argument>.+))?")

@@ -1,4 +1,4 @@
-"""How often a model succeeds in an environment: the simulator that ships with vlaft, or the user's own.
+"""How often a model succeeds in environments: those that ship with vlaft, or the user's own.
 
 evaluation = evaluate_in("model/", "tabletop", episodes=100)
 evaluation.rollout.success_rate
@@ -7,8 +7,11 @@ evaluation.rollout.success_rate
 from __future__ import annotations
 
 import gc
+import logging
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,21 @@ from numpy.typing import NDArray
 
 from vlaft.action.execution import Execution
 from vlaft.action.statistics import choose_key
-from vlaft.environments.episodes import OPEN_LOOP, Rollout, check_counts, run_episodes
-from vlaft.environments.interface import Moment, opened_environments
-from vlaft.environments.registry import _SHIPPED, environment_maker
-from vlaft.errors import DataError, VlaftError
+from vlaft.environments.episodes import (
+    ENDINGS,
+    OPEN_LOOP,
+    EpisodeOutcome,
+    Job,
+    Rollout,
+    check_counts,
+    run_episodes,
+)
+from vlaft.environments.interface import Moment
+from vlaft.environments.registry import tasks_named
+from vlaft.environments.seats import how_many, opened_seats
+from vlaft.environments.task import Task
+from vlaft.errors import ConfigError, DataError, VlaftError
+from vlaft.evaluation.journal import Entry, Journal
 from vlaft.files import output_files
 from vlaft.observation.images import ImagePipeline
 from vlaft.observation.prompts import load_base_files, prompt_style_of
@@ -29,56 +43,70 @@ from vlaft.policy import Policy, load
 
 TRAINING_SEED = 1_000_000  # of the first episode while training: far from those that `evaluate --env` reports on
 TRAINING_PARALLEL = 10
-KEPT = 6  # episodes that pictures show
-_PICTURES = re.compile(r"episodes(-\d+-.+)?\.(gif|png)")
+KEPT = 3  # successes, and failures, of each task that pictures show
+_PICTURES = re.compile(r"episodes(-.+)?\.(gif|png)")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RolloutEvaluation:
-    """One model in one environment.
+    """One model in one or several environments.
 
     Attributes:
         model: as it was named.
-        unnorm_key: whose statistics turned its tokens into actions.
+        unnorm_keys: of each task, whose statistics turned what it wrote into actions.
         rollout: its episodes.
         tokens: how many it predicted.
         non_action_tokens: how many of these stand for no action; each was acted on as a full move.
     """
 
     model: str
-    unnorm_key: str
+    unnorm_keys: dict[str, str]
     rollout: Rollout
     tokens: int
     non_action_tokens: int
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the frames."""
-        rollout = self.rollout
         return {
             "model": self.model,
-            "unnorm_key": self.unnorm_key,
-            "episodes": len(rollout.episodes),
-            "successes": rollout.successes,
-            "success_rate": rollout.success_rate,
-            "interval": list(rollout.interval),
+            **_counted(self.rollout),
             "tokens": self.tokens,
             "non_action_tokens": self.non_action_tokens,
-            "seconds": rollout.seconds,
+            "seconds": self.rollout.seconds,
+            "tasks": [
+                {"task": name, "unnorm_key": self.unnorm_keys[name], **_counted(rollout)}
+                for name, rollout in self.rollout.by_task().items()
+            ],
             "outcomes": [
-                {"seed": each.seed, "instruction": each.instruction, "success": each.success, "steps": each.steps}
-                | {"info": each.info}
-                for each in rollout.episodes
+                {"task": each.task, "seed": each.seed, "instruction": each.instruction, "success": each.success}
+                | {"ended": each.ended, "steps": each.steps, "info": each.info}
+                for each in self.rollout.episodes
             ],
         }
 
 
+def _counted(rollout: Rollout) -> dict[str, Any]:
+    count = len(rollout.episodes)
+    ends = [each.ended for each in rollout.episodes]
+    return {
+        "episodes": count,
+        "successes": rollout.successes,
+        "success_rate": rollout.success_rate,
+        "interval": list(rollout.interval),
+        "mean_steps": sum(each.steps for each in rollout.episodes) / count,
+        "ended": {ending: ends.count(ending) for ending in ENDINGS if ending in ends},
+    }
+
+
 def evaluate_in(
     model: str,
-    env: str,
+    env: str | Sequence[str],
     *,
     episodes: int = 100,
     seed: int = 0,
     parallel: int = 50,
+    workers: int | None = None,
     keep: int = 0,
     execution: Execution = OPEN_LOOP,
     unnorm_key: str | None = None,
@@ -88,17 +116,21 @@ def evaluate_in(
     settings: Mapping[str, Any] | None = None,
     center_crop: bool | None = None,
     resize: str | None = None,
+    journal: Journal | None = None,
     advance: Callable[[int], None] = lambda count: None,
+    task_done: Callable[[str, list[EpisodeOutcome]], None] = lambda task, outcomes: None,
+    told: Callable[[str], None] = _log.warning,
 ) -> RolloutEvaluation:
-    """Let a model act in an environment.
+    """Let a model act in environments.
 
     Args:
         model: a base, run, checkpoint of a run, adapter, merged or exported checkpoint.
-        env: as `environment_maker` takes it.
-        episodes: how many; they are reset with the seeds `seed`, `seed + 1`, ...
+        env: as `tasks_named` takes it, or several.
+        episodes: how many of each task; they are reset with the seeds `seed`, `seed + 1`, ...
         seed: of the first.
-        parallel: environments at a time.
-        keep: keep the frames of so many first episodes, for pictures.
+        parallel: environments at a time in this process, and at most so many of those that have one of their own.
+        workers: processes, each with one environment; 0 for none; None chooses (`seats.how_many`).
+        keep: keep the frames of so many first successes and failures of each task, for pictures.
         execution: how much of a chunk is done before the next is asked for.
         unnorm_key: name of the statistics; None takes the environment's where the model has them, else its only one.
         dtype: as `vlaft.load` takes it.
@@ -107,30 +139,57 @@ def evaluate_in(
         settings: of the policy, likewise.
         center_crop: likewise.
         resize: likewise.
-        advance: told of each episode that has ended.
+        journal: where episodes are written as they end; those that it holds of this model are not acted again.
+        advance: told of each episode that has ended, and at first of those in the journal.
+        task_done: given a task's episodes when the last of them that is acted now has ended; frames are dropped then.
+        told: told in a sentence of a worker that died.
 
     Raises:
         UsageError: no such environment.
-        ConfigError: `episodes` or `parallel` is not positive, `seed` is negative, or more actions are to be executed
-            than the policy's chunks have.
+        ConfigError: `episodes` or `parallel` is not positive, `seed` is negative, an environment is named twice, or
+            more actions are to be executed than the policy's chunks have.
         CheckpointError: the model is missing or damaged.
-        DataError: the statistics cannot be told, or the environment does not keep to the interface or lacks what the
-            policy reads.
-        VlaftError: the environment fails, or the GPU's memory is full.
+        DataError: the statistics cannot be told, an environment does not keep to the interface or lacks what the
+            policy reads, or takes actions of another width.
+        VlaftError: an environment fails, workers die again and again, or the GPU's memory is full.
     """
-    make, seeds = environment_maker(env), range(seed, seed + episodes)
+    tasks, seeds = tasks_of([env] if isinstance(env, str) else env), range(seed, seed + episodes)
     check_counts(seeds, parallel)
+    entries = {(entry.task, entry.seed): entry for entry in (journal.of(model) if journal else ())}
+    jobs = [Job(task, seed) for task in tasks for seed in seeds]
+    missing = [job for job in jobs if (job.task.name, job.seed) not in entries]
+    count, processes = how_many(tasks, parallel, workers)
+    first = missing[0].task if missing else tasks[0]
+    pending = _Pending(missing, task_done)
     try:
         # first, for a model may take minutes to load
-        with opened_environments(make, min(parallel, episodes)) as environments:
+        with opened_seats(first, min(count, len(missing)), processes=processes) as seats:
             frames_as = {"center_crop": center_crop, "resize": resize}
             policy = load(model, dtype=dtype, device=device, base=base, policy=settings, **frames_as)  # type: ignore[arg-type]
             execution.check(policy.model.policy.chunk)
-            actor = _Actor(policy, _statistics_key(policy, model, env, unnorm_key), model, env)
-            rollout = run_episodes(actor, environments, seeds=seeds, execution=execution, keep=keep, advance=advance)
-        return RolloutEvaluation(model, actor.key, rollout, actor.tokens, actor.non_action_tokens)
+            actor = _Actor(
+                policy, {task.name: _statistics_key(policy, model, task, unnorm_key) for task in tasks}, model
+            )
+            if len(missing) < len(jobs):
+                advance(len(jobs) - len(missing))
+
+            def finished(outcome: EpisodeOutcome) -> None:
+                entry = actor.entry(outcome)
+                entries[outcome.task, outcome.seed] = entry
+                if journal is not None:
+                    journal.add(entry)
+                pending.finished(outcome)
+                advance(1)
+
+            acted = run_episodes(actor, seats, missing, execution=execution, keep=keep, finished=finished, told=told)
     except torch.cuda.OutOfMemoryError as error:
         raise VlaftError(f"the GPU's memory is full at --batch-size {parallel}: halve it") from error
+    else:
+        outcomes = {(each.task, each.seed): each for each in acted.episodes}
+        named = [(job.task.name, job.seed) for job in jobs]
+        rollout = Rollout(tuple(outcomes.get(name) or entries[name].outcome() for name in named), acted.seconds)
+        tokens, others = ([getattr(entries[name], key) for name in named] for key in ("tokens", "non_action_tokens"))
+        return RolloutEvaluation(model, actor.keys, rollout, sum(tokens), sum(others))
     finally:
         policy = actor = None  # type: ignore[assignment]
         gc.collect()  # the next model needs the place of this one
@@ -144,8 +203,8 @@ def acting(
     """Return what lets a model in training act in an environment.
 
     Args:
-        env: as `environment_maker` takes it; one is made and closed again, so that what is wrong shows at once.
-        episodes: how many each time, with the same seeds each time.
+        env: as `tasks_named` takes it; one is made and closed again, so that what is wrong shows at once.
+        episodes: how many of each task each time, with the same seeds each time.
         seed: of the first.
 
     Returns:
@@ -156,8 +215,10 @@ def acting(
         UsageError: no such environment.
         VlaftError: it fails.
     """
-    make = environment_maker(env)
-    with opened_environments(make, 1):
+    tasks = tasks_of([env])
+    jobs = [Job(task, number) for task in tasks for number in range(seed, seed + episodes)]
+    count, processes = how_many(tasks, TRAINING_PARALLEL, None)
+    with opened_seats(tasks[0], 1, processes=processes):
         pass
 
     def act(
@@ -168,78 +229,163 @@ def acting(
         files = replace(files, prompt_style=prompt_style_of(files.config))
         pipeline = ImagePipeline.from_checkpoint(files.config, files.preprocessor)
         policy = Policy(model, files, pipeline, statistics, device)
-        actor = _Actor(policy, _statistics_key(policy, "the run", env, None), "the run", env)
-        with opened_environments(make, min(TRAINING_PARALLEL, episodes)) as environments:
-            return run_episodes(actor, environments, seeds=range(seed, seed + episodes))
+        actor = _Actor(policy, {task.name: _statistics_key(policy, "the run", task, None) for task in tasks}, "the run")
+        with opened_seats(tasks[0], min(count, len(jobs)), processes=processes) as seats:
+            return run_episodes(actor, seats, jobs)
 
     return act
 
 
-def write_pictures(folder: Path, evaluations: Sequence[RolloutEvaluation]) -> list[Path]:
-    """Write a film (GIF) and a contact sheet (PNG) of each model's kept episodes; earlier ones are removed.
+def tasks_of(names: Sequence[str]) -> list[Task]:
+    """Return the tasks that environments' names stand for.
 
-    Returns:
-        The files.
+    Raises:
+        UsageError: there is none of a name.
+        ConfigError: one is named twice.
+        VlaftError: its module cannot be imported.
+    """
+    tasks = [task for name in names for task in tasks_named(name)]
+    for number, task in enumerate(tasks):
+        if any(task.name == other.name for other in tasks[:number]):
+            raise ConfigError(f"--env {task.name} is named twice")
+    return tasks
+
+
+class _Pending:
+    """Counts down the episodes of each task."""
+
+    def __init__(self, jobs: Sequence[Job], done: Callable[[str, list[EpisodeOutcome]], None]) -> None:
+        self._left: dict[str, int] = {}
+        for job in jobs:
+            self._left[job.task.name] = self._left.get(job.task.name, 0) + 1
+        self._several = len(self._left) > 1
+        self._done = done
+        self._outcomes: dict[str, list[EpisodeOutcome]] = {}
+
+    def finished(self, outcome: EpisodeOutcome) -> None:
+        outcomes = self._outcomes.setdefault(outcome.task, [])
+        outcomes.append(outcome)
+        self._left[outcome.task] -= 1
+        if not self._left[outcome.task]:
+            outcomes.sort(key=lambda each: each.seed)
+            self._done(outcome.task, outcomes)
+            for each in outcomes if self._several else ():  # of fifty tasks they would not fit in memory
+                each.frames, each.actions = [], []
+
+
+@contextmanager
+def pictures(folder: Path) -> Iterator[Pictures]:
+    """Give pictures to draw, which replace those of an earlier evaluation in a folder when the block ends well.
 
     Raises:
         VlaftError: the folder cannot be written, or another process writes there.
     """
-    from vlaft.environments.film import write_contact_sheet, write_film
-
-    files = []
     with output_files(folder, _PICTURES) as partial:
-        for number, evaluation in enumerate(evaluations, 1):
-            model = Path(evaluation.model).resolve().name
-            name = "episodes" if len(evaluations) == 1 else f"episodes-{number}-{model}"
-            shown = [episode for episode in evaluation.rollout.episodes if episode.frames]
-            write_film(partial / f"{name}.gif", shown)
-            write_contact_sheet(partial / f"{name}.png", shown)
-            files += [folder / f"{name}.gif", folder / f"{name}.png"]
-    return files
+        yield Pictures(partial)
 
 
-@dataclass
+class Pictures:
+    """Films (GIF) and contact sheets (PNG), one of each for a model's kept episodes of a task.
+
+    Args:
+        folder: where they are written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.names: list[str] = []
+        self._folder = folder
+
+    def add(self, name: str, episodes: Sequence[EpisodeOutcome]) -> None:
+        """Draw those of the episodes whose frames were kept, if there are any; `name` tells their files from others."""
+        from vlaft.environments.film import write_contact_sheet, write_film
+
+        shown = [episode for episode in episodes if episode.frames]
+        if not shown:
+            return
+        stem = re.sub(r"[^\w.-]+", "-", f"episodes-{name}" if name else "episodes")
+        write_film(self._folder / f"{stem}.gif", shown)
+        write_contact_sheet(self._folder / f"{stem}.png", shown)
+        self.names += [f"{stem}.gif", f"{stem}.png"]
+
+
 class _Actor:
-    policy: Policy
-    key: str
-    model: str
-    env: str
-    tokens: int = 0
-    non_action_tokens: int = 0
+    """A policy, asked for chunks, that remembers how many of its tokens stood for no action."""
+
+    def __init__(self, policy: Policy, keys: dict[str, str], model: str) -> None:
+        self.keys = keys
+        self._policy = policy
+        self._model = model
+        self._tokens = self._others = 0
 
     def __call__(self, moments: list[Moment]) -> list[NDArray[Any]]:
+        """Return a chunk `[K, A]` for each moment; those whose statistics differ are asked for apart."""
+        chunks: dict[int, NDArray[Any]] = {}
+        for key in dict.fromkeys(self.keys[moment.task] for moment in moments):
+            rows = [row for row, moment in enumerate(moments) if self.keys[moment.task] == key]
+            chunks |= zip(rows, self._ask([moments[row] for row in rows], key), strict=True)
+        return [chunks[row] for row in range(len(moments))]
+
+    def entry(self, outcome: EpisodeOutcome) -> Entry:
+        """Return an ended episode's line, with the tokens since the last one."""
+        tokens, others = self._tokens, self._others
+        self._tokens = self._others = 0
+        info = {key: None if isinstance(each, float) and not math.isfinite(each) else each
+                for key, each in outcome.info.items()}  # fmt: skip
+        return Entry(
+            self._model,
+            outcome.task,
+            outcome.seed,
+            outcome.instruction,
+            outcome.success,
+            outcome.ended,
+            outcome.steps,
+            tokens,
+            others,
+            info,
+        )
+
+    def _ask(self, moments: list[Moment], key: str) -> list[NDArray[Any]]:
         for moment in moments:
             self._check(moment)
-        predictions = self.policy.predict(
+        predictions = self._policy.predict(
             [moment.frames for moment in moments],
             [moment.instruction for moment in moments],
-            state=[moment.state for moment in moments] if self.policy.model.policy.state else None,  # type: ignore[arg-type]
-            unnorm_key=self.key,
+            state=[moment.state for moment in moments] if self._policy.model.policy.state else None,  # type: ignore[arg-type]
+            unnorm_key=key,
         )
-        self.tokens += sum(len(each.action_token_ids or ()) for each in predictions)
-        self.non_action_tokens += sum(each.non_action_tokens for each in predictions)
+        self._tokens += sum(len(each.action_token_ids or ()) for each in predictions)
+        self._others += sum(each.non_action_tokens for each in predictions)
         return [each.actions for each in predictions]
 
     def _check(self, moment: Moment) -> None:
         """Refuse an environment that does not observe what the policy reads."""
-        reads = self.policy.model.policy
+        reads = self._policy.model.policy
         for camera in reads.cameras:
             if camera not in moment.frames:
                 there = ", ".join(moment.frames)
                 raise DataError(
-                    f"{self.model}: it reads the camera '{camera}', which {self.env} lacks (it has: {there})"
+                    f"{self._model}: it reads the camera '{camera}', which {moment.task} lacks (it has: {there})"
                 )
         if reads.state and (moment.state is None or len(moment.state) != reads.state_size):
             found = "none" if moment.state is None else f"one of {len(moment.state)}"
             raise DataError(
-                f"{self.model}: it reads a state of {reads.state_size} numbers, and {self.env} observes {found}"
+                f"{self._model}: it reads a state of {reads.state_size} numbers, and {moment.task} observes {found}"
             )
 
 
-def _statistics_key(policy: Policy, model: str, env: str, wanted: str | None) -> str:
-    """Return what was asked for, else the environment's own where the model has it, else the model's only one."""
-    own = _SHIPPED[env].name if env in _SHIPPED else None
+def _statistics_key(policy: Policy, model: str, task: Task, wanted: str | None) -> str:
+    """Return what was asked for, else the task's own where the model has it, else the model's only one.
+
+    Raises:
+        DataError: it cannot be told, or actions in its range have another width than the environment's.
+    """
+    own = next((key for key in task.unnorm_keys if key in policy.statistics), None)
     try:
-        return choose_key(policy.statistics, wanted or (own if own in policy.statistics else None))
+        key = choose_key(policy.statistics, wanted or own)
     except DataError as error:
         raise DataError(f"{model}: {error}" + ("" if wanted else " (--unnorm-key)")) from None
+    width = len(policy.statistics[key]["action"]["q01"])
+    if task.actions and width not in map(len, task.actions):
+        takes = " or ".join(f"{len(names)} ({', '.join(names)})" for names in task.actions)
+        raise DataError(f"{model}: its actions in '{key}' have {width} numbers, and {task.name} takes {takes}")
+    return key

@@ -22,6 +22,7 @@ from vlaft.adapt.adapter import base_parameters
 from vlaft.adapt.rounding import Mode, generator_of, round_to
 from vlaft.errors import CheckFailed, CheckpointError, DataError
 from vlaft.files import read_json
+from vlaft.machine import free_memory
 from vlaft.model.configuration import Policy
 from vlaft.observation.batch import Observation
 from vlaft.observation.images import ImagePipeline
@@ -185,21 +186,6 @@ def choose_dtype(folder: Path) -> tuple[torch.dtype, torch.device] | None:
             if numbers * dtype.itemsize * _ROOM < free:
                 return dtype, device
     return None
-
-
-def free_memory() -> int:
-    """Return the bytes of main memory that this process may still take: the machine's, or its control group's."""
-    free = 2**62
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError, StopIteration, IndexError):
-        pass
-    return free
 
 
 @torch.inference_mode()

@@ -39,7 +39,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_commands(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(COMMANDS) == 4
+    assert len(COMMANDS) == 5
     for command in COMMANDS:
         words = shlex.split(re.sub(r"--episodes \d+", "--episodes 2", command))
         if words[0] == "python":
@@ -88,7 +88,7 @@ def test_who_goes_to_the_goal_succeeds(here: Path) -> None:
 
 
 def test_the_figures() -> None:
-    assert (LIFTED, EPISODE_STEPS, MOTION_NOISE, KEPT) == (0.10, 30, 0.1, 6)
+    assert (LIFTED, EPISODE_STEPS, MOTION_NOISE, KEPT) == (0.10, 30, 0.1, 3)
     assert (SETUP_A.max_step, SETUP_B.max_step) == (0.06, 0.045)
     assert [round(np.degrees(abs(angle))) for angle in (SETUP_B.frame_angle, SETUP_B.camera_angle)] == [7, 14]
     assert SETUP_A.frame_angle == SETUP_A.camera_angle == 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -50,6 +49,7 @@ from vlaft.data.store import (
 )
 from vlaft.errors import ConfigError, DataError
 from vlaft.files import content_checksum, locked, sealed, write_json
+from vlaft.machine import available_cpus
 from vlaft.observation.images import ImagePipeline
 from vlaft.observation.prompts import BaseFiles, load_base_files
 from vlaft.version import __version__
@@ -238,11 +238,6 @@ def _write_shards(
         done += result.shard.rows
         progress("writing examples", done, total)
     return [results[shard.file] for shard in plan.shards], reused
-
-
-def available_cpus() -> int:
-    """Return how many CPUs this process may use, which in a container is fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_settings(request: ConvertRequest) -> None:

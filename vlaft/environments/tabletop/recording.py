@@ -76,6 +76,7 @@ class Demonstration:
         wrist_frames: likewise, of the wrist camera.
         actions: float32 `[T, 7]`, as commanded, before the noise.
         states: float32 `[T, 4]`, as `TabletopEnv` observes them.
+        success: whether it was done.
     """
 
     instruction: str
@@ -83,6 +84,7 @@ class Demonstration:
     wrist_frames: NDArray[np.uint8]
     actions: NDArray[np.float32]
     states: NDArray[np.float32]
+    success: bool
 
 
 def demonstrate(
@@ -114,11 +116,11 @@ def demonstrate(
         actions.append(action)
         if number < EPISODE_STEPS // 2 and generator.random() < disturbed:  # what is left is enough to succeed
             action = _disturb(action, generator, setup.max_step)
-        observation, _, terminated, truncated, _ = env.step(action)
+        observation, _, terminated, truncated, info = env.step(action)
         if terminated or truncated:
             break
     frames, wrist_frames, states = (np.stack(observed[name]) for name in ("image", "image_wrist", "state"))
-    return Demonstration(info["instruction"], frames, wrist_frames, np.stack(actions), states)
+    return Demonstration(info["instruction"], frames, wrist_frames, np.stack(actions), states, bool(info["success"]))
 
 
 def _disturb(action: NDArray[np.float32], generator: np.random.Generator, limit: float) -> NDArray[np.float32]:

@@ -1,0 +1,105 @@
+"""A folder of results: what is in it, and how an evaluation goes on from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from small_base import write_small_base
+from two_steps import MADE
+
+from vlaft.cli.main import main
+from vlaft.errors import DataError, VlaftError
+from vlaft.evaluation.journal import Entry, opened_journal
+from vlaft.files import read_json
+
+REQUEST = {"models": ["m"], "seed": 0}
+
+
+def entry(seed: int, success: bool = True) -> Entry:
+    return Entry("m", "t", seed, "push\nit", success, "success" if success else "environment", 3, 21, 1, {"a": 0.5})
+
+
+def add(folder: Path, *entries: Entry, resume: bool = False) -> list[Entry]:
+    with opened_journal(folder, REQUEST, resume=resume, overwrite=False) as journal:
+        for each in entries:
+            journal.add(each)
+        return journal.entries
+
+
+def test_lines_are_read_again(tmp_path: Path) -> None:
+    out = tmp_path / "results"
+    add(out, entry(0), entry(1, success=False))
+    found = add(out, entry(2), resume=True)
+    assert found == [entry(0), entry(1, success=False), entry(2)]
+    outcome = found[1].outcome()
+    assert (outcome.task, outcome.seed, outcome.success, outcome.ended, outcome.steps, outcome.info) == (
+        "t", 1, False, "environment", 3, {"a": 0.5}
+    )  # fmt: skip
+    with pytest.raises(VlaftError, match="results is not empty; name another folder with --out, or give --overwrite"):
+        add(out)
+
+
+def test_a_line_that_a_kill_cut_off_is_acted_again(tmp_path: Path) -> None:
+    out = tmp_path / "results"
+    add(out, entry(0), entry(1))
+    lines = out / "episodes.jsonl"
+    whole = lines.read_bytes()
+    for cut in range(len(whole.splitlines(keepends=True)[0]) + 1, len(whole)):
+        lines.write_bytes(whole[:cut])
+        assert add(out, resume=True) == [entry(0)]
+        assert add(out, entry(1), resume=True) == [entry(0), entry(1)] and lines.read_bytes() == whole
+    lines.write_bytes(whole.replace(b'"seed": 0', b'"seed": "x"'))
+    with pytest.raises(DataError, match=r"episodes.jsonl, line 1 is damaged \(seed must be a whole number, not 'x'\)"):
+        add(out, resume=True)
+
+
+def test_only_the_same_evaluation_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "results"
+    add(out, entry(0))
+    with (
+        pytest.raises(DataError, match=r"the evaluation there has seed 0, not 5; give the same words to go on"),
+        opened_journal(out, REQUEST | {"seed": 5}, resume=True, overwrite=False),
+    ):
+        raise AssertionError("opened")
+    (out / "notes.txt").write_text("mine")
+    with (
+        pytest.raises(VlaftError, match=r"holds notes.txt, which is of no evaluation; name another folder"),
+        opened_journal(out, REQUEST, resume=False, overwrite=True),
+    ):
+        raise AssertionError("opened")
+    (out / "notes.txt").unlink()
+    with opened_journal(out, REQUEST | {"seed": 5}, resume=False, overwrite=True) as journal:
+        assert journal.entries == [] and not (out / "episodes.jsonl").exists()
+
+
+def test_a_resumed_evaluation_has_the_results_of_an_uninterrupted_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = str(write_small_base(tmp_path / "base"))
+    envs = ["--env", "two_steps:TwoSteps", "--env", "two_steps:with_argument:fast"]
+    words = ["evaluate", base, *envs, "--episodes", "4", "--batch-size", "2", "--json", "--out"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main([*words, str(whole)]) == 0
+    expected = json.loads(capsys.readouterr().out)
+    assert read_json(whole / "results.json") == expected
+    assert [each["task"] for each in expected["models"][0]["tasks"]] == [envs[1], envs[3]]
+    assert expected["models"][0]["episodes"] == 8 and expected["models"][0]["ended"] == {"success": 4, "environment": 4}
+    killed.mkdir()
+    (killed / "evaluation.json").write_bytes((whole / "evaluation.json").read_bytes())
+    lines = (whole / "episodes.jsonl").read_bytes().splitlines(keepends=True)
+    (killed / "episodes.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:20])
+    MADE.clear()
+    assert main([*words, str(killed), "--resume", "--workers", "0"]) == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert sorted(seed for each in MADE for seed in each.seeds) == [1, 2, 3]  # what was not there
+    for each in (found["models"][0], expected["models"][0]):
+        del each["seconds"], each["tokens"], each["non_action_tokens"]
+    assert found == expected
+    assert "8/8 episodes" in captured.err and f"results written to {killed}" in captured.err
+    MADE.clear()
+    assert main([*words, str(killed), "--resume"]) == 0 and not MADE
+    assert main([*words, str(killed), "--resume", "--seed", "1"]) == 1
+    assert "the evaluation there has seed 0, not 1" in capsys.readouterr().err
