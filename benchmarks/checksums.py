@@ -32,11 +32,11 @@ from convert import write_base, write_demos
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vlaft import files
+from vlaft import checksums
+from vlaft.checksums import checksum
 from vlaft.data.convert.run import ConvertRequest, SourceRequest, convert
 from vlaft.data.loader import ExampleLoader
 from vlaft.data.store import ConvertedDataset
-from vlaft.files import checksum
 from vlaft.weights.layout import tensor_checksums
 
 TARGETS = {"shards over an epoch": 0.02, "base over loading": 0.5, "again over the first time": 0.05}
@@ -114,7 +114,7 @@ def base(folder: Path, size_gb: float, rounds: int) -> tuple[float, float]:
     tensors = {f"tensor{number:04d}": torch.randn(_TENSOR // 2).bfloat16() for number in range(count)}
     save_file(tensors, model / "model.safetensors")
     del tensors
-    time.sleep(files._SETTLED / 1e9 + 1)  # a file that was just written is not remembered
+    time.sleep(checksums._SETTLED / 1e9 + 1)  # a file that was just written is not remembered
 
     def load() -> None:
         with safe_open(model / "model.safetensors", framework="pt") as file:

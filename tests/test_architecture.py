@@ -17,9 +17,9 @@ FLOORS = (
     ("training", "policy"),
     ("adapt", "environments"),
     ("model", "data"),
-    ("observation",),
-    ("weights", "pages"),
+    ("observation", "weights", "pages"),
     ("action", "recipe"),
+    ("checksums",),
     ("files",),
     ("errors", "documents", "machine", "version"),
 )

@@ -128,7 +128,7 @@ def write_config(made: Path, place: Path) -> Try:
         from vlaft.model.openvla import OpenVLAForActionPrediction
 
         file.write_bytes(json_mutations(document, seed))
-        load_base_files(str(place)).prompt_token_ids("push")
+        load_base_files(place).prompt_token_ids("push")
         config = load_config(place)
         if max(config.text_config.num_hidden_layers, *(each.get("depth", 0) for each in config.vision_overrides)) < 9:
             with torch.device("meta"):

@@ -360,7 +360,7 @@ def spread_targets(actions: Tensor, tokens: Tensor, files: BaseFiles, rows: int,
 
 def pretrain(folder: Path, stage: Stage) -> None:
     """Train the base in `folder`, and write the running average of its weights and the expert's statistics there."""
-    files = load_base_files(str(folder))
+    files = load_base_files(folder)
     statistics = expert_statistics()
     config = json.loads((folder / "config.json").read_text()) | {"norm_stats": {SETUP_A.name: statistics}}
     _write_json(folder / "config.json", config)
@@ -427,7 +427,7 @@ def lengthen_unused_words(folder: Path) -> None:
     """
     from safetensors.torch import load_file
 
-    files = load_base_files(str(folder))
+    files = load_base_files(folder)
     said = {
         index
         for colour in SETUP_A.objects

@@ -270,7 +270,7 @@ def load(
     else:
         folder = _base_of(trained, base)
         check_policy(ModelPolicy.of(trained.inference, str(path)), said, str(path))
-    files = load_base_files(str(folder))
+    files = load_base_files(folder)
     if trained is not None:
         files = replace(files, config={**files.config, **trained.inference})
         files = replace(files, prompt_style=prompt_style_of(files.config))

@@ -24,6 +24,7 @@ from vlaft.action.metrics import f1_score, measure_actions
 from vlaft.action.statistics import compute_statistics
 from vlaft.action.tokens import ActionTokenizer
 from vlaft.action.written import Written
+from vlaft.checksums import checksum, sealed
 from vlaft.cli.console import show
 from vlaft.cli.evaluate import by_step
 from vlaft.cli.main import main
@@ -34,7 +35,7 @@ from vlaft.data.store import ConvertedDataset, example_schema, shard_entry, writ
 from vlaft.errors import CheckpointError, ConfigError, DataError
 from vlaft.evaluation.offline import Evaluation, check_models, evaluate
 from vlaft.evaluation.plots import draw_episode, draw_evaluations, draw_steps
-from vlaft.files import checksum, sealed, write_json
+from vlaft.files import write_json
 from vlaft.model.generation import decode_both, generate_action_ids
 from vlaft.pages.curves import LOG_FILE
 from vlaft.policy import load

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from small_base import convert_small, write_small_base
 
+from vlaft.checksums import SEAL
 from vlaft.cli.main import main
 from vlaft.data.store import STATISTICS_CHECKSUM
-from vlaft.files import SEAL
 
 
 @pytest.fixture(scope="module")

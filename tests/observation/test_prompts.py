@@ -14,7 +14,7 @@ from vlaft.observation.prompts import action_tokenizer_of, load_base_files, prom
 
 @pytest.fixture(scope="module")
 def llama(tiny: Path) -> Any:
-    return load_base_files(str(tiny / "checkpoint"))
+    return load_base_files(tiny / "checkpoint")
 
 
 def write_base(folder: Path, vocabulary: dict[str, int], **changes: Any) -> Path:
@@ -89,7 +89,7 @@ def test_an_unknown_prompt_style_is_refused() -> None:
 
 
 def test_another_tokenizer_has_no_blank_and_gets_its_bos(tmp_path: Path) -> None:
-    base = load_base_files(str(write_base(tmp_path, VOCABULARY)))
+    base = load_base_files(write_base(tmp_path, VOCABULARY))
     assert (base.actions.vocab_size, base.actions.first_id) == (336, 80)
     ids = base.prompt_token_ids("x")
     assert ids[0] == 1 and ids[-1] == 6
@@ -98,13 +98,13 @@ def test_another_tokenizer_has_no_blank_and_gets_its_bos(tmp_path: Path) -> None
 def test_a_vocabulary_that_is_too_large_for_the_base(tmp_path: Path) -> None:
     words = VOCABULARY | {f"w{index}": index for index in range(7, 500)}
     with pytest.raises(CheckpointError, match="500 tokens but the model only 400 rows"):
-        load_base_files(str(write_base(tmp_path, words)))
+        load_base_files(write_base(tmp_path, words))
 
 
 def test_special_tokens_among_the_action_tokens(tmp_path: Path) -> None:
     words = {f"w{index}": index for index in range(3, 330)} | {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 330}
     with pytest.raises(CheckpointError, match=r"pad token \(id 330\) lies among the action tokens 80 to 335"):
-        load_base_files(str(write_base(tmp_path, words)))
+        load_base_files(write_base(tmp_path, words))
 
 
 def test_no_room_for_the_action_tokens() -> None:
@@ -115,32 +115,17 @@ def test_no_room_for_the_action_tokens() -> None:
 
 
 def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"\./nowhere: no such folder"):
-        load_base_files("./nowhere")
-    with pytest.raises(CheckpointError, match=r"no config\.json here"):
-        load_base_files(str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        load_base_files(tmp_path)
     write_base(tmp_path, VOCABULARY)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read as JSON"):
-        load_base_files(str(tmp_path))
+        load_base_files(tmp_path)
     write_base(tmp_path, VOCABULARY)
     (tmp_path / "tokenizer.json").write_text('{"model": 3}')
     with pytest.raises(CheckpointError, match="is no tokenizer"):
-        load_base_files(str(tmp_path))
+        load_base_files(tmp_path)
     write_base(tmp_path, VOCABULARY)
     (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(CheckpointError, match="no end-of-sequence token"):
-        load_base_files(str(tmp_path))
-
-
-def test_offline_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    def unreachable(*args: object, **kwargs: object) -> str:
-        raise LocalEntryNotFoundError("no connection")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(CheckpointError, match="cannot be reached") as caught:
-        load_base_files("someone/some-model")
-    assert "\n" not in str(caught.value)
+        load_base_files(tmp_path)

@@ -304,7 +304,7 @@ def deployed(name: str, tiny: Path, golden: Path) -> tuple[Policy, list[dict[str
     )
     model.attach(reads)
     fill_policy(model, read_policy_files(folder), str(folder))
-    files = load_base_files(str(tiny / "checkpoint"))
+    files = load_base_files(tiny / "checkpoint")
     pipeline = ImagePipeline.from_checkpoint(files.config, files.preprocessor)
     policy = Policy(model.eval(), files, pipeline, expected["norm_stats"], torch.device("cpu"))
     return policy, expected["predict"]

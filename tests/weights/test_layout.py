@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from vlaft.errors import CheckpointError
 from vlaft.model.load import BASES, load_config, load_model
 from vlaft.model.vision import vit_config
-from vlaft.observation.prompts import load_base_files
 from vlaft.weights.layout import (
     INDEX_FILE,
     LICENCES,
@@ -284,9 +283,19 @@ def test_a_plain_name_is_answered_with_the_nearest_known_id(
     with pytest.raises(CheckpointError) as caught:
         resolve_checkpoint(name)
     assert str(caught.value) == words
-    with pytest.raises(CheckpointError) as caught:
-        load_base_files(name)
-    assert str(caught.value) == words
+
+
+def test_offline_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def unreachable(*args: object, **kwargs: object) -> str:
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(CheckpointError, match="cannot be reached") as caught:
+        resolve_checkpoint("someone/some-model")
+    assert "\n" not in str(caught.value)
 
 
 def test_the_known_bases_are_those_that_are_described() -> None:

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from vlaft.action.statistics import BOUNDS, STATISTICS_FILE, read_statistics
 from vlaft.adapt.merging import Change, ModuleAdapter, changes
+from vlaft.checksums import cache_folder, stamp
 from vlaft.errors import CheckpointError, ConfigError, VlaftError
-from vlaft.files import cache_folder, output_folder, read_json, stamp, write_json
+from vlaft.files import output_folder, read_json, write_json
 from vlaft.model.configuration import Policy
 from vlaft.model.load import BASES, write_policy_files
 from vlaft.observation.images import ImagePipeline

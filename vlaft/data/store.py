@@ -23,9 +23,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vlaft.action.statistics import STATISTICS_FILE, read_statistics
+from vlaft.checksums import SEAL, UNSEALED, checksum, content_checksum, holds, seal_holds, unsealed
 from vlaft.documents import WrongValue, read_as, shown
 from vlaft.errors import CheckpointError, DataError
-from vlaft.files import SEAL, UNSEALED, checksum, content_checksum, holds, read_json, restored, seal_holds, unsealed
+from vlaft.files import read_json, restored
 from vlaft.observation.images import ImagePipeline
 
 FORMAT_VERSION = 1

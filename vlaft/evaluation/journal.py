@@ -18,10 +18,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlaft.checksums import sealed, unsealed
 from vlaft.documents import WrongValue, read_as
 from vlaft.environments.episodes import EpisodeOutcome
 from vlaft.errors import DataError, VlaftError
-from vlaft.files import disk_errors, locked, read_json, replaceable, sealed, unsealed, write_json
+from vlaft.files import disk_errors, locked, read_json, replaceable, write_json
 
 _REQUEST, _LINES, _RESULTS = "evaluation.json", "episodes.jsonl", "results.json"
 

@@ -235,7 +235,7 @@ def look_at_merged(model: Any, folder: Path, data: Sequence[Path], batch_size: i
         None where the data are gone, changed or damaged, or too few.
     """
     try:
-        files = load_base_files(str(folder))
+        files = load_base_files(folder)
         statistics = statistics_of(None, folder, files.config)
         pipeline = ImagePipeline.for_acting(files.config, files.preprocessor, statistics)
         policy = Policy(model, files, pipeline, statistics, next(model.parameters()).device)

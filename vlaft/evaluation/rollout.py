@@ -224,7 +224,7 @@ def acting(
     def act(
         model: Any, base: Path, inference: Mapping[str, Any], statistics: Mapping[str, Any], device: torch.device
     ) -> Rollout:
-        files = load_base_files(str(base))
+        files = load_base_files(base)
         files = replace(files, config={**files.config, **inference})
         files = replace(files, prompt_style=prompt_style_of(files.config))
         pipeline = ImagePipeline.from_checkpoint(files.config, files.preprocessor)

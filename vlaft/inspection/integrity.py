@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vlaft.action.statistics import STATISTICS_FILE
+from vlaft.checksums import SEAL
 from vlaft.errors import CheckpointError, VlaftError
-from vlaft.files import SEAL
 from vlaft.weights.oft import OftFolder, is_oft
 from vlaft.weights.trained import (
     ADAPTER_WEIGHTS,

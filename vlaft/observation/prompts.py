@@ -15,7 +15,6 @@ from vlaft.action.tokens import ActionTokenizer
 from vlaft.documents import fits, is_text, shown
 from vlaft.errors import CheckpointError, DataError, did_you_mean
 from vlaft.files import read_json
-from vlaft.weights.layout import resolve_checkpoint
 
 PromptStyle = Literal["openvla", "vicuna"]
 PROMPT_STYLES: tuple[PromptStyle, ...] = get_args(PromptStyle)
@@ -125,7 +124,6 @@ class BaseFiles:
     """What the data needs to know of a base checkpoint; no weights.
 
     Attributes:
-        base: the folder or the Hub's name, as given.
         config: `config.json`.
         preprocessor: `preprocessor_config.json`, or None.
         tokenizer: the text tokenizer.
@@ -133,7 +131,6 @@ class BaseFiles:
         prompt_style: which prompt the base was trained with.
     """
 
-    base: str
     config: Mapping[str, Any]
     preprocessor: Mapping[str, Any] | None
     tokenizer: TextTokenizer
@@ -156,21 +153,19 @@ class BaseFiles:
         return ids if blank is None or ids[-1] == blank else [*ids, blank]
 
 
-def load_base_files(base: str) -> BaseFiles:
-    """Read config and tokenizer of a base checkpoint: a local folder or a name on the Hugging Face Hub.
+def load_base_files(folder: Path) -> BaseFiles:
+    """Read config and tokenizer of a base checkpoint in a folder.
 
     Raises:
-        CheckpointError: it cannot be found or reached, a file is damaged, or the vocabulary does not fit.
+        CheckpointError: a file is missing or damaged, or the vocabulary does not fit.
     """
-    folder = resolve_checkpoint(base, weights=False)
     config = read_json(folder / "config.json", CheckpointError)
     tokenizer = TextTokenizer.from_folder(folder)
     return BaseFiles(
-        base=base,
         config=config,
         preprocessor=_read(folder, "preprocessor_config.json") or None,
         tokenizer=tokenizer,
-        actions=_action_tokenizer(config, tokenizer, base),
+        actions=_action_tokenizer(config, tokenizer, folder),
         prompt_style=prompt_style_of(config),
     )
 
@@ -221,19 +216,19 @@ def prompt_style_of(config: Mapping[str, Any]) -> PromptStyle:
     return style
 
 
-def _action_tokenizer(config: Mapping[str, Any], tokenizer: TextTokenizer, base: str) -> ActionTokenizer:
+def _action_tokenizer(config: Mapping[str, Any], tokenizer: TextTokenizer, folder: Path) -> ActionTokenizer:
     actions = action_tokenizer_of(config)
     rows = int((config.get("text_config") or {}).get("vocab_size", 32000))
     if tokenizer.size > rows:
         raise CheckpointError(
-            f"{base}: the tokenizer has {tokenizer.size} tokens but the model only {rows} rows"
+            f"{folder}: the tokenizer has {tokenizer.size} tokens but the model only {rows} rows"
             " (text_config.vocab_size); they are not of one checkpoint"
         )
     ours = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id, "blank": tokenizer.blank_id}
     for name, index in ours.items():
         if index is not None and actions.is_action(index):
             raise CheckpointError(
-                f"{base}: the {name} token (id {index}) lies among the action tokens"
+                f"{folder}: the {name} token (id {index}) lies among the action tokens"
                 f" {actions.first_id} to {actions.vocab_size - 1}; this tokenizer cannot carry actions"
             )
     return actions

@@ -149,7 +149,7 @@ def _synthetic(base: Path, pipeline: ImagePipeline, count: int, action_size: int
     if (base / "tokenizer.json").is_file():
         from vlaft.observation.prompts import load_base_files
 
-        prompt = load_base_files(str(base)).prompt_token_ids(_INSTRUCTION)
+        prompt = load_base_files(base).prompt_token_ids(_INSTRUCTION)
     generator = np.random.default_rng(0)
     size = pipeline.size
     coarse = generator.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)

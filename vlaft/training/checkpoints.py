@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlaft.adapt.adapter import base_parameters
+from vlaft.checksums import SEAL, checksum, holds, sealed, unsealed
 from vlaft.documents import read_as, shown
 from vlaft.errors import CheckpointError, VlaftError
-from vlaft.files import SEAL, checksum, holds, read_json, sealed, sync, unsealed
+from vlaft.files import read_json, sync
 from vlaft.training.model import gathered, spread_like
 from vlaft.weights.trained import CHECKPOINT_NAME, STATE_FILE, TRAINED_FILE, state_seal_holds
 

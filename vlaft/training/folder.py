@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from vlaft.action.statistics import STATISTICS_FILE
+from vlaft.checksums import SEAL, content_checksum, sealed, unsealed
 from vlaft.errors import ConfigError, VlaftError
-from vlaft.files import SEAL, content_checksum, disk_errors, sealed, staged, sync, unsealed
+from vlaft.files import disk_errors, staged, sync
 from vlaft.pages.curves import LOG_FILE
 from vlaft.recipe.settings import RecipeConfig
 from vlaft.training.events import flat_settings

@@ -23,11 +23,11 @@ from vlaft.action.metrics import Metrics, MetricSums
 from vlaft.action.tokens import IGNORED
 from vlaft.adapt import pissa
 from vlaft.adapt.adapter import load_adapter_weights, save_adapter
+from vlaft.checksums import cache_folder, content_checksum
 from vlaft.data.loader import Batch
 from vlaft.documents import read_as
 from vlaft.environments.episodes import Rollout
 from vlaft.errors import CheckpointError, ConfigError, VlaftError
-from vlaft.files import cache_folder, content_checksum
 from vlaft.model.heads.tokens import TokenOutput
 from vlaft.observation.augmentation import pixel_values
 from vlaft.pages.curves import LOG_FILE

@@ -20,8 +20,9 @@ import torch
 from vlaft.action.metrics import Metrics, MetricSums
 from vlaft.adapt.methods import quantization_config
 from vlaft.adapt.policies import base_folder
+from vlaft.checksums import content_checksum
 from vlaft.errors import ConfigError, Interrupted, VlaftError
-from vlaft.files import check_apart, content_checksum, joined, locked, replaceable
+from vlaft.files import check_apart, joined, locked, replaceable
 from vlaft.recipe.resolve import resolve, to_yaml
 from vlaft.recipe.settings import RecipeConfig
 from vlaft.training.checkpoints import checkpoint_name, newest_good

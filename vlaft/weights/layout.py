@@ -18,8 +18,9 @@ from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
+from vlaft.checksums import remembered
 from vlaft.errors import CheckpointError
-from vlaft.files import read_json, remembered, restored
+from vlaft.files import read_json, restored
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"

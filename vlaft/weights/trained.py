@@ -17,9 +17,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from vlaft.action.statistics import BOUNDS, STATISTICS_FILE, Statistics, check_statistics, read_statistics
+from vlaft.checksums import SEAL, UNSEALED, content_checksum, holds, seal_holds
 from vlaft.documents import WrongValue, read_as, shown
 from vlaft.errors import CheckpointError, Unchecked
-from vlaft.files import SEAL, UNSEALED, content_checksum, holds, read_json, restored, seal_holds
+from vlaft.files import read_json, restored
 from vlaft.weights.layout import check_tensor_checksums
 
 RUN_FILE = "run.json"

@@ -63,7 +63,7 @@ def test_rows_keep_their_own_instruction(recordings: Path, base: str, tmp_path: 
     )
     done = convert(request)
     assert done.sources[0]["instructions"] == TEXTS
-    prompts = {text: load_base_files(base).prompt_token_ids(text) for text in TEXTS}
+    prompts = {text: load_base_files(Path(base)).prompt_token_ids(text) for text in TEXTS}
     assert prompts["open"] != prompts["it"]
     table = ConvertedDataset(tmp_path / "out").table("train")
     wanted = [TEXTS[task] for tasks in TASKS for task in tasks]

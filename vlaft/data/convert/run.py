@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vlaft.action.statistics import STATISTICS_FILE, read_statistics, write_statistics
+from vlaft.checksums import content_checksum, sealed
 from vlaft.data.codec import CODECS, ImageCodec
 from vlaft.data.convert.plan import (
     OnError,
@@ -48,11 +49,12 @@ from vlaft.data.store import (
     shard_entry,
 )
 from vlaft.errors import ConfigError, DataError
-from vlaft.files import content_checksum, locked, sealed, write_json
+from vlaft.files import locked, write_json
 from vlaft.machine import available_cpus
 from vlaft.observation.images import ImagePipeline
 from vlaft.observation.prompts import BaseFiles, load_base_files
 from vlaft.version import __version__
+from vlaft.weights.layout import resolve_checkpoint
 
 __all__ = ["Conversion", "ConvertRequest", "Skipped", "SourceRequest", "convert"]
 
@@ -143,7 +145,7 @@ def convert(request: ConvertRequest, *, dry_run: bool = False, progress: Progres
 
 def _convert(request: ConvertRequest, dry_run: bool, progress: Progress) -> Conversion:
     before = check_output(request.out, [source.path for source in request.sources], request.overwrite)
-    base = load_base_files(request.base)
+    base = load_base_files(resolve_checkpoint(request.base, weights=False))
     pipeline = ImagePipeline.for_training(base.config, base.preprocessor)
     if request.image_size is not None:
         pipeline = replace(pipeline, size=request.image_size)
@@ -329,7 +331,7 @@ def _describe(
         "image": {"codec": request.codec, "cameras": list(plan.survey.columns), "pipeline": pipeline.to_json()},
         "prompt_style": base.prompt_style,
         "tokenizer": {
-            "base": base.base,
+            "base": request.base,
             "fingerprint": tokenizer.fingerprint,
             "action_vocab_size": base.actions.vocab_size,
             "n_action_bins": base.actions.n_bins,

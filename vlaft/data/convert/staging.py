@@ -11,10 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vlaft.checksums import checksum, seal_holds, sealed
 from vlaft.data.convert.shards import Damaged, ShardResult
 from vlaft.data.store import DATASET_FILE, Shard
 from vlaft.errors import DataError
-from vlaft.files import Listing, checksum, publish, read_json, replaceable, seal_holds, sealed, write_json
+from vlaft.files import Listing, publish, read_json, replaceable, write_json
 
 STATE = ".conversion"  # folder inside the staging folder: the fingerprint and what is finished
 _REQUEST = "request.json"  # in there: the fingerprint of what was asked for

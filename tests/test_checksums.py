@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from vlaft import files
-from vlaft.files import checksum, content_checksum, holds, remembered, seal_holds, sealed, unsealed
+from vlaft import checksums
+from vlaft.checksums import checksum, content_checksum, holds, remembered, seal_holds, sealed, unsealed
 
 
 @pytest.fixture
 def settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file that counts as large, and as written long enough ago to be remembered."""
-    monkeypatch.setattr(files, "_WORTH_REMEMBERING", 0)
-    monkeypatch.setattr(files, "_SETTLED", -1)
+    monkeypatch.setattr(checksums, "_WORTH_REMEMBERING", 0)
+    monkeypatch.setattr(checksums, "_SETTLED", -1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = tmp_path / "file"
     path.write_bytes(b"123456789")
@@ -27,13 +27,13 @@ def settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that were read."""
     read: list[Path] = []
-    original = files.checksum
+    original = checksums.checksum
 
     def checksum(path: Path) -> str:
         read.append(path)
         return original(path)
 
-    monkeypatch.setattr(files, "checksum", checksum)
+    monkeypatch.setattr(checksums, "checksum", checksum)
     return read
 
 
@@ -43,9 +43,9 @@ def test_the_sum_is_crc32c(tmp_path: Path) -> None:
     assert checksum(path) == "e3069283"  # the check value of the polynomial
     path.write_bytes(b"")
     assert checksum(path) == "00000000"
-    path.write_bytes(bytes(files._CHUNK) + b"1")
+    path.write_bytes(bytes(checksums._CHUNK) + b"1")
     whole = checksum(path)
-    path.write_bytes(bytes(files._CHUNK) + b"2")
+    path.write_bytes(bytes(checksums._CHUNK) + b"2")
     assert checksum(path) != whole
 
 
@@ -92,7 +92,7 @@ def test_a_changed_file_is_read_again(settled: Path, reads: list[Path], change: 
 def test_a_file_that_was_just_written_is_read_again(
     settled: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_SETTLED", 3600 * 10**9)
+    monkeypatch.setattr(checksums, "_SETTLED", 3600 * 10**9)
     assert holds(settled, "e3069283") and holds(settled, "e3069283")
     assert len(reads) == 2
 
@@ -103,13 +103,13 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(settled: Path) -
         return "old"
 
     assert remembered(settled, compute) == "old"
-    assert not files.cache_folder("checksums").exists()
+    assert not checksums.cache_folder("checksums").exists()
 
 
 @pytest.mark.parametrize("spoil", [b"", b"[", b"{}", b"[]", b"null", b"\xff"])
 def test_a_damaged_cache_is_no_harm(settled: Path, reads: list[Path], spoil: bytes) -> None:
     assert holds(settled, "e3069283")
-    (note,) = files.cache_folder("checksums").iterdir()
+    (note,) = checksums.cache_folder("checksums").iterdir()
     note.write_bytes(spoil)
     assert holds(settled, "e3069283")
     note.write_text(note.read_text().replace("e3069283", "e3069284"))
@@ -131,6 +131,6 @@ def test_a_document_is_summed_by_its_content() -> None:
     assert content_checksum({10: (1,), 9: 2}) == content_checksum({"9": 2, "10": [1]})
     assert content_checksum(content) != content_checksum(content | {"c": False})
     once = sealed(content)
-    assert list(once)[-1] == files.SEAL and sealed(once) == once and unsealed(once) == content
+    assert list(once)[-1] == checksums.SEAL and sealed(once) == once and unsealed(once) == content
     assert seal_holds(once) and seal_holds(content) is None
-    assert not seal_holds(once | {"b": "a"}) and not seal_holds(once | {files.SEAL: 1})
+    assert not seal_holds(once | {"b": "a"}) and not seal_holds(once | {checksums.SEAL: 1})
