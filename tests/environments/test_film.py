@@ -19,7 +19,7 @@ CAPTION = 30
 def episode(frames: int, *, success: bool = True, shape: tuple[int, int] = (84, 84), seed: int = 0) -> EpisodeOutcome:
     generator = np.random.default_rng(seed)
     images = [np.tile(generator.integers(0, 200, 3, np.uint8), (*shape, 1)) for _ in range(frames)]
-    return EpisodeOutcome(seed, "pick up\nthe red disc", success, frames - 1, frames=images)
+    return EpisodeOutcome(seed, "pick up\nthe red disc", success=success, steps=frames - 1, frames=images)
 
 
 def durations(path: Path) -> list[int]:
@@ -43,7 +43,7 @@ def test_gif(tmp_path: Path) -> None:
 def test_what_a_gif_shows(tmp_path: Path) -> None:
     red, blue = (np.full((10, 20, 3), colour, np.uint8) for colour in ((220, 30, 30), (30, 30, 220)))
     path = tmp_path / "film.gif"
-    write_film(path, [EpisodeOutcome(0, "x", True, 1, frames=[red, blue])])
+    write_film(path, [EpisodeOutcome(0, "x", success=True, steps=1, frames=[red, blue])])
     with Image.open(path) as film:
         assert film.size == (252, 126 + CAPTION) and film.n_frames == 2  # no empty places beside a single episode
         first = np.asarray(film.convert("RGB")).astype(int)
@@ -57,7 +57,7 @@ def test_what_a_gif_shows(tmp_path: Path) -> None:
 def test_long_episodes_are_thinned(tmp_path: Path) -> None:
     frames = [np.full((4, 4, 3), index % 256, np.uint8) for index in range(400)]
     path = tmp_path / "film.gif"
-    write_film(path, [EpisodeOutcome(0, "wait", False, 399, frames=frames)])
+    write_film(path, [EpisodeOutcome(0, "wait", steps=399, frames=frames)])
     assert len(durations(path)) <= 150
     with Image.open(path) as film:
         film.seek(film.n_frames - 1)
