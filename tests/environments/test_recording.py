@@ -46,7 +46,7 @@ def test_the_tabletop_as_a_lerobot_dataset(tmp_path: Path) -> None:
         assert np.array_equal(episode.action, shown.actions) and np.array_equal(episode.state, shown.states)
         frames = np.stack(list(episode.cameras["main"].read(range(episode.length))))
         error = (frames.astype(float) - shown.frames["main"]) ** 2
-        assert 10 * np.log10(255**2 / error.mean()) > 35  # dB: H.264 with chroma at half resolution
+        assert 10 * np.log10(255**2 / error.mean()) > 40  # dB
 
 
 def children(pid: int) -> list[int]:
