@@ -11,8 +11,10 @@ import pytest
 import torch
 from two_steps import MADE, TwoSteps
 
-from vlaft.environments.interface import begin, opened_environments, step
+from vlaft.environments.interface import begin, step
+from vlaft.environments.seats import opened_seats
 from vlaft.environments.tabletop.environment import TabletopEnv
+from vlaft.environments.task import Task
 from vlaft.errors import DataError, VlaftError
 
 ACTION = np.zeros(7, np.float32)
@@ -166,10 +168,10 @@ def test_what_factories_make() -> None:
         (lambda: gymnasium.vector.SyncVectorEnv([TabletopEnv]), "makes a vector of environments"),
     ]
     for make, told in cases:
-        with pytest.raises(VlaftError, match=told), opened_environments(make, 2):
+        with pytest.raises(VlaftError, match=told), opened_seats(Task("t", make), 2, processes=False):
             pass
-    with opened_environments(lambda: one, 1) as environments:
-        assert environments == [one]
+    with opened_seats(Task("t", lambda: one), 1, processes=False) as seats:
+        assert [seat.environment for seat in seats] == [one]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
@@ -181,7 +183,7 @@ def test_all_are_closed_when_something_fails(error: type[BaseException], caplog:
         raise RuntimeError("stuck")
 
     kinds = iter([TwoSteps, type("Stuck", (TwoSteps,), {"close": close}), TwoSteps])
-    with pytest.raises(error), opened_environments(lambda: next(kinds)(), 3):
+    with pytest.raises(error), opened_seats(Task("t", lambda: next(kinds)()), 3, processes=False):
         raise error
     assert [env.closed for env in MADE] == [1, 1, 1]
     assert "an environment could not be closed (RuntimeError: stuck)" in caplog.text
@@ -190,6 +192,9 @@ def test_all_are_closed_when_something_fails(error: type[BaseException], caplog:
 def test_those_made_before_a_factory_fails_are_closed() -> None:
     MADE.clear()
     left = iter([TwoSteps(), TwoSteps()])
-    with pytest.raises(VlaftError, match="factory failed: StopIteration"), opened_environments(lambda: next(left), 3):
+    with (
+        pytest.raises(VlaftError, match="factory failed: StopIteration"),
+        opened_seats(Task("t", lambda: next(left)), 3, processes=False),
+    ):
         pass
     assert [env.closed for env in MADE] == [1, 1]

@@ -26,7 +26,10 @@ from vlaft.documents import WrongValue, read_as
 from vlaft.errors import DataError
 from vlaft.files import read_json, write_json
 
-CRF = 16  # of H.264: what is lost cannot be seen, 45 dB and more on drawn scenes
+# H.264 with colour in full resolution, so that small coloured things are to a trained policy what they are to one that
+# acts: 43 dB on Meta-World's frames at 7 kB each. With colour in half, as is common, it is 37 dB at any size.
+CRF = 8
+_PIXELS = "yuv444p"
 _GROUP = 2  # frames between key frames, as LeRobot writes them, so that single frames are found fast
 _FILES_PER_CHUNK = 1000
 _QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
@@ -92,7 +95,7 @@ def write_piece(
         shape: of the dataset.
         instruction: what was to be done.
         success: whether it was.
-        frames: camera to frames, uint8 `[T, H, W, 3]`; H and W even, as H.264 wants them.
+        frames: camera to frames, uint8 `[T, H, W, 3]`.
         actions: float32 `[T, A]`.
         states: float32 `[T, S]`.
     """
@@ -240,7 +243,7 @@ def _info(
                 "video.height": height,
                 "video.width": width,
                 "video.codec": "h264",
-                "video.pix_fmt": "yuv420p",
+                "video.pix_fmt": _PIXELS,
                 "video.is_depth_map": False,
                 "video.fps": shape.fps,
                 "video.channels": 3,
@@ -276,7 +279,7 @@ def _write_video(path: Path, frames: NDArray[np.uint8], fps: int) -> None:
         options = {"crf": str(CRF), "g": str(_GROUP), "bf": "0"}
         stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = _PIXELS
         stream.thread_count = 1  # as many episodes are recorded at a time as there are CPUs
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))

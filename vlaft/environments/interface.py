@@ -78,28 +78,6 @@ class Outcome:
     info: dict[str, Any]
 
 
-@contextmanager
-def opened_environments(make: Callable[[], Environment], count: int) -> Iterator[list[Environment]]:
-    """Give environments, and close them in the end, however the block ends.
-
-    Args:
-        make: makes one; not called more often than `count`.
-        count: how many.
-
-    Raises:
-        DataError: what it makes is no single environment, or the same one twice.
-        VlaftError: it fails.
-    """
-    environments: list[Environment] = []
-    try:
-        for _ in range(count):
-            environments.append(made(make, environments))
-        yield environments
-    finally:
-        for environment in environments:
-            close(environment)
-
-
 def made(make: Callable[[], Environment], before: Sequence[Environment]) -> Environment:
     """Make an environment, another one than those `before`.
 

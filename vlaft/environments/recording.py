@@ -332,4 +332,8 @@ def _resumable(request: RecordRequest) -> Iterator[Path]:
                 shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / _REQUEST, asked)
-        yield folder
+        try:
+            yield folder
+        finally:
+            if folder.is_dir() and all(path.name == _REQUEST for path in folder.iterdir()):  # nothing to go on from
+                shutil.rmtree(folder)

@@ -172,6 +172,7 @@ def demonstrate(task: str, seed: int, disturbed: float | None) -> ExpertEpisode:
     if task not in _kept:
         _close_kept()  # each takes 200 MB
         _kept[task] = MetaWorldEnv(task)
+        atexit.register(_close_kept)  # once MuJoCo has registered what takes down its display, so that it runs before
     return _kept[task].demonstrate(seed, disturbed or 0.0)
 
 
@@ -195,7 +196,6 @@ def _library() -> SimpleNamespace:
         except ModuleNotFoundError as error:
             missing = (error.name or "metaworld").partition(".")[0]
             raise MissingExtra("metaworld", missing, "metaworld") from error
-    atexit.register(_close_kept)  # after MuJoCo's own, so that it runs before: it takes down what is drawn with
     return SimpleNamespace(mujoco=mujoco, worlds=ALL_V3_ENVIRONMENTS, experts=metaworld.policies.ENV_POLICY_MAP)
 
 
