@@ -155,7 +155,7 @@ def written_chunks(held_out: HeldOut, name: str, chunk: int) -> Evaluation:
     metrics = measure_actions(
         written, target, written.actions, demonstrated, ends=(-1.0, 1.0), names=names, gripper=gripper
     )
-    return Evaluation(name, None, metrics, None, "model", 1.0, written.actions, grows)
+    return Evaluation(name, None, metrics, "model", 1.0, written.actions, grows, None)
 
 
 def test_each_step_of_a_chunk_is_measured(data: Path) -> None:
