@@ -83,7 +83,11 @@ def test_a_scheduler_of_python_functions(
     text = text.replace("Client()", "Client(n_workers=2, threads_per_worker=1)")
     script = tmp_path / "convert.py"
     script.write_text(text)
-    for setting, value in (("USAGE_STATS_ENABLED", "0"), ("AUTH_MODE", "disabled"), ("raylet_start_wait_time_s", "400")):
+    for setting, value in (
+        ("USAGE_STATS_ENABLED", "0"),
+        ("AUTH_MODE", "disabled"),
+        ("raylet_start_wait_time_s", "400"),
+    ):
         monkeypatch.setenv(f"RAY_{setting}", value)  # it writes nothing at home, and a busy machine starts it slowly
     subprocess.run([sys.executable, str(script)], check=True, timeout=500)
     assert [path.name for path in (tmp_path / "data/parts.partial/.conversion").glob("parts-of-*")] == ["parts-of-2"]

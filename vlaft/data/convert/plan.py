@@ -11,16 +11,17 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vlaft.action.statistics import DatasetStatistics, compute_statistics
+from vlaft.action.statistics import DatasetStatistics, statistics_of_rows
 from vlaft.data.convert.reading import Reading, Readings
+from vlaft.data.convert.spool import Spool, spooled
 from vlaft.data.readers.reader import EpisodeRef
 from vlaft.data.source import OpenedSource, Progress
-from vlaft.data.standardize.evidence import Opening, check_gripper
+from vlaft.data.standardize.evidence import check_gripper
 from vlaft.data.store import MAIN_CAMERA
 from vlaft.documents import shown
 from vlaft.errors import DataError
@@ -163,8 +164,11 @@ def survey(
     prompts: Prompts,
     rules: SurveyRules,
     progress: Progress,
+    folder: Path | None = None,
 ) -> tuple[Survey, list[PlannedEpisode]]:
     """Take what was read of all episodes, compute the statistics over both splits, and split by whole episodes.
+
+    Of each episode a few numbers are held in memory; actions and states go through files.
 
     Args:
         opened: the sources.
@@ -173,6 +177,7 @@ def survey(
         prompts: encodes instructions.
         rules: which episodes are taken, and for which split.
         progress: told of the episodes that are read.
+        folder: where these files are made; None: where temporary files go.
 
     Returns:
         What was found, and the episodes of all sources to convert, in order.
@@ -193,9 +198,10 @@ def survey(
         def count(read: int, before: int = done) -> None:
             progress("reading actions", before + read, total)
 
-        found, planned = _survey_source(
-            number, source, refs, readings, first_index, prompts, accepted, rules, count
-        )  # fmt: skip
+        with spooled(folder, np.float32, np.float32, np.float64) as spools:
+            found, planned = _survey_source(
+                number, source, refs, readings, first_index, prompts, accepted, rules, count, spools
+            )
         surveyed.append(found)
         episodes += planned
         done += len(refs)
@@ -215,11 +221,10 @@ def _survey_source(
     accepted: dict[str, list[int]],
     rules: SurveyRules,
     count: Callable[[int], None],
+    spools: Sequence[Spool],
 ) -> tuple[SurveyedSource, list[PlannedEpisode]]:
     """Take what was read of one source; the prompts of new instructions are added to `accepted`."""
-    actions: list[NDArray[np.float32]] = []
-    states: list[NDArray[np.float32]] = []
-    openings: list[Opening | None] = []
+    actions, states, openings = spools
     kept: list[EpisodeRef] = []
     skipped: list[Skipped] = []
     cameras: dict[str, None] = {}
@@ -235,7 +240,7 @@ def _survey_source(
         try:
             if reading.action is None:
                 raise DataError(reading.damage)
-            _check_fits(ref.name, reading, actions, states, cameras)
+            _check_fits(ref.name, reading, actions.width, states.width, cameras)
             accepted.update(prompts.checked(reading, ref.name, accepted))
         except DataError as error:
             if reading.silent and not kept:
@@ -245,10 +250,10 @@ def _survey_source(
             skipped.append(Skipped(source.name, ref.name, str(error)))
             continue
         kept.append(ref)
-        actions.append(reading.action)
-        openings.append(reading.opening)
+        actions.add(reading.action)
+        openings.add(reading.opening)
         if reading.state is not None:
-            states.append(reading.state)
+            states.add(reading.state)
         cameras.update(dict.fromkeys(reading.cameras))
         instructions.update(dict.fromkeys(reading.texts))
         names = names or reading.action_names
@@ -256,17 +261,19 @@ def _survey_source(
     if not kept:
         why = f"; the first: {skipped[0].why}" if skipped else ""
         raise DataError(f"{source.request.path} has no usable episode{why}")
-    gripper = check_gripper(source, actions, names, openings)
+    gripper = check_gripper(source, [action for action in actions if action is not None], names, list(openings))
     if gripper.question:
         raise DataError(gripper.question)
     splits = split_episodes(kept, source.name, rules.val_fraction, rules.seed)
     planned = [
-        PlannedEpisode(number, ref, first_index + ref.index, split, len(action))
-        for ref, split, action in zip(kept, splits, actions, strict=True)
+        PlannedEpisode(number, ref, first_index + ref.index, split, rows)
+        for ref, split, rows in zip(kept, splits, actions.lengths, strict=True)
     ]
     found = SurveyedSource(
         name=source.name,
-        statistics=compute_statistics(actions, source.layout.action_mask, states),
+        statistics=statistics_of_rows(
+            actions.rows, len(kept), source.layout.action_mask, states.rows if len(states) else None
+        ),
         cameras=tuple(cameras),
         instructions=tuple(instructions),
         action_names=names,
@@ -361,25 +368,22 @@ def camera_column(name: str) -> str:
 
 
 def _check_fits(
-    name: str,
-    reading: Reading,
-    actions: Sequence[NDArray[np.float32]],
-    states: Sequence[NDArray[np.float32]],
-    cameras: Mapping[str, None],
+    name: str, reading: Reading, actions: int | None, states: int | None, cameras: Mapping[str, None]
 ) -> None:
-    """Refuse an episode that does not fit those before it."""
+    """Refuse an episode that does not fit those before it, whose dimensions are given, where there are any."""
     assert reading.action is not None
-    if actions and actions[0].shape[1] != reading.action.shape[1]:
+    if actions is not None and actions != reading.action.shape[1]:
         raise DataError(
             f"episode '{name}': the action has {reading.action.shape[1]} dimensions where the episodes before"
-            f" have {actions[0].shape[1]}"
+            f" have {actions}"
         )
-    if actions and (reading.state is None) != (not states):
-        raise DataError(f"episode '{name}': unlike the episodes before, it has {'no' if states else 'a'} state")
-    if states and reading.state is not None and states[0].shape[1] != reading.state.shape[1]:
+    if actions is not None and (reading.state is None) != (states is None):
+        had = "a" if states is None else "no"
+        raise DataError(f"episode '{name}': unlike the episodes before, it has {had} state")
+    if states is not None and reading.state is not None and states != reading.state.shape[1]:
         raise DataError(
             f"episode '{name}': the state has {reading.state.shape[1]} dimensions where the episodes before"
-            f" have {states[0].shape[1]}"
+            f" have {states}"
         )
     if cameras and next(iter(cameras)) not in reading.cameras:
         raise DataError(f"episode '{name}' lacks the main camera '{next(iter(cameras))}' of the episodes before")

@@ -9,9 +9,9 @@ readings.parquet  the actions of every episode, for a conversion that meets dama
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ READINGS_FILE = "readings.parquet"
 _EPISODES_FILE = "episodes.parquet"
 _PROMPTS_FILE = "prompts.parquet"
 _VERSION = 1
+_GROUP = 10_000  # rows that are written, or left out by a part, together
 
 _EPISODES = pa.schema(
     [
@@ -165,7 +166,7 @@ class Plan:
 
 def write_plan(folder: Path, plan: Plan) -> None:
     """Write a plan into a folder in which its readings lie already."""
-    episodes = [
+    episodes = (
         {
             "shard": number,
             "file": shard.file,
@@ -177,10 +178,10 @@ def write_plan(folder: Path, plan: Plan) -> None:
         }
         for number, shard in enumerate(plan.shards)
         for episode in shard.episodes
-    ]
-    prompts = [{"text": text, "ids": ids} for text, ids in plan.prompts.items()]
-    for file, rows, schema in ((_EPISODES_FILE, episodes, _EPISODES), (_PROMPTS_FILE, prompts, _PROMPTS)):
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / file, row_group_size=10_000)
+    )
+    _write_table(folder / _EPISODES_FILE, episodes, _EPISODES)
+    prompts = ({"text": text, "ids": ids} for text, ids in plan.prompts.items())
+    _write_table(folder / _PROMPTS_FILE, prompts, _PROMPTS)
     document = {
         "plan_version": _VERSION,
         "vlaft": __version__,
@@ -203,6 +204,12 @@ def write_plan(folder: Path, plan: Plan) -> None:
         "tables": {file: checksum(folder / file) for file in (_EPISODES_FILE, _PROMPTS_FILE, READINGS_FILE)},
     }
     write_json(folder / PLAN_FILE, sealed(json.loads(json.dumps(document, default=str))), indent=1)
+
+
+def _write_table(path: Path, rows: Iterator[dict[str, Any]], schema: pa.Schema) -> None:
+    with pq.ParquetWriter(path, schema) as writer:
+        for some in iter(lambda: list(islice(rows, _GROUP)), []):
+            writer.write_table(pa.Table.from_pylist(some, schema=schema))
 
 
 def read_plan(folder: Path, part: tuple[int, int] | None = None) -> Plan:

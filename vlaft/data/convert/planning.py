@@ -206,7 +206,7 @@ def plan_conversion(prepared: Prepared, folder: Path | None, progress: Progress)
                             prompts.ids(text)
                 yield number, ref, reading
 
-        surveyed, episodes = survey(opened, listed, readings(), prompts, rules, progress)
+        surveyed, episodes = survey(opened, listed, readings(), prompts, rules, progress, folder)
     tokenizer = base.tokenizer
     dataset = {
         "image": {"codec": request.codec, "pipeline": prepared.pipeline.to_json()},
@@ -244,7 +244,7 @@ def plan_conversion(prepared: Prepared, folder: Path | None, progress: Progress)
 
 
 def plan_without(
-    plan: Plan, damage: Mapping[tuple[int, int], str], folder: Path, opened: Sequence[OpenedSource]
+    plan: Plan, damage: Mapping[tuple[int, int], str], folder: Path, opened: Sequence[OpenedSource], scratch: Path
 ) -> Plan:
     """Return a plan as it would be had these episodes been found damaged when it was made.
 
@@ -253,6 +253,7 @@ def plan_without(
         damage: number of the source and `EpisodeRef.index` to what is wrong.
         folder: in which its readings are kept.
         opened: the sources; no episode is read of them.
+        scratch: where files may be made meanwhile.
 
     Raises:
         DataError: nothing usable is left, or what was kept is damaged.
@@ -261,7 +262,7 @@ def plan_without(
     readings = kept_readings(check_readings(folder))
     rules = replace(plan.rules, without=damage)
     prompts = Prompts(dict(plan.prompts), plan.longest)
-    surveyed, episodes = survey(opened, listed, readings, prompts, rules, silent)
+    surveyed, episodes = survey(opened, listed, readings, prompts, rules, silent, scratch)
     said = [
         replace(source, warnings=tuple(plan.as_typed(number, sentence) for sentence in source.warnings))
         for number, source in enumerate(surveyed.sources)

@@ -414,7 +414,7 @@ def _mend(
     while damaged:
         # A plan without some episodes may take others that did not fit them; these may be damaged in their turn.
         known |= {(entry.source, entry.index): plan.as_typed(entry.source, entry.why) for entry in damaged}
-        mended = plan_without(plan, known, folder, opened)
+        mended = plan_without(plan, known, folder, opened, target)
         job = MendJob(**vars(_job(mended, target, out)), staged=staging, before=plan.survey)
         shards = mended_shards(mended.shards, plan.shards, results)
         total = sum(shard.rows for shard in mended.shards)
