@@ -11,8 +11,11 @@ from typing import Any
 
 import h5py
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from vlaft.checksums import checksum, sealed
 from vlaft.data.convert import mending, planning, reading, run
 from vlaft.data.convert import shards as convert_shards
 from vlaft.data.convert.plan_folder import read_plan
@@ -394,3 +397,39 @@ def test_a_record_that_was_cut_off_is_none(demos: Path, base: str, tmp_path: Pat
     for text in ("", "{}", record.read_text().replace('"rows": 12', '"rows": -1')):
         record.write_text(text)
         assert finished_shard(staging, "val-00000-of-00001.parquet", key, "stop") is None
+
+
+def test_a_plan_that_says_something_else_is_a_sentence(demos: Path, base: str, tmp_path: Path) -> None:
+    """Each value of its document replaced by others, with a checksum that holds: read, or refused in one sentence."""
+    make_plan(request(demos, base, tmp_path / "out"), tmp_path / "plan")
+    file = tmp_path / "plan/plan.json"
+    document = json.loads(file.read_text())
+    refused = 0
+    places = [(document, key) for key in document]
+    places += [
+        (inner, key) for name in ("requests", "surveyed", "sources") for inner in document[name] for key in inner
+    ]
+    places += [(document[name], key) for name in ("rules", "dataset", "tables") for key in document[name]]
+    for inside, key in places:
+        before = inside[key]
+        for value in (None, -1, "x", [], {}, ["x"], {"x": 1}):
+            inside[key] = value
+            file.write_text(json.dumps(sealed(document)))
+            try:
+                read_plan(tmp_path / "plan", (1, 2))
+            except DataError as error:
+                refused += 1
+                assert "\n" not in str(error) and "plan" in str(error)
+        inside[key] = before
+    assert refused > 200
+    file.write_text(json.dumps(sealed(document)))
+    episodes = tmp_path / "plan/episodes.parquet"
+    table = pq.read_table(episodes)
+    for column, value in (("file", "../../x.parquet"), ("dataset", 7), ("ref", "x"), ("rows", -3)):
+        at = table.schema.get_field_index(column)
+        values = pa.array([value] * len(table), table.schema.field(column).type)
+        pq.write_table(table.set_column(at, column, values), episodes)
+        document["tables"]["episodes.parquet"] = checksum(episodes)
+        file.write_text(json.dumps(sealed(document)))
+        with pytest.raises(DataError, match="the plan cannot be read"):
+            read_plan(tmp_path / "plan")

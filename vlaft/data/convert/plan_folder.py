@@ -9,6 +9,7 @@ readings.parquet  the actions of every episode, for a conversion that meets dama
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby, islice
@@ -25,7 +26,7 @@ from vlaft.data.convert.plan import OnError, PlannedEpisode, ShardPlan, Survey, 
 from vlaft.data.convert.reading import read_ref, written_ref
 from vlaft.data.source import SourceRequest
 from vlaft.data.store import FORMAT_VERSION
-from vlaft.documents import WrongValue, read_as
+from vlaft.documents import WrongValue, read_as, shown
 from vlaft.errors import CheckpointError, ConfigError, DataError
 from vlaft.files import read_json, write_json
 from vlaft.observation.images import ImagePipeline
@@ -49,6 +50,7 @@ _EPISODES = pa.schema(
         ("rows", pa.int64()),
     ]
 )
+_SHARD = re.compile(r"(train|val)-\d+-of-\d+\.parquet")
 _PROMPTS = pa.schema([("text", pa.string()), ("ids", pa.list_(pa.int32()))])
 
 
@@ -74,6 +76,15 @@ class _Rules:
 
 
 @dataclass(frozen=True)
+class _Source:
+    """What the end of a conversion relies on in `dataset.json`'s description of a source."""
+
+    path: str
+    preset: str | None
+    layout: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class _PlanFile:
     """`plan.json`."""
 
@@ -86,7 +97,7 @@ class _PlanFile:
     shard_rows: int | None
     longest: int
     dataset: dict[str, Any]
-    sources: list[dict[str, Any]]
+    sources: list[dict[str, Any]]  # each holds what `_Source` names
     surveyed: list[SurveyedSource]
     told: list[str]
     shards: int
@@ -98,6 +109,8 @@ class _PlanFile:
         """Refuse what does not belong together."""
         if not len(self.requests) == len(self.files) == len(self.sources) == len(self.surveyed):
             raise ValueError("it does not name the same sources everywhere")
+        if not all(source.cameras for source in self.surveyed):
+            raise ValueError("a source has no camera")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +248,8 @@ def read_plan(folder: Path, part: tuple[int, int] | None = None) -> Plan:
         raise DataError(f"{folder / PLAN_FILE} does not match its checksum; make the plan again ({UNSEALED})")
     try:
         file = read_as(_PlanFile, content)
+        for number, described in enumerate(file.sources):
+            read_as(_Source, described, f"sources[{number}]")
         for number, source in enumerate(file.surveyed):
             check_statistics({source.name: source.statistics}, f"{folder / PLAN_FILE}: surveyed[{number}].statistics")
         prompts = dict(zip(*_columns(folder, file, _PROMPTS_FILE, _PROMPTS, None), strict=True))
@@ -297,9 +312,13 @@ def _read_shards(folder: Path, file: _PlanFile, part: tuple[int, int] | None) ->
     rows = zip(*_columns(folder, file, _EPISODES_FILE, _EPISODES, filters), strict=True)
     shards = []
     for (_, name, split), group in groupby(rows, key=lambda row: row[:3]):
+        if not _SHARD.fullmatch(name):
+            raise ValueError(f"{shown(name)} is no name of a shard")
         episodes = tuple(
             PlannedEpisode(source, read_ref(ref), index, split, count) for *_, source, ref, index, count in group
         )
+        if not all(0 <= episode.source < len(file.requests) and episode.rows > 0 for episode in episodes):
+            raise ValueError(f"an episode of {name} belongs to no source or has no rows")
         shards.append(ShardPlan(name, split, episodes))
     return tuple(shards)
 
