@@ -13,6 +13,10 @@ class VlaftError(Exception):
     exit_code = 1
 
 
+class InUse(VlaftError):
+    """Another process writes to an output."""
+
+
 class UsageError(VlaftError):
     """The command was typed wrongly (options that contradict each other)."""
 

@@ -23,7 +23,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from vlaft.documents import NotYaml, parse_yaml
-from vlaft.errors import ConfigError, DataError, VlaftError
+from vlaft.errors import ConfigError, DataError, InUse, VlaftError
 
 _LARGEST_JSON = 256 * 2**20  # bytes; what is larger is no document, and would be held in memory several times over
 LARGEST_YAML = 2**18  # bytes; recipes have some thirty lines, mixes some hundred
@@ -216,16 +216,20 @@ def locked(out: Path, *, shared: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def joined(out: Path) -> Iterator[None]:
+def joined(out: Path, *, first: bool = False) -> Iterator[None]:
     """Hold the lock of `out` together with the process of the same work that took it as `shared`.
 
     On a machine that does not see the lock there is none to hold: nothing is written from there.
+
+    Args:
+        out: the file or folder to be written.
+        first: take it also where nobody holds it: there are only processes of equal rank.
 
     Raises:
         VlaftError: a process of other work holds it.
     """
     place = _place(out)
-    if not _beside(place, "lock").exists():
+    if not first and not _beside(place, "lock").exists():
         yield
         return
     with ExitStack() as held:
@@ -448,7 +452,7 @@ def _flock(out: Path, descriptor: int, kind: int) -> None:
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise VlaftError(
+        raise InUse(
             f"{out}: {_holder(descriptor)} is writing there; wait until it has ended, or name another --out"
         ) from None
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from vlaft.action import statistics
 from vlaft.action.statistics import (
     FIELDS,
     check_statistics,
@@ -215,3 +216,25 @@ def test_bridge_read_from_rlds_with_its_preset_has_upstreams_actions(samples: Pa
         nearest = int(np.argmin(distances))
         assert distances[nearest] < 1e-5
         assert instructions[nearest] == trajectory[0]["instruction"]
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 7), (999, 1), (1000, 2), (5003, 7), (2001, 14), (77, 900)])
+def test_rows_in_a_file_give_what_rows_in_memory_give(
+    rows: int, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit what numpy gives of all rows at once, though few are looked at together."""
+    rng = np.random.default_rng(rows)
+    values = (rng.normal(size=(rows, size)) * rng.uniform(0.1, 9, size)).astype(np.float32)
+    values.tofile(tmp_path / "rows")
+    monkeypatch.setattr(statistics, "_BLOCK", 100)
+    mapped = np.memmap(tmp_path / "rows", np.float32, mode="r", shape=values.shape)
+    found = statistics.statistics_of_rows(mapped, 3)["action"]
+    for name, expected in {
+        "mean": values.mean(axis=0, dtype=np.float64),
+        "std": values.std(axis=0, dtype=np.float64),
+        "max": values.max(axis=0),
+        "min": values.min(axis=0),
+        "q01": np.quantile(values, 0.01, axis=0),
+        "q99": np.quantile(values, 0.99, axis=0),
+    }.items():
+        assert found[name] == expected.astype(np.float32).astype(np.float64).tolist(), name

@@ -83,3 +83,45 @@ def test_a_wrong_setting_is_told_with_the_nearest_known_one(samples: Path, tiny:
     words = [str(samples / "rlds/bridge_dataset"), "--base", str(tiny / "checkpoint")]
     with pytest.raises(ConfigError, match="did you mean 'instruction'"):
         run([*words, "--out", str(tmp_path / "out"), "instuction=x"])
+
+
+def test_a_conversion_in_parts(samples: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(samples / "rlds/bridge_dataset"), "--preset", "bridge", "--base", str(tiny / "checkpoint")]
+    words += ["--out", str(tmp_path / "out"), "--limit", "2"]
+    plan = ["--plan", str(tmp_path / "plan")]
+    run([*words, *plan])
+    told = capsys.readouterr().err
+    assert "16 examples of 2 episodes in train, 16 examples of 2 episodes in val in 2 files" in told
+    assert f"vlaft convert {plan[0]} {plan[1]} --part 1/1" in told
+    run([*words, *plan, "--part", "02/2", "--workers", "1", "--json"])  # the same words may be repeated
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["rows"] == 16 and "part 2/2 of" in captured.err
+    for more, why in (
+        (["--part", "1/2", "--seed", "4"], "--seed 4 contradicts .*, which was made with 0"),
+        (["--part", "1/2", "--on-error", "skip"], "--on-error skip contradicts"),
+        (["--part", "1/2", "--out", "other"], "--out other contradicts"),
+        (["--finish", str(samples / "rlds/bridge_dataset")], "the sources or their settings contradict"),
+        (["--finish", *words, "fps=7"], "the sources or their settings contradict"),
+        (["--part", "1/2", "fps=7"], "there is no source"),
+        (["--part", "1/2", "--overwrite"], "--overwrite belongs to --finish"),
+        (["--part", "1/2", "--finish"], "--part and --finish are two steps"),
+        (["--part", "1/2", "--dry-run"], "give one of them"),
+        *(
+            (["--part", part], f"--part {part} is no part")
+            for part in ("3/2", "0/2", "1", "1/2/3", "1/0", "a/b", "-1/2")
+        ),
+    ):
+        with pytest.raises(UsageError, match=why):
+            run([*plan, *more])
+    for step in (["--part", "1/2"], ["--finish"]):
+        with pytest.raises(UsageError, match="belongs to a plan"):
+            run([*words, *step])
+    with pytest.raises(UsageError, match="--out is missing"):
+        run([*words[:1], *plan])
+    run([*plan, "--part", "1/2", "--workers", "1"])
+    capsys.readouterr()
+    run([*plan, "--finish", "--json"])
+    assert json.loads(capsys.readouterr().out)["rows"] == {"train": 16, "val": 16}
+    run([*words[:-4], "--out", str(tmp_path / "whole"), "--limit", "2", "--workers", "1"])
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()

@@ -8,7 +8,7 @@ action; `mask` is True where normalisation applies. Where there is no state, `pr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ Statistics = dict[str, DatasetStatistics]
 FIELDS = ("mean", "std", "max", "min", "q01", "q99")
 BOUNDS = ("q01", "q99")  # of those, what actions are scaled by
 STATISTICS_FILE = "dataset_statistics.json"
+_BLOCK = 2**17  # rows that are looked at together
 
 
 def compute_statistics(
@@ -46,16 +47,38 @@ def compute_statistics(
         DataError: no steps, differing dimensions, values that are not finite, or a mask of another length.
     """
     joined = _join(actions, "action")
-    size = joined.shape[1]
+    return statistics_of_rows(joined, len(actions), mask, _join(states, "state") if states else None)
+
+
+def statistics_of_rows(
+    actions: NDArray[np.float32],
+    episodes: int,
+    mask: Sequence[bool] = (),
+    states: NDArray[np.float32] | None = None,
+) -> DatasetStatistics:
+    """As `compute_statistics`, of rows that lie behind each other, maybe in a file that is mapped into memory.
+
+    Beside them it takes four bytes per row of memory, for the quantiles of one dimension at a time.
+
+    Args:
+        actions: `[N, A]` float32, the steps of all episodes.
+        episodes: their number.
+        mask: one per action dimension; empty means that all are normalised.
+        states: `[N, S]` float32, or None where there are none.
+
+    Raises:
+        DataError: no steps, values that are not finite, or a mask of another length.
+    """
+    size = actions.shape[1]
     if mask and len(mask) != size:
         raise DataError(f"the action mask has {len(mask)} entries for {size} action dimensions; give one for each")
-    action: dict[str, Any] = dict(_moments(joined))
+    action: dict[str, Any] = dict(_moments(actions, "action"))
     action["mask"] = [bool(entry) for entry in mask] if mask else [True] * size
     return {
         "action": action,
-        "proprio": _moments(_join(states, "state")) if states else {name: [0.0] * size for name in FIELDS},
-        "num_transitions": len(joined),
-        "num_trajectories": len(actions),
+        "proprio": {name: [0.0] * size for name in FIELDS} if states is None else _moments(states, "state"),
+        "num_transitions": len(actions),
+        "num_trajectories": episodes,
     }
 
 
@@ -71,23 +94,52 @@ def _join(episodes: Sequence[NDArray[np.float32]], what: str) -> NDArray[np.floa
     if len(sizes) != 1:
         listed = ", ".join(str(size[0] if size else 0) for size in sorted(sizes))
         raise DataError(f"episodes differ in their number of {what} dimensions ({listed}); convert them separately")
-    joined = np.concatenate([np.asarray(episode, dtype=np.float32) for episode in episodes])
-    bad = np.argwhere(~np.isfinite(joined))
-    if len(bad):
-        raise DataError(f"{what} dimension {bad[0][1]} is not finite in {len(bad)} places; repair or drop the episode")
-    return joined
+    return np.concatenate([np.asarray(episode, dtype=np.float32) for episode in episodes])
 
 
-def _moments(values: NDArray[np.float32]) -> dict[str, list[float]]:
+def _moments(values: NDArray[np.float32], what: str) -> dict[str, list[float]]:
+    if not len(values):
+        raise DataError("there are no steps to compute statistics of")
+    bad = [0, 0]  # places, and the first one's dimension
+    for block in _blocks(values):
+        places = np.argwhere(~np.isfinite(block))
+        bad = [bad[0] + len(places), int(places[0][1]) if len(places) and not bad[0] else bad[1]]
+    if bad[0]:
+        raise DataError(f"{what} dimension {bad[1]} is not finite in {bad[0]} places; repair or drop the episode")
+    mean = _sum(values, lambda block: block) / len(values)
+    std = np.sqrt(_sum(values, lambda block: np.square(block - mean)) / len(values))
+    # one by one: numpy interpolates in float64 where it is asked for several, and the last digit is another
+    quantiles = [[_quantile(values[:, number], share) for number in range(values.shape[1])] for share in (0.01, 0.99)]
     results = {
-        "mean": values.mean(axis=0, dtype=np.float64),
-        "std": values.std(axis=0, dtype=np.float64),
-        "max": values.max(axis=0),
-        "min": values.min(axis=0),
-        "q01": np.quantile(values, 0.01, axis=0),
-        "q99": np.quantile(values, 0.99, axis=0),
+        "mean": mean,
+        "std": std,
+        "max": np.asarray(values.max(axis=0)),
+        "min": np.asarray(values.min(axis=0)),
+        "q01": np.asarray(quantiles[0]),
+        "q99": np.asarray(quantiles[1]),
     }
     return {name: result.astype(np.float32).astype(np.float64).tolist() for name, result in results.items()}
+
+
+def _quantile(column: NDArray[np.float32], share: float) -> np.float32:
+    return np.float32(np.quantile(np.array(column), share, overwrite_input=True))
+
+
+def _blocks(values: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+    for start in range(0, len(values), _BLOCK):
+        yield np.asarray(values[start : start + _BLOCK])
+
+
+def _sum(
+    values: NDArray[np.float32], function: Callable[[NDArray[np.float64]], NDArray[np.float64]]
+) -> NDArray[np.float64]:
+    """Return the sum over all rows, added one after the other as numpy does over the first axis."""
+    total: NDArray[np.float64] | None = None
+    for block in _blocks(values):
+        terms = function(block.astype(np.float64))
+        total = np.add.reduce(terms if total is None else np.concatenate([total[None], terms]), axis=0)
+    assert total is not None
+    return total
 
 
 def write_statistics(path: Path, statistics: Mapping[str, DatasetStatistics]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -9,17 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlaft.cli.arguments import AsJson, Out, Overwrite
+from vlaft.cli.arguments import AsJson, Overwrite
 
 if TYPE_CHECKING:
-    from vlaft.data.convert.run import Conversion
+    from vlaft.data.convert.run import Conversion, ConvertRequest, Part
     from vlaft.data.source import Progress, SourceRequest
 
 _SHOWN = 10  # skipped episodes told one by one
+_ANY_STEP = {"plan", "part", "finish", "workers", "as_json"}  # options that a part or the end of a plan takes
 
 
 def convert(
-    out: Out,
+    context: typer.Context,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write.", show_default=False)] = None,
     words: Annotated[
         list[str] | None,
         typer.Argument(
@@ -68,23 +71,38 @@ def convert(
     ] = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read all actions, write nothing.")] = False,
+    plan: Annotated[
+        Path | None,
+        typer.Option("--plan", help="Folder of a plan to make, or to carry on in parts.", show_default=False),
+    ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option("--part", metavar="I/N", help="Write the plan's part I of N; on any machine.", show_default=False),
+    ] = None,
+    finish: Annotated[bool, typer.Option("--finish", help="Make the dataset of a plan whose parts are there.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn demonstrations into tokenized action examples.
 
-    An interrupted conversion goes on where it was when the same command is given again.
+    An interrupted conversion goes on where it was when the same command is given again. With --plan it is done in
+    parts, on as many machines as there are: the plan first, then its parts in any order, then the end.
 
     Example: vlaft convert demos.hdf5 --preset robomimic --out data/ instruction='open the drawer'
     """
     from vlaft.cli.console import print_json
-    from vlaft.data.convert.run import ConvertRequest
-    from vlaft.data.convert.run import convert as run_conversion
-    from vlaft.errors import Interrupted
+    from vlaft.data.convert import run
+    from vlaft.errors import Interrupted, UsageError
 
-    request = ConvertRequest(
-        sources=_sources(words or [], preset or [], name or [], weight or [], mix),
+    given = {name for name in context.params if _is_given(context, name)}
+    later = part is not None or finish
+    _check_steps(given, plan, part, finish)
+    if out is None and not later:
+        raise UsageError("--out is missing; name the folder to write")
+    named = {"words", "preset", "name", "weight", "mix"} & given
+    request = run.ConvertRequest(
+        sources=[] if later and not named else _sources(words or [], preset or [], name or [], weight or [], mix),
         base=base,
-        out=out,
+        out=out or Path(),
         image_size=image_size,
         codec=codec,  # type: ignore[arg-type]  # checked by convert
         val_fraction=val_fraction,
@@ -96,12 +114,83 @@ def convert(
     )
     try:
         with _phases() as report:
-            done = run_conversion(request, dry_run=dry_run, progress=report)
+            done: Conversion | Part
+            if plan is not None and later:
+                _check_agrees(plan, request, given)
+            if plan is not None and part is not None:
+                done = run.convert_part(plan, *_part(part), workers=workers, progress=report)
+            elif plan is not None and finish:
+                done = run.finish(plan, overwrite=overwrite, workers=workers, progress=report)
+            elif plan is not None:
+                done = run.make_plan(request, plan, progress=report)
+            else:
+                done = run.convert(request, dry_run=dry_run, progress=report)
     except KeyboardInterrupt as error:
         raise Interrupted("interrupted; give the same command again to go on, what is finished is kept") from error
     if as_json:
         print_json(done)
-    _tell(done, dry_run)
+    if isinstance(done, run.Part):
+        _tell_part(done)
+    else:
+        _tell(done, dry_run, None if later else plan)
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
+
+
+def _check_steps(given: set[str], plan: Path | None, part: str | None, finish: bool) -> None:
+    """Refuse options that contradict each other."""
+    from vlaft.errors import UsageError
+
+    if part is not None and finish:
+        raise UsageError("--part and --finish are two steps; give one of them")
+    step = "--part" if part is not None else "--finish" if finish else None
+    if step and plan is None:
+        raise UsageError(f"{step} belongs to a plan; give --plan FOLDER, or neither to convert all at once")
+    if plan is not None and "dry_run" in given:
+        raise UsageError("--dry-run writes nothing, and --plan a plan; give one of them")
+    if part is not None:
+        _part(part)
+        if "overwrite" in given:
+            raise UsageError("--overwrite belongs to --finish; a part replaces nothing")
+
+
+def _part(text: str) -> tuple[int, int]:
+    """Return number and count for `3/16`."""
+    from vlaft.errors import UsageError
+
+    match = re.fullmatch(r"0*(\d{1,9})/0*(\d{1,9})", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise UsageError(f"--part {text} is no part; write a number and a count, 1/16 to 16/16 for sixteen parts")
+    return int(match[1]), int(match[2])
+
+
+def _check_agrees(plan: Path, request: ConvertRequest, given: set[str]) -> None:
+    """Refuse words beside a plan that was made with others; the same ones may be repeated."""
+    from vlaft.data.convert.plan_folder import read_plan
+    from vlaft.data.convert.planning import settings_of
+    from vlaft.errors import UsageError
+
+    words = given - _ANY_STEP - {"overwrite"}
+    if not words:
+        return
+    made, asked = read_plan(plan, (1, 2**31)), settings_of(request)
+    if "out" in words and request.out.resolve() != made.out:
+        raise UsageError(f"--out {request.out} contradicts {plan}, which is for {made.out}; leave it out")
+    if words & {"words", "preset", "name", "weight", "mix"} and asked["sources"] != made.settings["sources"]:
+        raise UsageError(
+            f"the sources or their settings contradict {plan}, which was made with others; leave them out, or make"
+            " another plan"
+        )
+    for word in sorted(words & asked.keys()):
+        if asked[word] != made.settings[word]:
+            option = "--" + word.replace("_", "-")
+            raise UsageError(
+                f"{option} {asked[word]} contradicts {plan}, which was made with {made.settings[word]}; leave it out,"
+                " or make another plan"
+            )
 
 
 def _sources(
@@ -198,7 +287,18 @@ def _phases() -> Iterator[Progress]:
         yield report
 
 
-def _tell(done: Conversion, dry_run: bool) -> None:
+def _tell_part(done: Part) -> None:
+    from vlaft.cli.console import say
+
+    again = f" ({done.reused} were there already)" if done.reused else ""
+    left = f"; {done.damaged} episodes with damaged frames left out" if done.damaged else ""
+    say(
+        f"part {done.number}/{done.count} of {done.plan}: {done.rows:,} examples, files: {done.shards},"
+        f" {done.bytes / 1e6:.1f} MB{again}{left}"
+    )
+
+
+def _tell(done: Conversion, dry_run: bool, plan: Path | None = None) -> None:
     from vlaft.cli.console import say, warn
     from vlaft.data.sentences import folded
 
@@ -211,10 +311,15 @@ def _tell(done: Conversion, dry_run: bool) -> None:
     counts = ", ".join(
         f"{done.rows[split]:,} examples of {done.episodes[split]} episodes in {split}" for split in done.rows
     )
-    if dry_run:
+    if dry_run or plan is not None:
         for source in done.sources:
             _describe(source)
+    if dry_run:
         say(f"would write {counts}; nothing was written")
+        return
+    if plan is not None:
+        say(f"{plan}: {counts} in {done.shards} files")
+        say(f"next: vlaft convert --plan {plan} --part 1/1, or 1/N to N/N anywhere; then --plan {plan} --finish")
         return
     again = f" ({done.reused} of {done.shards} files were there already)" if done.reused else ""
     say(f"{counts}; {done.bytes / 1e6:.1f} MB written to {done.out}{again}")

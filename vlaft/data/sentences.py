@@ -11,6 +11,7 @@ from typing import Any
 # Read back as the same text wherever it stands in YAML; whatever else a name may hold goes into quotes.
 _PLAIN = re.compile(r"[A-Za-z_][\w.+/-]*(\*[\w.+/-]*)*( [\w.+/-]+)*", re.ASCII)
 _NO_TEXT = {"true", "false", "yes", "no", "on", "off", "null", "y", "n", "none"}
+FIRST_SUCH_EPISODE = "(told for the first such episode only)"  # ends a sentence that names one of many episodes
 _FEW = 2  # sentences alike that are told one by one
 
 

@@ -67,9 +67,13 @@ class OpenedSource:
     @property
     def warnings(self) -> list[str]:
         """What the reader did not believe, and whether a preset was overlooked; each a sentence."""
+        return self.warnings_with(self.reader.warnings)
+
+    def warnings_with(self, told: Sequence[str]) -> list[str]:
+        """As `warnings`, where readers in other processes `told` what this one did not believe."""
         known = None if self.request.preset else preset_of_dataset(self.reader.name)
         hint = [f"a preset is made for this dataset: give --preset {known} unless its actions are as you want them"]
-        return [*self.reader.warnings, *(hint if known else [])]
+        return [*told, *(hint if known else [])]
 
     @property
     def steps_given(self) -> bool:

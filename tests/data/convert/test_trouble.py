@@ -74,37 +74,49 @@ def wait_for_shards(staging: Path, process: subprocess.Popen[bytes], count: int)
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("damaged", [False, True], ids=["sound", "damaged frame"])
-def test_killed_with_several_workers_and_run_again(long_demos: Path, base: str, tmp_path: Path, damaged: bool) -> None:
-    """Byte-identical to an undisturbed run; where a frame is damaged, the kill comes in the pass without it."""
-    if damaged:
-        with h5py.File(long_demos / "episode_0.hdf5", "r+") as file:
-            file["observations/images/cam_high"][4, 100:] = 0
+def test_killed_with_several_workers_and_run_again(long_demos: Path, base: str, tmp_path: Path) -> None:
+    """Byte-identical to an undisturbed run, with a damaged frame in it."""
+    with h5py.File(long_demos / "episode_0.hdf5", "r+") as file:
+        file["observations/images/cam_high"][4, 100:] = 0
     more = ("--on-error", "skip")
     out = tmp_path / "out"
-    staging = tmp_path / "out.partial"
     process = subprocess.Popen(command(long_demos, base, out, 2, True, *more), stderr=subprocess.DEVNULL)
-    while damaged and not (staging / ".conversion/damaged.json").exists():
-        assert process.poll() is None
-        time.sleep(0.005)
-    finished = len(list(staging.glob(".conversion/*.parquet.json"))) if damaged else 0
-    before = time.time_ns()
-    wait_for_shards(staging, process, 2)
-    while damaged and sum(p.stat().st_mtime_ns > before for p in staging.glob(".conversion/train-*.json")) < 2:
-        assert process.poll() is None
-        time.sleep(0.005)
+    wait_for_shards(tmp_path / "out.partial", process, 2)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not out.exists() and (finished > 0) == damaged
+    assert not out.exists()
     again = subprocess.run(command(long_demos, base, out, 2, False, *more), capture_output=True, text=True, check=True)
     assert "files were there already" in again.stderr
     clean = tmp_path / "undisturbed"
     subprocess.run(command(long_demos, base, clean, 1, False, *more), capture_output=True, check=True)
     assert content(out) == content(clean)
     dataset = ConvertedDataset(out)
-    assert dataset.rows("train") + dataset.rows("val") == (540 if damaged else 600)
-    assert dataset.statistics["demos"]["num_trajectories"] == (9 if damaged else 10)
-    assert [entry["episode"] for entry in dataset.info["skipped"]] == (["episode_0.hdf5"] if damaged else [])
+    assert dataset.rows("train") + dataset.rows("val") == 540
+    assert dataset.statistics["demos"]["num_trajectories"] == 9
+    assert [entry["episode"] for entry in dataset.info["skipped"]] == ["episode_0.hdf5"]
+
+
+def test_parts_that_are_killed_and_run_again_beside_each_other(long_demos: Path, base: str, tmp_path: Path) -> None:
+    """Two that overlap, both killed; then two others at once. What a kill leaves is not in the dataset."""
+    out, plan = tmp_path / "out", tmp_path / "plan"
+    subprocess.run(command(long_demos, base, out, 1, False, "--plan", str(plan)), capture_output=True, check=True)
+
+    def part(number: int, count: int, slow: bool) -> subprocess.Popen[bytes]:
+        words = [sys.executable, str(script(tmp_path, slow)), "convert", "--plan", str(plan), "--workers", "1"]
+        return subprocess.Popen([*words, "--part", f"{number}/{count}"], stderr=subprocess.DEVNULL)
+
+    killed = [part(1, 1, True), part(2, 2, True)]
+    wait_for_shards(tmp_path / "out.partial", killed[0], 2)
+    for process in killed:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert list((tmp_path / "out.partial").glob(".*"))
+    others = [part(2, 3, False), part(1, 1, False)]
+    assert [process.wait() for process in others] == [0, 0]
+    words = [sys.executable, "-m", "vlaft", "convert", "--plan", str(plan), "--finish"]
+    subprocess.run(words, capture_output=True, check=True)
+    subprocess.run(command(long_demos, base, tmp_path / "clean", 2), capture_output=True, check=True)
+    assert content(out) == content(tmp_path / "clean")
 
 
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 2), (signal.SIGTERM, 1), (signal.SIGTERM, 2)])

@@ -1,4 +1,8 @@
-"""First pass of a conversion: actions only. What is in the sources, their statistics, and which shard gets what."""
+"""First pass of a conversion: actions only. What is in the sources, their statistics, and which shard gets what.
+
+It takes what `reading.py` read of each episode, from the sources or from the file that keeps it, and nothing else: a
+conversion that learns of damaged frames decides anew, without them, what it would have decided had it known.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,20 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vlaft.action.statistics import DatasetStatistics, compute_statistics
-from vlaft.data.episode import Episode
+from vlaft.action.statistics import DatasetStatistics, statistics_of_rows
+from vlaft.data.convert.reading import Reading, Readings
+from vlaft.data.convert.spool import Spool, spooled
 from vlaft.data.readers.reader import EpisodeRef
-from vlaft.data.source import MissingInstruction, OpenedSource, Progress, first_of_splits
-from vlaft.data.standardize.evidence import Opening, check_gripper, finger_opening
+from vlaft.data.source import OpenedSource, Progress
+from vlaft.data.standardize.evidence import check_gripper
 from vlaft.data.store import MAIN_CAMERA
+from vlaft.documents import shown
 from vlaft.errors import DataError
 from vlaft.observation.prompts import BaseFiles
 
@@ -61,7 +68,6 @@ class SurveyedSource:
     """
 
     name: str
-    episodes: tuple[PlannedEpisode, ...]
     statistics: DatasetStatistics
     cameras: tuple[str, ...]
     instructions: tuple[str, ...]
@@ -84,11 +90,6 @@ class Survey:
         others = sorted({camera_column(name) for source in self.sources for name in source.cameras[1:]})
         return (MAIN_CAMERA, *others)
 
-    @property
-    def episodes(self) -> list[PlannedEpisode]:
-        """The episodes of all sources, in order."""
-        return [episode for source in self.sources for episode in source.episodes]
-
 
 @dataclass(frozen=True, kw_only=True)
 class SurveyRules:
@@ -109,17 +110,86 @@ class SurveyRules:
     without: Mapping[tuple[int, int], str] = field(default_factory=dict)
 
 
-def survey(opened: Sequence[OpenedSource], base: BaseFiles, rules: SurveyRules, progress: Progress) -> Survey:
-    """Read all actions, compute the statistics over both splits, and split by whole episodes.
+class Prompts:
+    """The prompt ids of instructions, each encoded once.
+
+    Attributes:
+        known: instruction to ids.
+        longest: positions that the model has for prompt and action together.
+    """
+
+    def __init__(self, known: dict[str, list[int]], longest: int, base: BaseFiles | None = None) -> None:
+        """Take what is known; what is not is encoded for `base`."""
+        self.known = known
+        self.longest = longest
+        self._base = base
+
+    @classmethod
+    def of(cls, base: BaseFiles) -> Prompts:
+        """Return the prompts of a base, of which none is known yet."""
+        return cls({}, int(base.config.get("llm_max_length", 2048)), base)
+
+    def ids(self, instruction: str) -> list[int]:
+        """Return the ids of an instruction.
+
+        Raises:
+            DataError: the instruction is no text in UTF-8, or is new and there is no base to encode it for.
+        """
+        if instruction not in self.known:
+            if self._base is None:
+                raise DataError(f"the instruction {shown(instruction)} is not in the plan; make the plan again")
+            self.known[instruction] = self._base.prompt_token_ids(instruction)
+        return self.known[instruction]
+
+    def checked(self, reading: Reading, name: str, accepted: Mapping[str, list[int]]) -> dict[str, list[int]]:
+        """Return the ids of an episode's instructions that are not accepted yet.
+
+        Raises:
+            DataError: one is no text, or too long beside the action.
+        """
+        assert reading.action is not None
+        found = {text: self.ids(text) for text in reading.texts if text not in accepted}
+        for ids in found.values():
+            if len(ids) + reading.action.shape[1] + 1 > self.longest:
+                raise DataError(
+                    f"episode '{name}': its instruction has {len(ids)} tokens, the model takes {self.longest}"
+                )
+        return found
+
+
+def survey(
+    opened: Sequence[OpenedSource],
+    listed: Sequence[Sequence[EpisodeRef]],
+    readings: Readings,
+    prompts: Prompts,
+    rules: SurveyRules,
+    progress: Progress,
+    folder: Path | None = None,
+) -> tuple[Survey, list[PlannedEpisode]]:
+    """Take what was read of all episodes, compute the statistics over both splits, and split by whole episodes.
+
+    Of each episode a few numbers are held in memory; actions and states go through files.
+
+    Args:
+        opened: the sources.
+        listed: the episodes of each.
+        readings: of all of them, in order.
+        prompts: encodes instructions.
+        rules: which episodes are taken, and for which split.
+        progress: told of the episodes that are read.
+        folder: where these files are made; None: where temporary files go.
+
+    Returns:
+        What was found, and the episodes of all sources to convert, in order.
 
     Raises:
         DataError: an episode is damaged (unless it is to be skipped), a source has nothing usable, its
             demonstrations contradict the rule for the gripper, or the sources do not fit together.
     """
-    listed = [first_of_splits(source.reader.episodes(), rules.limit) for source in opened]
     total = sum(len(refs) for refs in listed)
     surveyed: list[SurveyedSource] = []
-    prompts: dict[str, list[int]] = {}
+    episodes: list[PlannedEpisode] = []
+    accepted: dict[str, list[int]] = {}
     done, first_index = 0, 0
     for number, (source, refs) in enumerate(zip(opened, listed, strict=True)):
         if not refs:
@@ -128,76 +198,82 @@ def survey(opened: Sequence[OpenedSource], base: BaseFiles, rules: SurveyRules, 
         def count(read: int, before: int = done) -> None:
             progress("reading actions", before + read, total)
 
-        surveyed.append(_survey_source(number, source, refs, first_index, base, prompts, rules, count))
+        with spooled(folder, np.float32, np.float32, np.float64) as spools:
+            found, planned = _survey_source(
+                number, source, refs, readings, first_index, prompts, accepted, rules, count, spools
+            )
+        surveyed.append(found)
+        episodes += planned
         done += len(refs)
         first_index += max(ref.index for ref in refs) + 1
     progress("reading actions", total, total)
     _check_together(surveyed)
-    return Survey(tuple(surveyed), prompts)
+    return Survey(tuple(surveyed), accepted), episodes
 
 
 def _survey_source(
     number: int,
     source: OpenedSource,
     refs: Sequence[EpisodeRef],
+    readings: Readings,
     first_index: int,
-    base: BaseFiles,
-    prompts: dict[str, list[int]],
+    prompts: Prompts,
+    accepted: dict[str, list[int]],
     rules: SurveyRules,
     count: Callable[[int], None],
-) -> SurveyedSource:
-    """Read the actions of one source; the prompts of new instructions are added to `prompts`."""
-    actions: list[NDArray[np.float32]] = []
-    states: list[NDArray[np.float32]] = []
-    openings: list[Opening | None] = []
+    spools: Sequence[Spool],
+) -> tuple[SurveyedSource, list[PlannedEpisode]]:
+    """Take what was read of one source; the prompts of new instructions are added to `accepted`."""
+    actions, states, openings = spools
     kept: list[EpisodeRef] = []
     skipped: list[Skipped] = []
     cameras: dict[str, None] = {}
     instructions: dict[str, None] = {}
     names: tuple[str, ...] = ()
     fps: float | None = None
-    for done, ref in enumerate(refs):
-        count(done)
+    count(0)
+    for done, (_, ref, reading) in enumerate(islice(readings, len(refs)), start=1):
+        count(min(done, len(refs) - 1))
         if (number, ref.index) in rules.without:
             skipped.append(Skipped(source.name, ref.name, rules.without[number, ref.index]))
             continue
         try:
-            episode = source.read(ref)
-            assert episode.action is not None
-            _check_fits(episode, actions, states, cameras)
-            texts = dict.fromkeys(episode.step_instructions)
-            prompts.update({text: _prompt(base, episode, text) for text in texts if text not in prompts})
-            opening = finger_opening(episode)
+            if reading.action is None:
+                raise DataError(reading.damage)
+            _check_fits(ref.name, reading, actions.width, states.width, cameras)
+            accepted.update(prompts.checked(reading, ref.name, accepted))
         except DataError as error:
-            if isinstance(error, MissingInstruction) and not kept:
+            if reading.silent and not kept:
                 _refuse_silent_source(source, refs)
             if rules.on_error == "stop":
                 raise
             skipped.append(Skipped(source.name, ref.name, str(error)))
             continue
         kept.append(ref)
-        actions.append(episode.action)
-        openings.append(opening)
-        if episode.state is not None:
-            states.append(episode.state)
-        cameras.update(dict.fromkeys(episode.cameras))
-        instructions.update(texts)
-        names = names or episode.action_names
-        fps = episode.fps if fps is None else fps
+        actions.add(reading.action)
+        openings.add(reading.opening)
+        if reading.state is not None:
+            states.add(reading.state)
+        cameras.update(dict.fromkeys(reading.cameras))
+        instructions.update(dict.fromkeys(reading.texts))
+        names = names or reading.action_names
+        fps = reading.fps if fps is None else fps
     if not kept:
         why = f"; the first: {skipped[0].why}" if skipped else ""
         raise DataError(f"{source.request.path} has no usable episode{why}")
-    gripper = check_gripper(source, actions, names, openings)
+    gripper = check_gripper(source, [action for action in actions if action is not None], names, list(openings))
     if gripper.question:
         raise DataError(gripper.question)
     splits = split_episodes(kept, source.name, rules.val_fraction, rules.seed)
-    return SurveyedSource(
+    planned = [
+        PlannedEpisode(number, ref, first_index + ref.index, split, rows)
+        for ref, split, rows in zip(kept, splits, actions.lengths, strict=True)
+    ]
+    found = SurveyedSource(
         name=source.name,
-        episodes=tuple(
-            PlannedEpisode(number, ref, first_index + ref.index, split, len(action))
-            for ref, split, action in zip(kept, splits, actions, strict=True)
+        statistics=statistics_of_rows(
+            actions.rows, len(kept), source.layout.action_mask, states.rows if len(states) else None
         ),
-        statistics=compute_statistics(actions, source.layout.action_mask, states),
         cameras=tuple(cameras),
         instructions=tuple(instructions),
         action_names=names,
@@ -205,6 +281,7 @@ def _survey_source(
         skipped=tuple(skipped),
         warnings=gripper.warnings,
     )
+    return found, planned
 
 
 def _refuse_silent_source(source: OpenedSource, refs: Sequence[EpisodeRef]) -> None:
@@ -290,39 +367,26 @@ def camera_column(name: str) -> str:
     return plain if plain.startswith(f"{MAIN_CAMERA}_") else f"{MAIN_CAMERA}_{plain}"
 
 
-def _prompt(base: BaseFiles, episode: Episode, instruction: str) -> list[int]:
-    assert episode.action is not None
-    ids = base.prompt_token_ids(instruction)
-    longest = int(base.config.get("llm_max_length", 2048))
-    if len(ids) + episode.action.shape[1] + 1 > longest:
-        raise DataError(f"episode '{episode.name}': its instruction has {len(ids)} tokens, the model takes {longest}")
-    return ids
-
-
 def _check_fits(
-    episode: Episode,
-    actions: Sequence[NDArray[np.float32]],
-    states: Sequence[NDArray[np.float32]],
-    cameras: Mapping[str, None],
+    name: str, reading: Reading, actions: int | None, states: int | None, cameras: Mapping[str, None]
 ) -> None:
-    """Refuse an episode that does not fit those before it."""
-    assert episode.action is not None
-    if actions and actions[0].shape[1] != episode.action.shape[1]:
+    """Refuse an episode that does not fit those before it, whose dimensions are given, where there are any."""
+    assert reading.action is not None
+    if actions is not None and actions != reading.action.shape[1]:
         raise DataError(
-            f"episode '{episode.name}': the action has {episode.action.shape[1]} dimensions where the episodes before"
-            f" have {actions[0].shape[1]}"
+            f"episode '{name}': the action has {reading.action.shape[1]} dimensions where the episodes before"
+            f" have {actions}"
         )
-    if actions and (episode.state is None) != (not states):
-        raise DataError(f"episode '{episode.name}': unlike the episodes before, it has {'no' if states else 'a'} state")
-    if states and episode.state is not None and states[0].shape[1] != episode.state.shape[1]:
+    if actions is not None and (reading.state is None) != (states is None):
+        had = "a" if states is None else "no"
+        raise DataError(f"episode '{name}': unlike the episodes before, it has {had} state")
+    if states is not None and reading.state is not None and states != reading.state.shape[1]:
         raise DataError(
-            f"episode '{episode.name}': the state has {episode.state.shape[1]} dimensions where the episodes before"
-            f" have {states[0].shape[1]}"
+            f"episode '{name}': the state has {reading.state.shape[1]} dimensions where the episodes before"
+            f" have {states}"
         )
-    if cameras and next(iter(cameras)) not in episode.cameras:
-        raise DataError(
-            f"episode '{episode.name}' lacks the main camera '{next(iter(cameras))}' of the episodes before"
-        )
+    if cameras and next(iter(cameras)) not in reading.cameras:
+        raise DataError(f"episode '{name}' lacks the main camera '{next(iter(cameras))}' of the episodes before")
 
 
 def _check_together(sources: Sequence[SurveyedSource]) -> None:

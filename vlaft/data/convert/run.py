@@ -1,14 +1,18 @@
-"""Convert demonstrations to tokenized action examples: two passes, parallel, resumable, never half done.
+"""Convert demonstrations to tokenized action examples: planned, written and finished, at once or in parts.
 
-Everything is written to `<out>.partial` and that folder is renamed into place at the end. Run again after a kill,
-the same request finds its finished shards there; another request starts over.
+Three steps: the plan reads all actions and decides which shard gets what (`plan.py`); shards are written, in any order
+and by whoever takes their lock (`shards.py`); at the end episodes whose frames turned out damaged are taken out
+(`mending.py`), the folder is described and gets its name. `convert` does all three; `make_plan`, `convert_part` and
+`finish` do one each, wherever the files are seen. Everything is written to `<out>.partial`, where finished shards are
+found again after a kill, and the folder is renamed into place at the end. What comes out depends on the request and
+the demonstrations alone: not on the number of parts or processes, nor on what was killed.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,80 +20,57 @@ from typing import Any
 
 from vlaft.action.statistics import STATISTICS_FILE, read_statistics, write_statistics
 from vlaft.checksums import content_checksum, sealed
-from vlaft.data.codec import CODECS, ImageCodec
-from vlaft.data.convert.plan import (
-    OnError,
-    ShardPlan,
-    Skipped,
-    Survey,
-    SurveyedSource,
-    SurveyRules,
-    camera_column,
-    plan_shards,
-    survey,
+from vlaft.data.convert.mending import MendJob, mend_shard, mended_shards
+from vlaft.data.convert.plan import ShardPlan, Skipped
+from vlaft.data.convert.plan_folder import PLAN_FILE, Plan, read_plan, write_plan
+from vlaft.data.convert.planning import (
+    ConvertRequest,
+    Prepared,
+    check_settings,
+    open_planned,
+    plan_conversion,
+    plan_without,
+    prepare,
+    settings_of,
 )
-from vlaft.data.convert.shards import ShardJob, ShardResult, convert_shards
+from vlaft.data.convert.processes import in_processes
+from vlaft.data.convert.shards import ShardJob, convert_shard, shard_key, survey_digest
 from vlaft.data.convert.staging import (
+    STATE,
+    ShardResult,
     check_output,
     conversion_errors,
-    finished_shards,
-    known_damage,
+    finished_shard,
+    found_staging,
     move_into_place,
+    note_parts,
+    noted_parts,
     open_staging,
-    remember_damage,
-    remember_shard,
+    remove_others,
+    staging_folder,
+    tidy,
 )
-from vlaft.data.source import OpenedSource, Progress, SourceRequest, open_request, silent
-from vlaft.data.store import (
-    DATASET_FILE,
-    FORMAT_VERSION,
-    MAIN_CAMERA,
-    SPLITS,
-    STATISTICS_CHECKSUM,
-    shard_entry,
-)
+from vlaft.data.source import OpenedSource, Progress, SourceRequest, silent
+from vlaft.data.store import DATASET_FILE, FORMAT_VERSION, STATISTICS_CHECKSUM, shard_entry
 from vlaft.errors import ConfigError, DataError
-from vlaft.files import locked, write_json
+from vlaft.files import Listing, joined, locked, output_folder, write_json
 from vlaft.machine import available_cpus
-from vlaft.observation.images import ImagePipeline
-from vlaft.observation.prompts import BaseFiles, load_base_files
-from vlaft.version import __version__
-from vlaft.weights.layout import resolve_checkpoint
 
-__all__ = ["Conversion", "ConvertRequest", "Skipped", "SourceRequest", "convert"]
+__all__ = [
+    "Conversion",
+    "ConvertRequest",
+    "Part",
+    "Skipped",
+    "SourceRequest",
+    "convert",
+    "convert_part",
+    "finish",
+    "make_plan",
+]
 
-
-@dataclass(frozen=True, kw_only=True)
-class ConvertRequest:
-    """What to convert, for which base, and how.
-
-    Attributes:
-        sources: one or more; each keeps statistics of its own.
-        base: checkpoint folder or Hub id that the examples are tokenized for; its weights are not read.
-        out: the folder to write.
-        image_size: edge of the stored frames in pixels; None takes the base's.
-        codec: how frames are stored.
-        val_fraction: share of whole episodes held out where a source has no validation split of its own.
-        seed: of that draw.
-        on_error: what to do with an episode that is damaged.
-        limit: only the first episodes of each split of each source.
-        workers: processes; None takes one per CPU.
-        overwrite: replace a converted dataset at `out`, once the new one is complete.
-        shard_rows: examples after which a shard ends, at the next whole episode; None goes by their number.
-    """
-
-    sources: Sequence[SourceRequest]
-    base: str
-    out: Path
-    image_size: int | None = None
-    codec: ImageCodec = "jpeg"
-    val_fraction: float = 0.1
-    seed: int = 0
-    on_error: OnError = "stop"
-    limit: int | None = None
-    workers: int | None = None
-    overwrite: bool = False
-    shard_rows: int | None = None
+_CHECKS = 4  # files that are held against their checksums at a time
+_TOLD = 20  # missing parts that are told one by one
+_MENDED = "mended"  # folder of the shards without damaged episodes, within the state
 
 
 @dataclass(frozen=True)
@@ -121,6 +102,31 @@ class Conversion:
     warnings: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Part:
+    """One part of a conversion.
+
+    Attributes:
+        plan: the plan's folder.
+        number: which part, from 1.
+        count: of how many.
+        shards: number of its files.
+        reused: how many of them were there already.
+        rows: number of its examples.
+        bytes: size of its files.
+        damaged: episodes whose frames turned out damaged and are left out.
+    """
+
+    plan: Path
+    number: int
+    count: int
+    shards: int
+    reused: int
+    rows: int
+    bytes: int
+    damaged: int
+
+
 def convert(request: ConvertRequest, *, dry_run: bool = False, progress: Progress = silent) -> Conversion:
     """Convert the request's sources and return what came of it.
 
@@ -135,238 +141,328 @@ def convert(request: ConvertRequest, *, dry_run: bool = False, progress: Progres
         DataError: a source is damaged or unusable, or the disk is full.
         VlaftError: the output is in the way, or another process writes to it.
     """
-    _check_settings(request)
+    check_settings(request)
     with ExitStack() as held:
         if not dry_run:
             held.enter_context(conversion_errors(request.out))
             held.enter_context(locked(request.out, shared=True))
-        return _convert(request, dry_run, progress)
+        before = check_output(request.out, [source.path for source in request.sources], request.overwrite)
+        prepared = prepare(request)
+        if dry_run:
+            return _conversion(plan_conversion(prepared, None, progress), request.out, [], reused=0)
+        fresh = not staging_folder(request.out).exists()
+        staging = open_staging(request.out, prepared.fingerprint)
+        folder = staging / STATE
+        try:
+            plan = _kept_plan(folder, prepared) or _new_plan(folder, prepared, progress)
+        except BaseException:
+            if fresh:
+                shutil.rmtree(staging)
+            raise
+        plan = replace(plan, requests=prepared.local)
+        workers = request.workers or available_cpus()
+        results, reused = _write_shards(plan, staging, request.out, workers, progress)
+        return _finish(plan, folder, staging, request.out, before, results, reused, prepared.opened, workers, progress)
 
 
-def _convert(request: ConvertRequest, dry_run: bool, progress: Progress) -> Conversion:
-    before = check_output(request.out, [source.path for source in request.sources], request.overwrite)
-    base = load_base_files(resolve_checkpoint(request.base, weights=False))
-    pipeline = ImagePipeline.for_training(base.config, base.preprocessor)
-    if request.image_size is not None:
-        pipeline = replace(pipeline, size=request.image_size)
-    opened = [open_request(source) for source in request.sources]
-    plan = _plan(request, opened, base, {}, progress)
-    if dry_run:
-        return _conversion(request, opened, plan, [], reused=0)
-    # what was fetched from the Hub lies on this disk now, and the workers shall not ask the Hub again
-    requests = tuple(
-        source.request if source.request.path.exists() else replace(source.request, path=source.reader.path)
-        for source in opened
+def make_plan(request: ConvertRequest, folder: Path, *, progress: Progress = silent) -> Conversion:
+    """Read all actions and write what `convert_part` and `finish` need to a folder; nothing where it is there already.
+
+    Args:
+        request: what to convert.
+        folder: the plan's.
+        progress: as `convert` takes it.
+
+    Returns:
+        What would be converted.
+
+    Raises:
+        VlaftError: as `convert`; or the folder holds another plan, or lies where files are read from or written to.
+    """
+    check_settings(request)
+    with conversion_errors(request.out), locked(request.out, shared=True):
+        sources = [source.path for source in request.sources]
+        check_output(request.out, sources, request.overwrite)
+        _check_apart(folder, [*sources, request.out, staging_folder(request.out)])
+        prepared = prepare(request)
+        if (folder / PLAN_FILE).is_file():
+            plan = _kept_plan(folder, prepared)
+            if plan is None:
+                raise DataError(
+                    f"{folder} holds the plan of another conversion, or of files that have changed since; name another"
+                    " --plan, or remove it"
+                )
+            open_staging(request.out, plan.fingerprint)
+            return _conversion(plan, request.out, [], reused=0)
+        with output_folder(folder) as partial:
+            plan = _new_plan(partial, prepared, progress)
+            open_staging(request.out, plan.fingerprint)
+        return _conversion(plan, request.out, [], reused=0)
+
+
+def convert_part(
+    folder: Path, number: int, count: int, *, workers: int | None = None, progress: Progress = silent
+) -> Part:
+    """Write every `count`-th shard of a plan, but for those that are there.
+
+    Any parts of any counts may run at the same time, on any machines that see the plan, the sources and the output:
+    each shard is written by one process at a time.
+
+    Args:
+        folder: the plan's.
+        number: which part, from 1.
+        count: of how many.
+        workers: processes; None takes one per CPU.
+        progress: as `convert` takes it.
+
+    Raises:
+        ConfigError: there is no such part.
+        DataError: the plan is damaged or of another version, the sources are not those that it was made of, an episode
+            is damaged and not to be skipped, or the disk is full.
+        VlaftError: a command that is no part writes to the output.
+    """
+    _check_workers(workers)
+    if not 1 <= number <= count:
+        raise ConfigError(f"there is no part {number}/{count}; parts of {count} are 1/{count} to {count}/{count}")
+    plan = read_plan(folder, (number, count))
+    with conversion_errors(plan.out), joined(plan.out, first=True):
+        staging = found_staging(plan.out, plan.fingerprint, folder)
+        for _ in open_planned(plan, folder, sorted({e.source for shard in plan.shards for e in shard.episodes})):
+            pass
+        note_parts(staging, count)
+        results, reused = _write_shards(plan, staging, plan.out, workers or available_cpus(), progress)
+    return Part(
+        plan=folder,
+        number=number,
+        count=count,
+        shards=len(results),
+        reused=reused,
+        rows=sum(result.shard.rows for result in results.values()),
+        bytes=sum(result.shard.bytes for result in results.values()),
+        damaged=sum(len(result.damaged) for result in results.values()),
     )
-    staging = open_staging(request.out, _fingerprint(request, opened, base, pipeline))
-    known = known_damage(staging) if request.on_error == "skip" else {}
-    if known:  # an earlier run of the same request found damaged frames
-        plan = _plan(request, opened, base, known, progress)
-    while True:
-        results, reused = _write_shards(request, requests, plan, staging, base, pipeline, progress)
-        damage = {(entry.source, entry.index): entry.why for result in results for entry in result.damaged}
-        if not damage:
-            break
-        # The statistics counted these episodes, and every row is normalised by them: all is done again without.
-        known = {**known, **damage}
-        remember_damage(staging, known)
-        plan = _plan(request, opened, base, known, progress)
-    conversion = _conversion(request, opened, plan, results, reused)
-    write_statistics(staging / STATISTICS_FILE, conversion.statistics)
-    described = _describe(request, plan, base, pipeline, conversion, results)
-    described[STATISTICS_CHECKSUM] = content_checksum(read_statistics(staging / STATISTICS_FILE))
-    write_json(staging / DATASET_FILE, sealed(described), indent=1)
-    move_into_place(staging, request.out, before)
-    return conversion
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What the first pass found, and the shards that the second is to write; `damaged` episodes are not in it."""
+def finish(
+    folder: Path, *, overwrite: bool = False, workers: int | None = None, progress: Progress = silent
+) -> Conversion:
+    """Make the dataset of a plan whose parts are all there.
 
-    survey: Survey
-    shards: list[ShardPlan]
-    damaged: int
+    Args:
+        folder: the plan's.
+        overwrite: replace a converted dataset that lies where it goes.
+        workers: processes, where episodes with damaged frames have to be taken out; None takes one per CPU.
+        progress: as `convert` takes it.
 
-    @property
-    def key(self) -> str:
-        """A hash of all that decides the content of the shards beyond the request."""
-        parts = [[shard.file, [[e.source, e.ref.index] for e in shard.episodes]] for shard in self.shards]
-        value = [parts, [source.statistics for source in self.survey.sources]]
-        return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    Raises:
+        DataError: parts are missing, or the plan is damaged or of another version.
+        VlaftError: the output is in the way, or a part is still under way.
+    """
+    _check_workers(workers)
+    plan = read_plan(folder)
+    with conversion_errors(plan.out), locked(plan.out, shared=True):
+        staging = found_staging(plan.out, plan.fingerprint, folder)
+        before = check_output(plan.out, [request.path for request in plan.requests], overwrite)
+        tidy(staging)
+        results = _finished(plan, staging, progress)
+        missing = [number for number, shard in enumerate(plan.shards) if shard.file not in results]
+        if missing:
+            raise DataError(_missing(folder, missing, plan.shard_count, noted_parts(staging)))
+        return _finish(plan, folder, staging, plan.out, before, results, 0, None, workers or available_cpus(), progress)
 
 
-def _plan(
-    request: ConvertRequest,
-    opened: Sequence[OpenedSource],
-    base: BaseFiles,
-    damage: Mapping[tuple[int, int], str],
-    progress: Progress,
-) -> _Plan:
-    rules = SurveyRules(
-        on_error=request.on_error,
-        limit=request.limit,
-        val_fraction=request.val_fraction,
-        seed=request.seed,
-        without=damage,
+def _kept_plan(folder: Path, prepared: Prepared) -> Plan | None:
+    """Return the plan in a folder where it is the one that would be made, else None."""
+    try:
+        plan = read_plan(folder)
+    except DataError:
+        return None
+    same = plan.fingerprint == prepared.fingerprint and plan.settings == settings_of(prepared.request)
+    return plan if same else None
+
+
+def _new_plan(folder: Path, prepared: Prepared, progress: Progress) -> Plan:
+    (folder / PLAN_FILE).unlink(missing_ok=True)
+    plan = plan_conversion(prepared, folder, progress)
+    write_plan(folder, plan)
+    return plan
+
+
+def _check_workers(workers: int | None) -> None:
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers is {workers}; it has to be 1 or more")
+
+
+def _check_apart(folder: Path, others: Sequence[Path]) -> None:
+    place = folder.resolve()
+    for other in others:
+        if place == other.resolve() or other.resolve() in place.parents or place in other.resolve().parents:
+            raise DataError(f"the plan {folder} and {other} lie within each other; name another folder")
+
+
+def _missing(folder: Path, missing: Sequence[int], shards: int, count: int | None) -> str:
+    """Say which parts are missing, by the count that the parts so far were of."""
+    if count is None:
+        return f"{folder}: no part was converted yet; run vlaft convert --plan {folder} --part 1/1, or several parts"
+    parts = sorted({number % count + 1 for number in missing})
+    named = ", ".join(f"{number}/{count}" for number in parts[:_TOLD])
+    more = f" and {len(parts) - _TOLD} more" if len(parts) > _TOLD else ""
+    verb = "is" if len(parts) == 1 else "are"
+    return (
+        f"{folder}: part {named}{more} {verb} missing ({len(missing)} of {shards} files); run it with vlaft convert"
+        f" --plan {folder} --part {parts[0]}/{count}, then finish again"
+        if len(parts) == 1
+        else f"{folder}: the parts {named}{more} {verb} missing ({len(missing)} of {shards} files); run each with vlaft"
+        f" convert --plan {folder} --part, then finish again"
     )
-    surveyed = survey(opened, base, rules, progress)
-    if not any(episode.split == "train" for episode in surveyed.episodes):
-        raise DataError("all episodes belong to the validation split of their source, none is left to train on")
-    return _Plan(surveyed, plan_shards(surveyed.episodes, request.shard_rows), len(damage))
+
+
+def _job(plan: Plan, folder: Path, out: Path) -> ShardJob:
+    return ShardJob(
+        folder=folder,
+        requests=plan.requests,
+        survey=plan.survey,
+        actions=plan.actions,
+        pipeline=plan.pipeline,
+        codec=plan.dataset["image"]["codec"],
+        on_error=plan.rules.on_error,
+        out=out,
+    )
+
+
+def _finished(plan: Plan, folder: Path, progress: Progress) -> dict[str, ShardResult]:
+    """Return the shards of a plan that are there and whole, by file."""
+    digest = survey_digest(plan.survey)
+    total = sum(shard.rows for shard in plan.shards)
+    done, results = 0, {}
+
+    def look(shard: ShardPlan) -> tuple[ShardPlan, ShardResult | None]:
+        return shard, finished_shard(folder, shard.file, shard_key(digest, shard), plan.rules.on_error)
+
+    with ThreadPoolExecutor(_CHECKS) as pool:
+        for shard, result in pool.map(look, plan.shards):
+            done += shard.rows
+            progress("checking files", done, total)
+            if result is not None:
+                results[shard.file] = result
+    return results
 
 
 def _write_shards(
-    request: ConvertRequest,
-    requests: tuple[SourceRequest, ...],
-    plan: _Plan,
-    staging: Path,
-    base: BaseFiles,
-    pipeline: ImagePipeline,
-    progress: Progress,
-) -> tuple[list[ShardResult], int]:
+    plan: Plan, staging: Path, out: Path, workers: int, progress: Progress
+) -> tuple[dict[str, ShardResult], int]:
     """Write what is missing of the planned shards; return all of them, and how many were there already."""
-    key = plan.key
-    results = finished_shards(staging, [shard.file for shard in plan.shards], key, request.on_error)
+    results = _finished(plan, staging, silent)
     reused = len(results)
     missing = [shard for shard in plan.shards if shard.file not in results]
-    job = ShardJob(staging, requests, plan.survey, base.actions, pipeline, request.codec, request.on_error, request.out)
     total = sum(shard.rows for shard in plan.shards)
     done = sum(shard.rows for shard in plan.shards if shard.file in results)
     progress("writing examples", done, total)
-    for result in convert_shards(job, missing, request.workers or available_cpus()):
-        remember_shard(staging, key, result)
+    for result in in_processes(convert_shard, missing, _job(plan, staging, out), min(workers, len(missing))):
         results[result.shard.file] = result
         done += result.shard.rows
         progress("writing examples", done, total)
-    return [results[shard.file] for shard in plan.shards], reused
+    return results, reused
 
 
-def _check_settings(request: ConvertRequest) -> None:
-    problems = []
-    if not request.sources:
-        problems.append("there is no source to convert")
-    if not 0 <= request.val_fraction < 1:
-        problems.append(f"the validation fraction is {request.val_fraction}; it has to be from 0 to below 1")
-    if request.image_size is not None and not 8 <= request.image_size <= 4096:
-        problems.append(f"the image size is {request.image_size}; it has to be from 8 to 4096 pixels")
-    if request.codec not in CODECS:
-        problems.append(f"unknown image codec '{request.codec}'; known: {', '.join(CODECS)}")
-    if request.on_error not in ("skip", "stop"):
-        problems.append(f"on-error is '{request.on_error}'; it has to be skip or stop")
-    for name, value in (("limit", request.limit), ("workers", request.workers), ("shard_rows", request.shard_rows)):
-        if value is not None and value < 1:
-            problems.append(f"{name} is {value}; it has to be 1 or more")
-    if problems:
-        raise ConfigError(problems)
-
-
-def _fingerprint(
-    request: ConvertRequest, opened: Sequence[OpenedSource], base: BaseFiles, pipeline: ImagePipeline
-) -> str:
-    """Return a hash of all that decides what is written: settings, base and the sources' files."""
-    value = {
-        "versions": [__version__, FORMAT_VERSION],
-        "sources": [
-            [str(source.reader.path.resolve()), source.name, source.request.weight, asdict(source.layout)]
-            for source in opened
-        ],
-        "files": [_files_of(source.reader.path) for source in opened],
-        "base": [base.tokenizer.fingerprint, asdict(base.actions), base.prompt_style],
-        "image": [pipeline.to_json(), request.codec],
-        "split": [request.val_fraction, request.seed, request.limit, request.shard_rows],
-    }
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _files_of(path: Path) -> list[tuple[str, int, int]]:
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-
-
-def _conversion(
-    request: ConvertRequest,
-    opened: Sequence[OpenedSource],
-    plan: _Plan,
-    results: Sequence[ShardResult],
+def _finish(
+    plan: Plan,
+    folder: Path,
+    staging: Path,
+    out: Path,
+    before: Listing,
+    results: Mapping[str, ShardResult],
     reused: int,
+    opened: Sequence[OpenedSource] | None,
+    workers: int,
+    progress: Progress,
 ) -> Conversion:
-    warnings = [f"{source.name}: {warning}" for source in opened for warning in source.warnings]
+    """Describe the finished shards of a plan, without damaged episodes, and give the folder its name."""
+    finished = staging
+    if any(result.damaged for result in results.values()):
+        finished = staging / STATE / _MENDED
+        plan, results = _mend(plan, folder, staging, out, results, opened, workers, progress)
+    remove_others(finished, results)
+    in_order = [results[shard.file] for shard in plan.shards]
+    conversion = _conversion(plan, out, in_order, reused)
+    write_statistics(finished / STATISTICS_FILE, conversion.statistics)
+    described = _describe(plan, conversion, in_order)
+    described[STATISTICS_CHECKSUM] = content_checksum(read_statistics(finished / STATISTICS_FILE))
+    write_json(finished / DATASET_FILE, sealed(described), indent=1)
+    tidy(finished)
+    move_into_place(finished, staging, out, before)
+    return conversion
+
+
+def _mend(
+    plan: Plan,
+    folder: Path,
+    staging: Path,
+    out: Path,
+    results: Mapping[str, ShardResult],
+    opened: Sequence[OpenedSource] | None,
+    workers: int,
+    progress: Progress,
+) -> tuple[Plan, Mapping[str, ShardResult]]:
+    """Return the plan without damaged episodes, and its shards, which lie in a folder of their own."""
+    opened = list(open_planned(plan, folder, range(len(plan.requests)))) if opened is None else opened
+    target = staging / STATE / _MENDED
+    target.mkdir(exist_ok=True)
+    tidy(target)
+    damaged = [entry for result in results.values() for entry in result.damaged]
+    known: dict[tuple[int, int], str] = {}
+    while damaged:
+        # A plan without some episodes may take others that did not fit them; these may be damaged in their turn.
+        known |= {(entry.source, entry.index): plan.as_typed(entry.source, entry.why) for entry in damaged}
+        mended = plan_without(plan, known, folder, opened, target)
+        job = MendJob(**vars(_job(mended, target, out)), staged=staging, before=plan.survey)
+        shards = mended_shards(mended.shards, plan.shards, results)
+        total = sum(shard.rows for shard in mended.shards)
+        done, found = 0, {}
+        progress("leaving out damaged episodes", done, total)
+        for result in in_processes(mend_shard, shards, job, min(workers, len(shards))):
+            found[result.shard.file] = result
+            done += result.shard.rows
+            progress("leaving out damaged episodes", done, total)
+        damaged = [entry for result in found.values() for entry in result.damaged]
+    return mended, found
+
+
+def _conversion(plan: Plan, out: Path, results: Sequence[ShardResult], reused: int) -> Conversion:
+    warnings = list(plan.told)
     warnings += [f"{source.name}: {warning}" for source in plan.survey.sources for warning in source.warnings]
     if plan.damaged:
         warnings.append(
             f"{plan.damaged} episodes with damaged frames were left out; the statistics were computed anew without them"
         )
-    planned = plan.survey.episodes
-    episodes = {split: sum(episode.split == split for episode in planned) for split in SPLITS}
-    if not episodes["val"]:
+    if not plan.episodes["val"]:
         warnings.append("no episode is held out for validation; training cannot tell its best checkpoint")
     return Conversion(
-        out=request.out,
-        episodes=episodes,
-        rows={split: sum(episode.rows for episode in planned if episode.split == split) for split in SPLITS},
-        shards=len(plan.shards),
+        out=out,
+        episodes=plan.episodes,
+        rows=plan.rows,
+        shards=plan.shard_count,
         reused=reused,
         bytes=sum(result.shard.bytes for result in results),
-        sources=tuple(describe_source(*pair) for pair in zip(opened, plan.survey.sources, strict=True)),
+        sources=plan.sources,
         statistics={source.name: source.statistics for source in plan.survey.sources},
         skipped=tuple(entry for source in plan.survey.sources for entry in source.skipped),
         warnings=tuple(warnings),
     )
 
 
-def _describe(
-    request: ConvertRequest,
-    plan: _Plan,
-    base: BaseFiles,
-    pipeline: ImagePipeline,
-    conversion: Conversion,
-    results: Sequence[ShardResult],
-) -> dict[str, Any]:
+def _describe(plan: Plan, conversion: Conversion, results: Sequence[ShardResult]) -> dict[str, Any]:
     """Return `dataset.json`; it says nothing of time or machine, so that the same input gives the same file."""
-    tokenizer = base.tokenizer
+    image = plan.dataset["image"]
     return {
         "format_version": FORMAT_VERSION,
         "sources": list(conversion.sources),
-        "image": {"codec": request.codec, "cameras": list(plan.survey.columns), "pipeline": pipeline.to_json()},
-        "prompt_style": base.prompt_style,
-        "tokenizer": {
-            "base": request.base,
-            "fingerprint": tokenizer.fingerprint,
-            "action_vocab_size": base.actions.vocab_size,
-            "n_action_bins": base.actions.n_bins,
-            "bos_id": tokenizer.bos_id,
-            "eos_id": tokenizer.eos_id,
-            "pad_id": tokenizer.pad_id,
-            "blank_id": tokenizer.blank_id,
-        },
-        "split": {"val_fraction": request.val_fraction, "seed": request.seed, "limit": request.limit},
+        "image": {"codec": image["codec"], "cameras": list(plan.survey.columns), "pipeline": image["pipeline"]},
+        "prompt_style": plan.dataset["prompt_style"],
+        "tokenizer": plan.dataset["tokenizer"],
+        "split": plan.dataset["split"],
         "counts": {"episodes": dict(conversion.episodes), "rows": dict(conversion.rows)},
         "shards": [shard_entry(result.shard) for result in results],
         "skipped": [asdict(entry) for entry in conversion.skipped],
         "warnings": list(conversion.warnings),
-    }
-
-
-def describe_source(source: OpenedSource, surveyed: SurveyedSource) -> dict[str, Any]:
-    """Return how a source was read and what was found in it, as plain values."""
-    columns = [MAIN_CAMERA, *(camera_column(name) for name in surveyed.cameras[1:])]
-    action = surveyed.statistics["action"]
-    return {
-        "name": source.name,
-        "path": str(source.request.path),
-        "format": source.reader.format,
-        "preset": source.request.preset,
-        "weight": source.request.weight,
-        "episodes": len(surveyed.episodes),
-        "steps": surveyed.statistics["num_transitions"],
-        "fps": surveyed.fps,
-        "instructions": list(surveyed.instructions),
-        "cameras": dict(zip(columns, surveyed.cameras, strict=True)),
-        "action": {
-            "dimensions": len(action["mean"]),
-            "names": list(surveyed.action_names),
-            "mask": action["mask"],
-        },
-        "layout": asdict(source.layout),
     }

@@ -1,37 +1,36 @@
-"""Second pass of a conversion: frames to rows to shards, in this process or in workers that open the source anew."""
+"""Second pass of a conversion: frames to rows to shards, one at a time in whichever process has its lock."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 from typing import Any
 
 from vlaft.action.tokens import ActionTokenizer, normalize
 from vlaft.data.codec import ImageCodec, encode_image
 from vlaft.data.convert.plan import OnError, PlannedEpisode, ShardPlan, Survey, camera_column
+from vlaft.data.convert.staging import Damaged, ShardResult, finished_shard, remember_shard
 from vlaft.data.source import OpenedSource, SourceRequest, open_request
-from vlaft.data.store import MAIN_CAMERA, Shard, example_schema, write_shard
-from vlaft.errors import DataError, VlaftError
-from vlaft.files import joined
+from vlaft.data.store import MAIN_CAMERA, example_schema, write_shard
+from vlaft.errors import DataError, InUse
+from vlaft.files import locked
 from vlaft.observation.images import ImagePipeline
+
+_LOOK_AGAIN = 0.2  # seconds, while another process is at a shard
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """All that a worker needs, small and picklable: it opens the sources itself.
+    """All that a process needs to write shards, small and picklable: it opens the sources itself.
 
     Attributes:
         folder: where the shards are written.
+        requests: what opens the sources here.
+        survey: what the first pass found.
         out: the output, whose lock is held.
     """
 
@@ -44,86 +43,68 @@ class ShardJob:
     on_error: OnError
     out: Path
 
-
-@dataclass(frozen=True)
-class Damaged:
-    """An episode whose frames turned out damaged: number of its source, `EpisodeRef.index`, and why."""
-
-    source: int
-    index: int
-    why: str
+    def begin(self) -> Converter:
+        """Return what shards are written with."""
+        return Converter(self)
 
 
-@dataclass(frozen=True)
-class ShardResult:
-    """A finished shard and the episodes that are missing in it."""
-
-    shard: Shard
-    damaged: tuple[Damaged, ...]
+def survey_digest(survey: Survey) -> str:
+    """Return a hash of what every row depends on beyond its episode: statistics, and which camera is which column."""
+    value = [[source.statistics, source.cameras] for source in survey.sources]
+    return hashlib.sha256(json.dumps([value, survey.columns]).encode()).hexdigest()
 
 
-def convert_shards(job: ShardJob, plans: Sequence[ShardPlan], workers: int) -> Iterator[ShardResult]:
-    """Write shards and yield each as it is finished, in any order.
+def shard_key(digest: str, plan: ShardPlan) -> str:
+    """Return a hash of all that decides the content of a shard beyond the request; see `survey_digest`."""
+    value = [digest, plan.file, [[episode.source, episode.ref.index] for episode in plan.episodes]]
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def convert_shard(converter: Converter, plan: ShardPlan) -> ShardResult:
+    """Write a shard unless it is there, with its lock held; where another process is at it, wait for that.
 
     Raises:
-        DataError: an episode is damaged and `on_error` is `"stop"`, the disk is full, or a worker died.
+        DataError: an episode is damaged and `on_error` is `"stop"`.
+        OSError: the disk is full or not well.
     """
-    if workers <= 1 or len(plans) <= 1:
-        converter = _Converter(job)
-        for plan in plans:
-            yield converter.convert(plan)
-        return
-    context = multiprocessing.get_context("spawn")
-    count = min(workers, len(plans))
-    alive, keep_alive = context.Pipe(duplex=False)  # when our end is closed, the workers leave at once
-    with (
-        alive,
-        keep_alive,
-        ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker, initargs=(job, alive)) as pool,
-    ):
-        waiting: set[Future[ShardResult | str]] = set()
+    return with_lock(converter, plan, converter.rows)
+
+
+def with_lock(
+    converter: Converter, plan: ShardPlan, rows: Callable[[PlannedEpisode], list[dict[str, Any]]]
+) -> ShardResult:
+    """As `convert_shard`, with rows that are made otherwise."""
+    job = converter.job
+    key = shard_key(converter.digest, plan)
+    while True:
         try:
-            # Ctrl-C in a terminal goes to every process. The workers leave it to this one: they are started with it
-            # blocked, before they could say so themselves. Here it is delivered as soon as they are.
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-            try:
-                waiting = {pool.submit(_convert_in_worker, plan) for plan in plans}
-            finally:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-            while waiting:
-                finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    result = future.result()
-                    if isinstance(result, str):
-                        raise DataError(result)
-                    yield result
-        except BaseException as error:
-            keep_alive.close()  # nobody needs what the workers are still at
-            if isinstance(error, BrokenProcessPool):
-                raise DataError(
-                    "a conversion process was killed, perhaps for want of memory; run the same command again with fewer"
-                    " workers, finished shards are kept"
-                ) from error
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
+            with locked(job.folder / plan.file):
+                result = finished_shard(job.folder, plan.file, key, job.on_error)
+                if result is None:
+                    result = converter.convert(plan, rows)
+                    remember_shard(job.folder, key, result)
+                return result
+        except InUse:
+            time.sleep(_LOOK_AGAIN)
 
 
-class _Converter:
+class Converter:
     """Turns planned episodes into shards; holds the opened sources."""
 
     def __init__(self, job: ShardJob) -> None:
         self.job = job
+        self.digest = survey_digest(job.survey)
         self.schema = example_schema(job.survey.columns)
         self.opened: dict[int, OpenedSource] = {}
 
-    def convert(self, plan: ShardPlan) -> ShardResult:
+    def convert(self, plan: ShardPlan, rows: Callable[[PlannedEpisode], list[dict[str, Any]]]) -> ShardResult:
+        """Write a shard from the rows of its episodes; those without any because of damage are left out and told."""
         damaged: list[Damaged] = []
 
         def episodes() -> Iterator[list[dict[str, Any]]]:
             for planned in plan.episodes:
                 try:
-                    yield self._rows(planned)
+                    yield rows(planned)
                 except DataError as error:
                     if self.job.on_error == "stop":
                         raise
@@ -132,7 +113,12 @@ class _Converter:
         shard = write_shard(self.job.folder / plan.file, plan.split, self.schema, episodes())
         return ShardResult(shard, tuple(damaged))
 
-    def _rows(self, planned: PlannedEpisode) -> list[dict[str, Any]]:
+    def rows(self, planned: PlannedEpisode) -> list[dict[str, Any]]:
+        """Return an episode's rows from its source.
+
+        Raises:
+            DataError: its frames are damaged, or it changed.
+        """
         if planned.source not in self.opened:
             self.opened[planned.source] = open_request(self.job.requests[planned.source])
         surveyed = self.job.survey.sources[planned.source]
@@ -171,30 +157,3 @@ class _Converter:
             }
             for step in range(planned.rows)
         ]
-
-
-_converter: _Converter | None = None  # a worker's own, set as it starts
-_held = ExitStack()  # a worker's part in the lock: a conversion that begins after a kill does not meet its last writes
-
-
-def _start_worker(job: ShardJob, alive: Connection) -> None:
-    global _converter
-    _held.enter_context(joined(job.out))
-    threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
-    _converter = _Converter(job)
-
-
-def _end_with_parent(alive: Connection) -> None:
-    """Leave when the parent is gone or gives up: a killed conversion must not leave workers that write on."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait_for_any([parent.sentinel, alive])
-        os._exit(1)
-
-
-def _convert_in_worker(plan: ShardPlan) -> ShardResult | str:
-    assert _converter is not None
-    try:
-        return _converter.convert(plan)
-    except VlaftError as error:  # as text: not every exception survives the way to another process
-        return str(error)

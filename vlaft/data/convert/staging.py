@@ -5,21 +5,46 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from vlaft.checksums import checksum, seal_holds, sealed
-from vlaft.data.convert.shards import Damaged, ShardResult
 from vlaft.data.store import DATASET_FILE, Shard
+from vlaft.documents import WrongValue, read_as
 from vlaft.errors import DataError
 from vlaft.files import Listing, publish, read_json, replaceable, write_json
 
-STATE = ".conversion"  # folder inside the staging folder: the fingerprint and what is finished
+STATE = ".conversion"  # folder inside the staging folder: the fingerprint, what is finished, maybe the plan
 _REQUEST = "request.json"  # in there: the fingerprint of what was asked for
-_DAMAGE = "damaged.json"  # in there: episodes whose frames turned out damaged
+_PARTS = "parts-of-"  # in there: files of this name and a number, once a part of so many was begun
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """An episode whose frames turned out damaged: number of its source, `EpisodeRef.index`, and why."""
+
+    source: int
+    index: int
+    why: str
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """A finished shard and the episodes that are missing in it."""
+
+    shard: Shard
+    damaged: tuple[Damaged, ...]
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What is noted of a finished shard."""
+
+    plan: str
+    shard: Shard
+    damaged: tuple[Damaged, ...]
 
 
 def check_output(out: Path, sources: Sequence[Path], overwrite: bool) -> Listing:
@@ -34,10 +59,15 @@ def check_output(out: Path, sources: Sequence[Path], overwrite: bool) -> Listing
     return before
 
 
-def open_staging(out: Path, fingerprint: str) -> Path:
-    """Make or take over `<out>.partial`; the lock of `out` is held."""
+def staging_folder(out: Path) -> Path:
+    """Return where the conversion to `out` is made."""
     place = Path(os.path.realpath(out))
-    staging = place.with_name(f"{place.name}.partial")
+    return place.with_name(f"{place.name}.partial")
+
+
+def open_staging(out: Path, fingerprint: str) -> Path:
+    """Make or take over `<out>.partial`; the lock of `out` is held, by nobody else."""
+    staging = staging_folder(out)
     staging.mkdir(exist_ok=True)
     state, mark = staging / STATE, staging / STATE / _REQUEST
     if _fingerprint_in(mark) != fingerprint:
@@ -50,57 +80,76 @@ def open_staging(out: Path, fingerprint: str) -> Path:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         state.mkdir()
         write_json(mark, {"fingerprint": fingerprint})
-    for leftover in staging.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+    tidy(staging)
     return staging
 
 
-def remember_shard(staging: Path, plan: str, result: ShardResult) -> None:
-    """Note that a shard of the plan is finished."""
+def found_staging(out: Path, fingerprint: str, plan: Path) -> Path:
+    """Return `<out>.partial` as the plan has made it.
+
+    Raises:
+        DataError: it is not there, or belongs to another conversion.
+    """
+    staging = staging_folder(out)
+    if _fingerprint_in(staging / STATE / _REQUEST) != fingerprint:
+        if staging.exists():
+            raise DataError(f"{staging} belongs to another conversion than {plan}; remove {plan} and make it again")
+        raise DataError(f"{staging} is not there: {plan} was finished, else remove it and make the plan again")
+    return staging
+
+
+def tidy(folder: Path) -> None:
+    """Remove what killed processes have left between the shards; the lock of the output is held, by nobody else."""
+    for leftover in (*folder.glob(".*.tmp"), *folder.glob(".*.lock")):
+        leftover.unlink(missing_ok=True)
+
+
+def remember_shard(folder: Path, key: str, result: ShardResult) -> None:
+    """Note that a shard with this `shard_key` is finished."""
     # not synced: what a power cut took away is found missing by its checksum
-    content = sealed({"plan": plan, **asdict(result)})
-    write_json(staging / STATE / f"{result.shard.file}.json", content, durable=False)
+    (folder / STATE).mkdir(exist_ok=True)
+    content = sealed({"plan": key, **asdict(result)})
+    write_json(folder / STATE / f"{result.shard.file}.json", content, durable=False)
 
 
-def finished_shards(staging: Path, files: Sequence[str], plan: str, on_error: str) -> dict[str, ShardResult]:
-    """Return the shards that an earlier run finished by the same plan and that are whole; the others are removed.
+def finished_shard(folder: Path, file: str, key: str, on_error: str) -> ShardResult | None:
+    """Return a shard that is finished with this `shard_key` and whole, or None.
 
     A run may stop at a damaged episode and go on with skipping it; the other way round, what was skipped is redone.
     """
-    results = {}
-    for file in files:
-        value, path = _noted(staging / STATE / f"{file}.json"), staging / file
-        if value is not None and path.is_file():
-            shard = Shard(**value["shard"])
-            usable = value["plan"] == plan and not (value["damaged"] and on_error == "stop")
-            if usable and checksum(path) == shard.crc32c:
-                results[file] = ShardResult(shard, tuple(Damaged(**entry) for entry in value["damaged"]))
-    for path in staging.glob("*.parquet"):
-        if path.name not in results:
-            path.unlink()
-    return results
-
-
-def remember_damage(staging: Path, damage: Mapping[tuple[int, int], str]) -> None:
-    """Note which episodes, by number of the source and `EpisodeRef.index`, have damaged frames, and why."""
-    listed = [{"source": source, "index": index, "why": why} for (source, index), why in sorted(damage.items())]
-    write_json(staging / STATE / _DAMAGE, sealed({"episodes": listed}))
-
-
-def known_damage(staging: Path) -> dict[tuple[int, int], str]:
-    """Return what `remember_damage` noted in an earlier run of the same request."""
-    value = _noted(staging / STATE / _DAMAGE)
-    entries = value["episodes"] if value is not None else []
-    return {(entry["source"], entry["index"]): entry["why"] for entry in entries}
-
-
-def _noted(path: Path) -> dict[str, Any] | None:
-    """Return a note of an earlier run as it was written; where it is missing or damaged, its work is done again."""
-    try:
-        value = read_json(path)
-    except DataError:
+    record, path = folder / STATE / f"{file}.json", folder / file
+    if not record.is_file() or not path.is_file():
         return None
-    return value if seal_holds(value) else None
+    with suppress(DataError, WrongValue):  # damaged, as by a power cut: its work is done again
+        content = read_json(record)
+        found = read_as(_Record, content)
+        usable = (
+            seal_holds(content)
+            and found.plan == key
+            and found.shard.file == file
+            and not (found.damaged and on_error == "stop")
+        )
+        if usable and checksum(path) == found.shard.crc32c:
+            return ShardResult(found.shard, found.damaged)
+    return None
+
+
+def remove_others(folder: Path, files: Collection[str]) -> None:
+    """Remove shards that are not among `files`, left by another plan of the same request."""
+    for path in folder.glob("*.parquet"):
+        if path.name not in files:
+            path.unlink()
+
+
+def note_parts(staging: Path, count: int) -> None:
+    """Note that a part of `count` was begun, so that missing ones can be called by their numbers."""
+    (staging / STATE / f"{_PARTS}{count}").touch()
+
+
+def noted_parts(staging: Path) -> int | None:
+    """Return of how many parts one was begun, the most where they differ, or None."""
+    counts = [path.name.removeprefix(_PARTS) for path in (staging / STATE).glob(f"{_PARTS}*")]
+    return max((int(count) for count in counts if count.isdecimal()), default=None)
 
 
 def _fingerprint_in(mark: Path) -> object:
@@ -127,7 +176,13 @@ def conversion_errors(out: Path) -> Iterator[None]:
         ) from error
 
 
-def move_into_place(staging: Path, out: Path, before: Listing) -> None:
-    """Give the finished staging folder its name, in the place of what `check_output` found; the lock is held."""
+def move_into_place(folder: Path, staging: Path, out: Path, before: Listing) -> None:
+    """Give a finished folder, the staging folder or one within, its name; the lock is held.
+
+    It takes the place of what `check_output` found.
+    """
+    remove_state = folder / STATE
     # what says which shards are finished stays as long as anything can go wrong
-    publish(staging, out, before, last=lambda: shutil.rmtree(staging / STATE))
+    publish(folder, out, before, last=lambda: shutil.rmtree(remove_state))
+    if folder != staging:
+        shutil.rmtree(staging, ignore_errors=True)

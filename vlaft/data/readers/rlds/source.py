@@ -23,6 +23,7 @@ from vlaft.data.layout import Layout
 from vlaft.data.readers.reader import EpisodeRef, refuse_lfs_pointer
 from vlaft.data.readers.rlds.fields import Field, count_rows, decode_field, is_stored, parse_features
 from vlaft.data.readers.rlds.records import Stored, index_records, parse_example, read_record
+from vlaft.data.sentences import FIRST_SUCH_EPISODE
 from vlaft.errors import DataError
 from vlaft.observation.images import Image
 
@@ -145,8 +146,7 @@ class RldsReader:
             if path not in self._absent:
                 self._absent.add(path)
                 self.warnings.append(
-                    f"features.json describes '{path}', but episode '{episode}' holds none of it (told for the first"
-                    " such episode only)"
+                    f"features.json describes '{path}', but episode '{episode}' holds none of it {FIRST_SUCH_EPISODE}"
                 )
 
     def _frames(self, field: Field, example: Mapping[str, Stored], where: str, episode: str) -> EncodedFrames:
