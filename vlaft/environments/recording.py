@@ -111,7 +111,7 @@ def record(
             said |= {"disturbed": request.disturbed, "failures": failures}
             said |= {"seeds": {each.task.name: each.seeds for each in counts}}
             write_json(partial / "meta" / "recording.json", said, durable=False)
-        shutil.rmtree(pieces_folder)
+        _discard(pieces_folder, request.out)
     return Recording(request.out, len(pieces), steps, failures, reused)
 
 
@@ -324,16 +324,23 @@ def _resumable(request: RecordRequest) -> Iterator[Path]:
     with disk_errors(request.out, "; give the same command again to go on, what is finished is kept"):
         if folder.is_dir():
             said = read_json(folder / _REQUEST) if (folder / _REQUEST).is_file() else {}
-            if "record" not in said and any(folder.iterdir()):
+            if "record" not in said and any(not path.name.startswith(".") for path in folder.iterdir()):
                 raise DataError(
                     f"{folder} holds something that is no unfinished recording; move it, or name another --out"
                 )
             if said != asked:
-                shutil.rmtree(folder)
+                _discard(folder, request.out)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / _REQUEST, asked)
         try:
             yield folder
         finally:
             if folder.is_dir() and all(path.name == _REQUEST for path in folder.iterdir()):  # nothing to go on from
-                shutil.rmtree(folder)
+                _discard(folder, request.out)
+
+
+def _discard(folder: Path, out: Path) -> None:
+    """Remove the folder of pieces, whole or not at all: what is half removed has a name that is removed in any case."""
+    hidden = folder.with_name(f".{Path(os.path.realpath(out)).name}.partial")
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
