@@ -147,13 +147,13 @@ def test_a_damaged_note_of_a_finished_shard_is_not_believed(
     out, notes = tmp_path / "out", tmp_path / "out.partial/.conversion"
     script = """
 import os, sys
-from vlaft.data.convert import run
+from vlaft.data.convert import shards
 from vlaft.cli.main import main
-remember = run.remember_shard
+remember = shards.remember_shard
 def remember_and_end(*arguments):
     remember(*arguments)
     os._exit(9)
-run.remember_shard = remember_and_end
+shards.remember_shard = remember_and_end
 main(sys.argv[1:])
 """
     words = command(long_demos, base, out, 1)
