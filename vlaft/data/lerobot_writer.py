@@ -276,7 +276,9 @@ def _write_video(path: Path, frames: NDArray[np.uint8], fps: int) -> None:
     import av
 
     with av.open(str(path), "w") as container:
-        options = {"crf": str(CRF), "g": str(_GROUP), "bf": "0"}
+        # Without looking ahead: with it, x264 now and then (1 of some 1,000 times) writes the same frames differently.
+        plain = "weightp=0:mbtree=0:rc-lookahead=0"
+        options = {"crf": str(CRF), "g": str(_GROUP), "bf": "0", "x264-params": plain}
         stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = _PIXELS
