@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-metaworld test-slow lint format docs clean
+.PHONY: demo test test-libero test-metaworld test-slow lint format docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -21,16 +21,27 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --durations=10
 
-# Meta-World, and what draws without a screen where it may be installed; what cannot be had is told, and skipped.
-$(VENV)/.metaworld: $(VENV)/.installed
+# The simulators, and what draws without a screen where it may be installed; what cannot be had is told, and skipped.
+$(VENV)/.drawing: $(VENV)/.installed
 	ldconfig -p | grep -q libEGL.so.1 || { test "$$(id -u)" = 0 && apt-get install --yes --quiet libegl1 libgl1-mesa-dri; } \
 		|| echo "libegl1 and libgl1-mesa-dri are missing and cannot be installed from here: tests that draw are skipped"
+	touch $@
+
+$(VENV)/.metaworld: $(VENV)/.drawing
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[metaworld]' \
 		|| echo "Meta-World cannot be installed from here: its tests are skipped"
 	touch $@
 
 test-metaworld: $(VENV)/.metaworld
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'metaworld and not slow' -rs tests
+
+$(VENV)/.libero: $(VENV)/.drawing
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[libero]' \
+		|| echo "LIBERO cannot be installed from here: its tests are skipped"
+	touch $@
+
+test-libero: $(VENV)/.libero
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'libero and not slow' -rs tests
 
 test-slow: $(VENV)/.installed
 	$(BIN)/pytest -m slow tests

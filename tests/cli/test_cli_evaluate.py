@@ -97,7 +97,8 @@ def test_refused(small: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureF
         ([base, "--env", "tabletop", "--limit", "3"], 2, "--limit is for --data"),
         ([base, "--env", "tabletop", "--env", "tabletop"], 1, "--env tabletop is named twice"),
         ([base, "--env", "metaworld:push-v2"], 2, "has no task 'push-v2'; did you mean 'push-v3'?"),
-        ([base, "--env", "libero:libero_object"], 2, "LIBERO is not in this version of vlaft"),
+        ([base, "--env", "libero:libero_objects:1"], 2, "has no suite 'libero_objects'; did you mean 'libero_object'?"),
+        ([base, "--env", "libero:libero_goal:1", "--episodes", "51"], 1, "has 50 first states, and 51 episodes would"),
         ([base, "--env", "tabletop", "--workers", "-1"], 2, "Invalid value for '--workers'"),
         ([base, "--data", data, "--workers", "2"], 2, "--out and --workers are for --env"),
         ([base, "--env", "tabletop", "--resume"], 2, "name it with --out"),
@@ -204,10 +205,12 @@ def test_environments_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
     assert (
-        len(lines) == 1 + 2 + 50 and lines[1].startswith("tabletop ") and "your own as module:factory" in captured.err
+        len(lines) == 1 + 2 + 50 + 130
+        and lines[1].startswith("tabletop ")
+        and "your own as module:factory" in captured.err
     )
     (push,) = (line for line in lines if line.startswith("metaworld:push-v3 "))
     assert push.split("  ")[0] == "metaworld:push-v3" and push.rstrip().endswith("push the puck to the target")
     assert main(["evaluate", "--list-envs", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
-    assert len(listed) == 52 and listed[0]["step_limit"] == 30 and listed[0]["unnorm_keys"] == ["tabletop_b"]
+    assert len(listed) == 182 and listed[0]["step_limit"] == 30 and listed[0]["unnorm_keys"] == ["tabletop_b"]

@@ -50,7 +50,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--env",
-            help="Environment to act in: tabletop, metaworld:TASK, or module:factory; may be given again.",
+            help="Environment to act in: tabletop, metaworld:TASK, libero:SUITE:INDEX, or module:factory; may be given"
+            " again.",
             show_default=False,
         ),
     ] = None,
@@ -74,7 +75,15 @@ def evaluate(
     batch_size: Annotated[
         int, typer.Option("--batch-size", help="Examples per forward pass, or environments side by side.", min=1)
     ] = 16,
-    episodes: Annotated[int, typer.Option("--episodes", help="With --env: how many of each task.", min=1)] = 100,
+    episodes: Annotated[
+        int | None,
+        typer.Option(
+            "--episodes",
+            help="With --env: how many of each task; by default 100, or one for each first state that it has.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[
         int, typer.Option("--seed", help="With --env: of the first episode; the others follow.", min=0)
     ] = 0,
@@ -151,9 +160,11 @@ def evaluate(
     chunk = check_models(models, policy, base)
     if env:
         from vlaft.action.execution import Execution
+        from vlaft.evaluation.rollout import tasks_of, usual_episodes
 
         execution = Execution(execute, ensemble)
         pipeline = {"center_crop": center_crop, "resize": resize}
+        episodes = episodes or usual_episodes(tasks_of(env))
         acting = Acting(models, env, episodes, seed, execution, unnorm_key, dtype, device, base, policy, pipeline)
         results = acting.run(batch_size, workers, plots, out, resume, overwrite)
         print_json(results) if as_json else show(successes(results))
@@ -230,7 +241,10 @@ def list_environments(as_json: bool) -> None:
             task.name, ", ".join(task.cameras or ()), widths, steps, task.instruction or "(each episode says it)"
         )
     show(table)
-    say("and your own as module:factory, or module:factory:argument; metaworld alone stands for all its tasks")
+    say(
+        "and your own as module:factory, or module:factory:argument; metaworld alone stands for all its tasks,"
+        " libero:SUITE for all the suite's"
+    )
 
 
 @dataclass(frozen=True)

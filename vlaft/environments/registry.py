@@ -1,6 +1,6 @@
-"""Environments by name: `tabletop`, `metaworld:TASK`, or `module:factory` for one of the user's own.
+"""Environments by name: `tabletop`, `metaworld:TASK`, `libero:SUITE:INDEX`, or `module:factory` for one's own.
 
-A name stands for one task or for several: `metaworld` for all of Meta-World's.
+A name stands for one task or for several: `metaworld` for all of Meta-World's, `libero:libero_object` for a suite's.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vlaft.environments.interface import Environment, described
+from vlaft.environments.libero import tasks as libero
 from vlaft.environments.metaworld import tasks as metaworld
 from vlaft.environments.tabletop.scene import SETUP_A, SETUP_B, SetUp
 from vlaft.environments.task import Expert, ExpertEpisode, Task
@@ -26,7 +27,8 @@ def tasks_named(name: str) -> tuple[Task, ...]:
 
     Args:
         name: `tabletop` (or `tabletop-b`, the demo's new robot; `tabletop-a`, where its base comes from);
-            `metaworld:TASK`, or `metaworld` for all of its tasks; or `module:factory` or `module:factory:argument`, a
+            `metaworld:TASK`, or `metaworld` for all of its tasks; `libero:SUITE:INDEX`, or `libero:SUITE` for all of
+            the suite's; or `module:factory` or `module:factory:argument`, a
             callable that returns an environment (see `vlaft.environments.interface`) and takes no argument, or this
             text; the module is looked for in the working folder too.
 
@@ -40,12 +42,12 @@ def tasks_named(name: str) -> tuple[Task, ...]:
     if world == "metaworld":
         return _metaworld(name, argument)
     if world == "libero":
-        raise UsageError(f"{name}: LIBERO is not in this version of vlaft; --list-envs says what is")
+        return _libero(name, argument)
     match = _FACTORY.fullmatch(name)
     if match is None:
         raise UsageError(
-            f"{name}: there is no such environment{did_you_mean(name, [*_TABLETOPS, 'metaworld'])}"
-            " (tabletop, tabletop-a, metaworld:TASK, or your own as module:factory)"
+            f"{name}: there is no such environment{did_you_mean(name, [*_TABLETOPS, 'metaworld', 'libero'])}"
+            " (tabletop, tabletop-a, metaworld:TASK, libero:SUITE:INDEX, or your own as module:factory)"
         )
     return (Task(name, _own(name, match)),)
 
@@ -62,7 +64,8 @@ def environment_maker(name: str) -> Callable[[], Environment]:
 
 def shipped_tasks() -> tuple[Task, ...]:
     """Return every task that ships with vlaft."""
-    return (*map(_tabletop, ("tabletop", "tabletop-a")), *_metaworld("metaworld", ""))
+    suites = (task for suite in libero.SUITES for task in _libero(f"libero:{suite}", suite))
+    return (*map(_tabletop, ("tabletop", "tabletop-a")), *_metaworld("metaworld", ""), *suites)
 
 
 def _tabletop(name: str) -> Task:
@@ -123,6 +126,35 @@ def _metaworld_task(task: str) -> Task:
             padded=OPENVLA_ACTION,
             pad=as_openvla,
         ),
+    )
+
+
+def _libero(name: str, argument: str) -> tuple[Task, ...]:
+    suite, given, index = argument.partition(":")
+    if suite not in libero.SUITES:
+        known = ", ".join(libero.SUITES)
+        wrong = f"has no suite '{suite}'{did_you_mean(suite, [*libero.SUITES])}" if suite else "has suites; name one"
+        raise UsageError(f"{name}: LIBERO {wrong} ({known})")
+    count = len(libero.SUITES[suite])
+    if given and index not in map(str, range(count)):
+        raise UsageError(f"{name}: {suite} has no task '{index}'; its tasks are 0 to {count - 1}, see --list-envs")
+    return tuple(_libero_task(suite, number) for number in ([int(index)] if given else range(count)))
+
+
+def _libero_task(suite: str, index: int) -> Task:
+    from vlaft.environments.libero.environment import LiberoEnv
+
+    return Task(
+        f"libero:{suite}:{index}",
+        partial(LiberoEnv, suite, index),
+        cameras=libero.CAMERAS,
+        instruction=libero.instruction(libero.SUITES[suite][index]),
+        actions=(OPENVLA_ACTION,),
+        unnorm_keys=(suite, f"{suite}_no_noops"),
+        step_limit=libero.STEP_LIMITS[suite],
+        waiting_steps=libero.WAITING_STEPS,
+        states=libero.INITIAL_STATES,
+        memory=libero.MEMORY,
     )
 
 

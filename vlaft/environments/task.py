@@ -71,6 +71,7 @@ class Task:
             is used.
         step_limit: ends an episode.
         waiting_steps: done by the environment at a reset, before anything is counted.
+        states: how many first states there are, one to a seed, from the first again after the last; None: any number.
         memory: bytes that a process with one takes; None: it is acted in within this process.
         expert: demonstrates it.
     """
@@ -83,6 +84,7 @@ class Task:
     unnorm_keys: tuple[str, ...] = ()
     step_limit: int = MOST_STEPS
     waiting_steps: int = 0
+    states: int | None = None
     memory: int | None = None
     expert: Expert | None = None
 
@@ -96,5 +98,6 @@ class Task:
             "unnorm_keys": self.unnorm_keys,
             "step_limit": self.step_limit,
             "waiting_steps": self.waiting_steps,
+            "states": self.states,
             "recorded": self.expert is not None,
         }

@@ -41,6 +41,7 @@ from vlaft.observation.images import ImagePipeline
 from vlaft.observation.prompts import load_base_files, prompt_style_of
 from vlaft.policy import Policy, load
 
+USUAL_EPISODES = 100
 TRAINING_SEED = 1_000_000  # of the first episode while training: far from those that `evaluate --env` reports on
 TRAINING_PARALLEL = 10
 KEPT = 3  # successes, and failures, of each task that pictures show
@@ -103,7 +104,7 @@ def evaluate_in(
     model: str,
     env: str | Sequence[str],
     *,
-    episodes: int = 100,
+    episodes: int = USUAL_EPISODES,
     seed: int = 0,
     parallel: int = 50,
     workers: int | None = None,
@@ -146,8 +147,8 @@ def evaluate_in(
 
     Raises:
         UsageError: no such environment.
-        ConfigError: `episodes` or `parallel` is not positive, `seed` is negative, an environment is named twice, or
-            more actions are to be executed than the policy's chunks have.
+        ConfigError: `episodes` or `parallel` is not positive, `seed` is negative, an environment is named twice or
+            has fewer first states than `episodes`, or more actions are to be executed than the policy's chunks have.
         CheckpointError: the model is missing or damaged.
         DataError: the statistics cannot be told, an environment does not keep to the interface or lacks what the
             policy reads, or takes actions of another width.
@@ -155,6 +156,7 @@ def evaluate_in(
     """
     tasks, seeds = tasks_of([env] if isinstance(env, str) else env), range(seed, seed + episodes)
     check_counts(seeds, parallel)
+    _check_states(tasks, episodes)
     entries = {(entry.task, entry.seed): entry for entry in (journal.of(model) if journal else ())}
     jobs = [Job(task, seed) for task in tasks for seed in seeds]
     missing = [job for job in jobs if (job.task.name, job.seed) not in entries]
@@ -213,9 +215,11 @@ def acting(
 
     Raises:
         UsageError: no such environment.
+        ConfigError: it has fewer first states than `episodes`.
         VlaftError: it fails.
     """
     tasks = tasks_of([env])
+    _check_states(tasks, episodes)
     jobs = [Job(task, number) for task in tasks for number in range(seed, seed + episodes)]
     count, processes = how_many(tasks, TRAINING_PARALLEL, None)
     with opened_seats(tasks[0], 1, processes=processes):
@@ -249,6 +253,21 @@ def tasks_of(names: Sequence[str]) -> list[Task]:
         if any(task.name == other.name for other in tasks[:number]):
             raise ConfigError(f"--env {task.name} is named twice")
     return tasks
+
+
+def usual_episodes(tasks: Sequence[Task]) -> int:
+    """Return how many episodes of each task are acted where nobody says: 100, or as many as there are to begin with."""
+    return min(USUAL_EPISODES, *(task.states or USUAL_EPISODES for task in tasks))
+
+
+def _check_states(tasks: Sequence[Task], episodes: int) -> None:
+    """Refuse to count an episode twice."""
+    for task in tasks:
+        if task.states is not None and episodes > task.states:
+            raise ConfigError(
+                f"{task.name} has {task.states} first states, and {episodes} episodes would count some of them twice;"
+                f" ask for {task.states} episodes or fewer"
+            )
 
 
 class _Pending:

@@ -9,10 +9,7 @@ Needs `vlaft[metaworld]`, and an OpenGL library that draws without a screen.
 from __future__ import annotations
 
 import atexit
-import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -20,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vlaft.environments.interface import described
 from vlaft.environments.metaworld.tasks import EPISODE_STEPS, INSTRUCTIONS
+from vlaft.environments.opengl import drawing
 from vlaft.environments.task import ExpertEpisode
-from vlaft.errors import DataError, MissingExtra, VlaftError
+from vlaft.errors import DataError, MissingExtra
 from vlaft.observation.images import Image
 
 SIZE = 224
@@ -65,7 +62,7 @@ class MetaWorldEnv:
         self._world._set_task_called = True
         self._world.seeded_rand_vec = True
         self._expert = library.experts[task]
-        with _drawing():
+        with drawing("Meta-World"):
             self._renderer = library.mujoco.Renderer(self._world.model, SIZE, SIZE)
         for flag in (library.mujoco.mjtRndFlag.mjRND_SHADOW, library.mujoco.mjtRndFlag.mjRND_REFLECTION):
             self._renderer.scene.flags[flag] = False
@@ -187,8 +184,7 @@ def _close_kept() -> None:
 @cache
 def _library() -> SimpleNamespace:
     """Import Meta-World, told to draw without a screen."""
-    os.environ.setdefault("MUJOCO_GL", "egl")  # read when MuJoCo is imported
-    with _drawing():
+    with drawing("Meta-World"):
         try:
             import metaworld.policies
             import mujoco
@@ -197,17 +193,3 @@ def _library() -> SimpleNamespace:
             missing = (error.name or "metaworld").partition(".")[0]
             raise MissingExtra("metaworld", missing, "metaworld") from error
     return SimpleNamespace(mujoco=mujoco, worlds=ALL_V3_ENVIRONMENTS, experts=metaworld.policies.ENV_POLICY_MAP)
-
-
-@contextmanager
-def _drawing() -> Iterator[None]:
-    """Turn what MuJoCo and PyOpenGL raise where no OpenGL library is found into a sentence."""
-    try:
-        yield
-    except (VlaftError, ModuleNotFoundError):
-        raise
-    except Exception as error:
-        raise VlaftError(
-            f"Meta-World cannot draw with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({described(error)[:150]}): install"
-            " the libraries (Debian: apt-get install libegl1 libgl1-mesa-dri), or libosmesa6 and set MUJOCO_GL=osmesa"
-        ) from error
