@@ -194,6 +194,7 @@ def _library() -> SimpleNamespace:
         with drawing("LIBERO"):
             from robosuite.utils.binding_utils import GLContext
 
+            GLContext._context = None  # which its `__del__` reads, also where it could not be made
             GLContext(max_width=SIZE, max_height=SIZE, device_id=-1).free()
             import robosuite.macros
             from libero.libero import get_default_path_dict
