@@ -85,7 +85,7 @@ def run_dead_blocks(model: nn.Module) -> None:
     for vit in base.vision_backbone.featurizers:
 
         def drop(module: nn.Module, inputs: Any, output: Any, last: nn.Module = vit.blocks[-1]) -> None:
-            last(output)
+            last(output, *inputs[1:])  # with FiLM, the words too
 
         vit.blocks[-2].register_forward_hook(drop)
 

@@ -36,8 +36,9 @@ from vlaft.data.codec import decode_image, encode_image
 from vlaft.data.readers.reader import Reader
 from vlaft.data.source import SourceRequest, open_request
 from vlaft.errors import VlaftError
+from vlaft.model.configuration import Policy
 from vlaft.serving import json_numpy
-from vlaft.serving.observation import read_observation
+from vlaft.serving.observation import read_question
 from vlaft.serving.settings import Refused, ServeSettings
 from vlaft.weights.layout import tensor_table
 from vlaft.weights.stream import read_tensor
@@ -207,12 +208,17 @@ def of_requests(place: Path) -> Try:
     statistics = {"small": {"action": {"q01": [0.0] * 7, "q99": [1.0] * 7}}}
     image = json_numpy.encode(np.zeros((8, 8, 3), np.uint8))
     request = {"image": image, "instruction": "push", "unnorm_key": "small"}
+    several = request | {"image_wrist": image, "state": [0.0, 1.0, 2.0]}
+    robot = {"full_image": image, "wrist_image": image, "state": [0.0, 1.0, 2.0], "instruction": "push"}
+    reads = Policy(cameras=("main", "wrist"), state=True, state_size=3)
+    forms = [(request, Policy()), (several, reads), (robot, reads)]
 
     def attempt(seed: int) -> None:
-        body = json_mutations(request, seed // 2)
+        form, policy = forms[seed // 2 % 3]
+        body = json_mutations(form, seed // 6)
         if seed % 2:
             body = json.dumps({"encoded": body.decode(errors="replace")}).encode()
-        read_observation(body, statistics, ServeSettings())
+        read_question(body, policy, statistics, ServeSettings())
 
     return attempt
 

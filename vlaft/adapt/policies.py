@@ -417,11 +417,11 @@ def _write_plain(
     config = read_json(place / "config.json", CheckpointError) | {"policy": asdict(policy)}
     preprocessor = target / "preprocessor_config.json"
     if not isinstance(config.get("image_pipeline"), Mapping):
-        # As upstream prepares frames: JPEG, Lanczos, and the centre of those that it was trained on random crops of.
+        # As upstream prepares frames: Lanczos, and the centre of those that it was trained on random crops of. Not
+        # through JPEG, which its script does to frames of another size than the model's, and only to those.
         processor = read_json(preprocessor, CheckpointError) if preprocessor.is_file() else None
-        crop = bool(config.get("center_crop", True))
-        pipeline = ImagePipeline.for_acting(config, processor, resize="lanczos", center_crop=crop)
-        config["image_pipeline"] = pipeline.to_json()
+        pipeline = ImagePipeline.for_training(config, processor).to_json()
+        config["image_pipeline"] = pipeline | {"center_crop": bool(config.get("center_crop", True))}
     if (source.folder / STATISTICS_FILE).is_file():
         statistics = read_statistics(source.folder, BOUNDS)
         _check_sizes(source, policy, statistics)

@@ -155,7 +155,7 @@ def as_metaworld(action: NDArray[np.float64]) -> NDArray[np.float64]:
 def as_openvla(actions: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return Meta-World's actions `[T, 4]` as OpenVLA's `[T, 7]`: moves in metres, no rotation, 1 = open.
 
-    >>> as_openvla(np.array([[1, 0, -0.5, -1]], np.float32)).round(3).tolist()
+    >>> as_openvla(np.array([[1, 0, -0.5, -1]], np.float32)).astype(float).round(3).tolist()
     [[0.01, 0.0, -0.005, 0.0, 0.0, 0.0, 1.0]]
     """
     padded = np.zeros((len(actions), 7), np.float32)
