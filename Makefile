@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SIMULATORS := metaworld libero
 
 .PHONY: demo test test-libero test-metaworld test-slow lint format docs clean
 
@@ -27,21 +28,13 @@ $(VENV)/.drawing: $(VENV)/.installed
 		|| echo "libegl1 and libgl1-mesa-dri are missing and cannot be installed from here: tests that draw are skipped"
 	touch $@
 
-$(VENV)/.metaworld: $(VENV)/.drawing
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[metaworld]' \
-		|| echo "Meta-World cannot be installed from here: its tests are skipped"
+$(SIMULATORS:%=$(VENV)/.%): $(VENV)/.%: $(VENV)/.drawing
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]' \
+		|| echo "vlaft[$*] cannot be installed from here: its tests are skipped"
 	touch $@
 
-test-metaworld: $(VENV)/.metaworld
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'metaworld and not slow' -rs tests
-
-$(VENV)/.libero: $(VENV)/.drawing
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[libero]' \
-		|| echo "LIBERO cannot be installed from here: its tests are skipped"
-	touch $@
-
-test-libero: $(VENV)/.libero
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'libero and not slow' -rs tests
+$(SIMULATORS:%=test-%): test-%: $(VENV)/.%
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m '$* and not slow' -rs tests
 
 test-slow: $(VENV)/.installed
 	$(BIN)/pytest -m slow tests
