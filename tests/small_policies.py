@@ -28,11 +28,11 @@ def merged_policy(rich: Small, name: str, folder: Path, *words: str) -> Path:
     return folder / "merged"
 
 
-def ask(policy: Policy) -> np.ndarray:
-    """Return the actions `[K, A]` that a policy writes for frames and a state that are always the same."""
+def ask(policy: Policy, edge: int = 64) -> np.ndarray:
+    """Return the actions `[K, A]` that a policy writes for always the same frames, of `edge` pixels, and state."""
     reads = policy.model.policy
     generator = np.random.default_rng(3)
-    seen = {camera: generator.integers(0, 256, (64, 64, 3), dtype=np.uint8) for camera in reads.cameras}
+    seen = {camera: generator.integers(0, 256, (edge, edge, 3), dtype=np.uint8) for camera in reads.cameras}
     state = [0.5, 0.1, 0.5] if reads.state else None
     actions: np.ndarray = policy.predict(seen, INSTRUCTION, state=state).actions
     return actions

@@ -297,7 +297,7 @@ def load(
 
 def _tell_assumed(name: str, pipeline: ImagePipeline, statistics: Mapping[str, Any]) -> None:
     crop = "cropped" if pipeline.center_crop else "not cropped"
-    how = f"{'through JPEG, ' * pipeline.jpeg}by {pipeline.resize}, {crop}"
+    how = f"{'through JPEG, ' if pipeline.jpeg else ''}by {pipeline.resize}, {crop}"
     warnings.warn(
         f"{name} is a fine-tune ({', '.join(sorted(statistics))}) that does not say how its frames are prepared, so"
         f" they are as in OpenVLA's own evaluation: {how}; --resize and --[no-]center-crop say otherwise",

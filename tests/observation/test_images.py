@@ -87,6 +87,17 @@ def test_a_finetunes_frames_are_those_of_upstreams_evaluation(frame: str, expect
     assert np.abs(as_released.astype(int) - golden).mean() > 10
 
 
+def test_a_frame_of_the_models_size_is_not_coded_again_where_only_resized_ones_are() -> None:
+    """OpenVLA-OFT passes frames of 224 pixels on as they are, and others through JPEG and Lanczos."""
+    pipeline = replace(ImagePipeline.for_acting(LIBERO, None, ["libero_goal_no_noops"]), jpeg="resized")
+    frames = [np.array(PillowImage.open(EVALUATION_FRAMES / f"{name}.png")) for name in ("0", "1")]
+    assert [frame.shape[0] for frame in frames] == [256, 224]
+    np.testing.assert_array_equal(pipeline.prepare(frames[1]), frames[1])
+    np.testing.assert_array_equal(pipeline.prepare(frames[0]), replace(pipeline, jpeg=True).prepare(frames[0]))
+    assert (pipeline.prepare(frames[0]) != replace(pipeline, jpeg=False).prepare(frames[0])).any()
+    assert ImagePipeline.from_json(json.loads(json.dumps(pipeline.to_json()))) == pipeline
+
+
 @pytest.mark.parametrize(
     ("config", "statistics", "finetune"),
     [

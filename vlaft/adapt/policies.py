@@ -44,7 +44,7 @@ from vlaft.weights.trained import ADAPTER_CONFIG, Trained
 _ASKED = {"chunk": "8", "cameras": "[main,wrist]", "normalization": "q99"}  # what no file tells, with an example
 _COMPARED = ("head", "decoding", "chunk", "cameras", "state", "film", "normalization")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_VERSION = 1  # of what is written to the cache; part of the name
+_VERSION = 2  # of what is written to the cache; part of the name
 
 
 def recorded_policy(folder: Path) -> Policy | None:
@@ -417,10 +417,9 @@ def _write_plain(
     config = read_json(place / "config.json", CheckpointError) | {"policy": asdict(policy)}
     preprocessor = target / "preprocessor_config.json"
     if not isinstance(config.get("image_pipeline"), Mapping):
-        # As upstream prepares frames: Lanczos, and the centre of those that it was trained on random crops of. Not
-        # through JPEG, which its script does to frames of another size than the model's, and only to those.
+        # As upstream prepares frames: Lanczos, and the centre of those that it was trained on random crops of.
         processor = read_json(preprocessor, CheckpointError) if preprocessor.is_file() else None
-        pipeline = ImagePipeline.for_training(config, processor).to_json()
+        pipeline = replace(ImagePipeline.for_training(config, processor), jpeg="resized").to_json()
         config["image_pipeline"] = pipeline | {"center_crop": bool(config.get("center_crop", True))}
     if (source.folder / STATISTICS_FILE).is_file():
         statistics = read_statistics(source.folder, BOUNDS)

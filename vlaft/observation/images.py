@@ -47,7 +47,8 @@ class ImagePipeline:
             random crops of that area (`augmentation.center_crop`); `prepare` does not crop.
         means: per backbone and channel, on the 0..1 scale.
         stds: likewise.
-        jpeg: whether a frame goes through JPEG first, as upstream's evaluation does with what a simulator drew.
+        jpeg: whether a frame goes through JPEG first, as OpenVLA's evaluation does with what a simulator drew;
+            `"resized"` for frames of another size than `size` only, as OpenVLA-OFT does.
     """
 
     size: int
@@ -57,13 +58,13 @@ class ImagePipeline:
     center_crop: bool
     means: tuple[Triple, ...]
     stds: tuple[Triple, ...]
-    jpeg: bool = False
+    jpeg: bool | Literal["resized"] = False
 
     def prepare(self, image: Image) -> Image:
         """Return the frame (uint8 `[H, W, 3]`) as uint8 `[size, size, 3]`."""
         from PIL import Image as PillowImage
 
-        if self.jpeg:
+        if self.jpeg is True or (self.jpeg and image.shape[:2] != (self.size, self.size)):
             image = _through_jpeg(image)
         resample = PillowImage.Resampling.LANCZOS if self.resize == "lanczos" else PillowImage.Resampling.BICUBIC
         if self.strategy == "letterbox":
