@@ -138,18 +138,15 @@ def recipe_cost(
     )
 
 
-_ACTING: dict[tuple, tuple[OpenVLAConfig, dict[str, InferenceMemory]]] = {}
+_ACTING: dict[tuple[str, str, int | None], dict[str, InferenceMemory]] = {}
 
 
 def _inference(config: OpenVLAConfig, policy: Policy, tokens: int | None) -> dict[str, InferenceMemory]:
     """Return what acting takes; recipes of one policy on one base share it."""
-    key = (id(config), repr(policy), tokens)
+    key = (config.to_json_string(), repr(policy), tokens)
     if key not in _ACTING:
-        _ACTING[key] = (
-            config,
-            {  # the configuration is kept, so that its id stays its own
-                name: predict_inference(config, policy, quantized=name == "nf4", tokens=tokens)
-                for name in ("bfloat16", "nf4")
-            },
-        )
-    return _ACTING[key][1]
+        _ACTING[key] = {
+            name: predict_inference(config, policy, quantized=name == "nf4", tokens=tokens)
+            for name in ("bfloat16", "nf4")
+        }
+    return _ACTING[key]
