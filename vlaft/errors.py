@@ -39,6 +39,10 @@ class DataError(VlaftError):
     """A dataset is missing, damaged, or lacks what was asked of it."""
 
 
+class SourceChanged(VlaftError):
+    """Data are not those any more that something was decided on: nothing that may be skipped as damaged."""
+
+
 class ConfigError(VlaftError):
     """A recipe or setting is wrong; all problems of one call are told together."""
 

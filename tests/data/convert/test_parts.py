@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,7 +27,7 @@ from vlaft.data.convert.staging import STATE, finished_shard
 from vlaft.data.readers.reader import EpisodeRef
 from vlaft.data.sentences import FIRST_SUCH_EPISODE
 from vlaft.data.store import ConvertedDataset
-from vlaft.errors import ConfigError, DataError, InUse
+from vlaft.errors import ConfigError, DataError, InUse, VlaftError
 from vlaft.files import locked
 
 
@@ -280,6 +281,31 @@ def test_a_part_of_something_else_is_refused(
         convert_part(tmp_path / "plan", 1, 2, workers=1)
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "out.partial").glob("*.parquet"))
+
+
+def test_files_below_a_link_are_looked_at(demos: Path, base: str, tmp_path: Path) -> None:
+    """As where videos or rows lie on another disk; a link back up ends in itself."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/data").symlink_to(demos)
+    (tmp_path / "set/again").symlink_to(tmp_path / "set")
+    before = planning.files_hash(tmp_path / "set")
+    assert planning.files_hash(tmp_path / "set") == before
+    change_a_file(demos, tmp_path)
+    assert planning.files_hash(tmp_path / "set") != before
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_an_episode_that_changed_after_it_was_planned_is_no_damaged_one(
+    demos: Path, base: str, tmp_path: Path, on_error: str
+) -> None:
+    """Its rows would be normalised with the statistics of what was there before."""
+    make_plan(request(demos, base, tmp_path / "out", on_error=on_error), tmp_path / "plan")
+    file = demos / "episode_3.hdf5"
+    times = file.stat()
+    change_a_file(demos, tmp_path)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(VlaftError, match="toy: episode 'episode_3.hdf5' changed after its actions were read"):
+        convert_part(tmp_path / "plan", 1, 1, workers=1)
 
 
 def test_a_changed_preset_is_refused(demos: Path, base: str, tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_shards_depend_on_the_data_alone() -> None:
 
     def planned(episodes: int, rows: int) -> list[list[int]]:
         refs = [EpisodeRef(number, str(number), None, ()) for number in range(episodes)]
-        plans = plan_shards([PlannedEpisode(0, ref, ref.index, "train", rows) for ref in refs])
+        plans = plan_shards([PlannedEpisode(0, ref, ref.index, "train", rows, (0.0, 0.0)) for ref in refs])
         assert [episode.index for plan in plans for episode in plan.episodes] == list(range(episodes))
         return [[episode.rows for episode in plan.episodes] for plan in plans]
 

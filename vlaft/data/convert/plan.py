@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from vlaft.action.statistics import DatasetStatistics, statistics_of_rows
-from vlaft.data.convert.reading import Reading, Readings
+from vlaft.data.convert.reading import Reading, Readings, Sums
 from vlaft.data.convert.spool import Spool, spooled
 from vlaft.data.readers.reader import EpisodeRef
 from vlaft.data.source import OpenedSource, Progress
@@ -42,6 +42,7 @@ class PlannedEpisode:
         index: its number over all episodes of all sources.
         split: `"train"` or `"val"`.
         rows: number of examples.
+        sums: of its actions and state, see `Reading.sums`: by them it is seen that they are still the same.
     """
 
     source: int
@@ -49,6 +50,7 @@ class PlannedEpisode:
     index: int
     split: str
     rows: int
+    sums: Sums
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,7 @@ def _survey_source(
     """Take what was read of one source; the prompts of new instructions are added to `accepted`."""
     actions, states, openings = spools
     kept: list[EpisodeRef] = []
+    sums: list[Sums] = []
     skipped: list[Skipped] = []
     cameras: dict[str, None] = {}
     instructions: dict[str, None] = {}
@@ -250,6 +253,7 @@ def _survey_source(
             skipped.append(Skipped(source.name, ref.name, str(error)))
             continue
         kept.append(ref)
+        sums.append(reading.sums)
         actions.add(reading.action)
         openings.add(reading.opening)
         if reading.state is not None:
@@ -266,8 +270,8 @@ def _survey_source(
         raise DataError(gripper.question)
     splits = split_episodes(kept, source.name, rules.val_fraction, rules.seed)
     planned = [
-        PlannedEpisode(number, ref, first_index + ref.index, split, rows)
-        for ref, split, rows in zip(kept, splits, actions.lengths, strict=True)
+        PlannedEpisode(number, ref, first_index + ref.index, split, rows, summed)
+        for ref, split, rows, summed in zip(kept, splits, actions.lengths, sums, strict=True)
     ]
     found = SurveyedSource(
         name=source.name,

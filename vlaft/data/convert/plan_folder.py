@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ PLAN_FILE = "plan.json"
 READINGS_FILE = "readings.parquet"
 _EPISODES_FILE = "episodes.parquet"
 _PROMPTS_FILE = "prompts.parquet"
-_VERSION = 1
+_VERSION = 2
 _GROUP = 10_000  # rows that are written, or left out by a part, together
 
 _EPISODES = pa.schema(
@@ -48,6 +48,7 @@ _EPISODES = pa.schema(
         ("ref", pa.string()),
         ("index", pa.int64()),
         ("rows", pa.int64()),
+        ("sums", pa.list_(pa.float64(), 2)),
     ]
 )
 _SHARD = re.compile(r"(train|val)-\d+-of-\d+\.parquet")
@@ -188,6 +189,7 @@ def write_plan(folder: Path, plan: Plan) -> None:
             "ref": written_ref(episode.ref),
             "index": episode.index,
             "rows": episode.rows,
+            "sums": episode.sums,
         }
         for number, shard in enumerate(plan.shards)
         for episode in shard.episodes
@@ -315,14 +317,10 @@ def _read_shards(folder: Path, file: _PlanFile, part: tuple[int, int] | None) ->
         if not _SHARD.fullmatch(name):
             raise ValueError(f"{shown(name)} is no name of a shard")
         episodes = tuple(
-            PlannedEpisode(source, read_ref(ref), index, split, count) for *_, source, ref, index, count in group
+            PlannedEpisode(source, read_ref(ref), index, split, count, (sums[0], sums[1]))
+            for *_, source, ref, index, count, sums in group
         )
         if not all(0 <= episode.source < len(file.requests) and episode.rows > 0 for episode in episodes):
             raise ValueError(f"an episode of {name} belongs to no source or has no rows")
         shards.append(ShardPlan(name, split, episodes))
     return tuple(shards)
-
-
-def relocated(plan: Plan, requests: Sequence[SourceRequest]) -> Plan:
-    """Return a plan whose sources are opened as they were typed, by the process that they were typed for."""
-    return replace(plan, requests=tuple(requests))

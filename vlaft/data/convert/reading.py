@@ -34,6 +34,8 @@ _LARGEST_TASK = 32  # episodes that one process reads at a time
 _TASKS = 8  # tasks per process, where there are few episodes
 _KEPT = 64  # episodes in a row group of the file
 
+Sums = tuple[float, float]  # of magnitudes, and of values by their position
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -62,6 +64,21 @@ class Reading:
     damage: str = ""
     silent: bool = False
     told: tuple[str, ...] = ()
+
+    @property
+    def sums(self) -> Sums:
+        """By what another reading of the same episode is told from one of changed numbers, on any machine.
+
+        No checksum: processors differ in the last bit of a sine, and actions may be made of rotations.
+        """
+        parts = [part.reshape(-1) for part in (self.action, self.state) if part is not None]
+        values = np.concatenate(parts, dtype=np.float64) if parts else np.zeros(0)
+        return float(np.abs(values).sum()), float(values @ np.linspace(1, 2, len(values)))
+
+    def agrees(self, sums: Sums) -> bool:
+        """Say whether its numbers are those of the reading that these sums are of."""
+        allowed = 1e-6 * (1.0 + sums[0])
+        return all(abs(now - then) <= allowed for now, then in zip(self.sums, sums, strict=True))
 
 
 Readings = Iterator[tuple[int, EpisodeRef, Reading]]  # number of the source, where the episode lies, what was read

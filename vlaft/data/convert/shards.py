@@ -13,10 +13,11 @@ from typing import Any
 from vlaft.action.tokens import ActionTokenizer, normalize
 from vlaft.data.codec import ImageCodec, encode_image
 from vlaft.data.convert.plan import OnError, PlannedEpisode, ShardPlan, Survey, camera_column
+from vlaft.data.convert.reading import Reading
 from vlaft.data.convert.staging import Damaged, ShardResult, finished_shard, remember_shard
 from vlaft.data.source import OpenedSource, SourceRequest, open_request
 from vlaft.data.store import MAIN_CAMERA, example_schema, write_shard
-from vlaft.errors import DataError, InUse
+from vlaft.errors import DataError, InUse, SourceChanged
 from vlaft.files import locked
 from vlaft.observation.images import ImagePipeline
 
@@ -117,15 +118,20 @@ class Converter:
         """Return an episode's rows from its source.
 
         Raises:
-            DataError: its frames are damaged, or it changed.
+            DataError: its frames are damaged.
+            SourceChanged: it has other steps, numbers or texts than when it was planned.
         """
         if planned.source not in self.opened:
             self.opened[planned.source] = open_request(self.job.requests[planned.source])
         surveyed = self.job.survey.sources[planned.source]
         episode = self.opened[planned.source].read(planned.ref)
         texts = episode.step_instructions
-        if episode.length != planned.rows or not self.job.survey.prompts.keys() >= set(texts):
-            raise DataError(f"episode '{episode.name}' changed while it was converted; run the command again")
+        same = episode.length == planned.rows and self.job.survey.prompts.keys() >= set(texts)
+        if not same or not Reading(action=episode.action, state=episode.state).agrees(planned.sums):
+            raise SourceChanged(
+                f"{surveyed.name}: episode '{episode.name}' changed after its actions were read; run the command again"
+                " once nothing writes to it"
+            )
         assert episode.action is not None
         normalized = normalize(episode.action, surveyed.statistics["action"])
         tokens = self.job.actions.encode(normalized)
