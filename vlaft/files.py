@@ -176,7 +176,7 @@ def output_files(folder: Path, replaced: re.Pattern[str]) -> Iterator[Path]:
         new = sorted(partial.iterdir())
         for path in new:
             sync(path)
-        with _uninterrupted():
+        with uninterrupted():
             place.mkdir(exist_ok=True)
             for path in new:
                 path.replace(place / path.name)
@@ -203,7 +203,7 @@ def locked(out: Path, *, shared: bool = False) -> Iterator[Path]:
     """
     place = _place(out)
     with ExitStack() as held:
-        with _uninterrupted(), disk_errors(out):
+        with uninterrupted(), disk_errors(out):
             place.parent.mkdir(parents=True, exist_ok=True)
             descriptor = _take_lock(out, place, fcntl.LOCK_EX)
             held.callback(_give_back, descriptor, place)
@@ -233,7 +233,7 @@ def joined(out: Path, *, first: bool = False) -> Iterator[None]:
         yield
         return
     with ExitStack() as held:
-        with _uninterrupted(), disk_errors(out):
+        with uninterrupted(), disk_errors(out):
             descriptor = _take_lock(out, place, fcntl.LOCK_SH)
             held.callback(_release_lock, descriptor, place)
             _sign(descriptor)
@@ -410,15 +410,15 @@ def _remove(path: Path) -> None:
 
 
 def _give_back(descriptor: int, place: Path) -> None:
-    with _uninterrupted():
+    with uninterrupted():
         with suppress(OSError):
             _put_right(place)
         _release_lock(descriptor, place)
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold back Ctrl-C and SIGTERM, where they have a handler, until the few renames and removals here are done."""
+def uninterrupted() -> Iterator[None]:
+    """Hold back Ctrl-C and SIGTERM, where they have a handler, until the few steps here are done."""
     received: list[int] = []
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses handlers, and calls none

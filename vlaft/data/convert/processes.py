@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from vlaft.errors import DataError, VlaftError
-from vlaft.files import joined
+from vlaft.files import joined, uninterrupted
 
 _AHEAD = 4  # items per process that are handed out at once: enough to keep it busy, few enough to be held
 T = TypeVar("T")
@@ -96,12 +96,14 @@ def _hand_out(
     pool: ProcessPoolExecutor, work: Callable[[Any, T], R], items: Iterable[T], under_way: deque[Future[Any]]
 ) -> None:
     # Ctrl-C in a terminal goes to every process. The workers leave it to this one: they are started with it blocked,
-    # before they could say so themselves. Here it is delivered as soon as they are.
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        under_way.extend(pool.submit(_work, work, item) for item in items)
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    # before they could say so themselves. Another thread of this one may still receive it, and Python then acts on it
+    # here: not before they have all that they begin with.
+    with uninterrupted():
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            under_way.extend(pool.submit(_work, work, item) for item in items)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
 class _Failure:
