@@ -14,7 +14,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,34 @@ def stamp(path: Path) -> list[int]:
     """Return size, time of the last change of content and of anything, and inode; the second cannot be set back."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def files_hash(path: Path, files: Iterable[Path] | None = None) -> str:
+    """Return a hash of the names, sizes and times of a file or of a folder's files.
+
+    Args:
+        path: the file or folder.
+        files: the files in it that count; None takes all, those below links to folders too.
+    """
+    if files is None:
+        files = _files_below(path) if path.is_dir() else [path]
+    listed = hashlib.sha256()
+    for file in sorted(files):
+        status = file.stat()
+        listed.update(os.fsencode(file.relative_to(path)) + f"\0{status.st_size} {status.st_mtime_ns}\n".encode())
+    return listed.hexdigest()
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Yield all files as readers find them, each folder once: a link may lead into a circle."""
+    seen: set[tuple[int, int]] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        status = Path(parent).stat()
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        yield from (file for name in names if (file := Path(parent, name)).is_file())
 
 
 def cache_folder(kind: str) -> Path:

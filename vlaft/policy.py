@@ -24,7 +24,8 @@ from numpy.typing import ArrayLike, NDArray
 from vlaft.action.statistics import choose_key
 from vlaft.action.tokens import normalize, unnormalize
 from vlaft.action.written import Written
-from vlaft.adapt.policies import base_folder, check_policy, policy_folder
+from vlaft.adapt.policies import base_folder, check_policy, checkpoint_folder, policy_folder
+from vlaft.checksums import files_hash
 from vlaft.errors import Assumed, CheckpointError, DataError, UsageError
 from vlaft.model.configuration import Policy as ModelPolicy
 from vlaft.model.cuda_graphs import CudaGraphs
@@ -293,6 +294,20 @@ def load(
     if None in (resize, center_crop) and is_finetune(files.config, statistics):
         _tell_assumed(str(source), pipeline, statistics)
     return Policy(model, files, pipeline, statistics, place, _graphs(model, place))
+
+
+def weights_hash(source: str | Path) -> str:
+    """Return a hash by which it is seen that a checkpoint is the one that it was: its files' names, sizes and times.
+
+    Args:
+        source: as `load` takes it.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    path = Path(source)
+    folder = find_trained(path).weights if path.is_dir() and is_trained(path) else checkpoint_folder(str(source))
+    return files_hash(folder, (file for suffix in ("safetensors", "pt", "json") for file in folder.glob(f"*.{suffix}")))
 
 
 def _tell_assumed(name: str, pipeline: ImagePipeline, statistics: Mapping[str, Any]) -> None:

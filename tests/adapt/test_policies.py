@@ -16,13 +16,15 @@ from oft_folders import golden_checkpoint, save
 from PIL import Image
 from safetensors.torch import save_file
 
+from vlaft.adapt import policies
+from vlaft.adapt.merging import StoredSettings
 from vlaft.adapt.policies import base_folder, check_policy, policy_folder, policy_on_base
-from vlaft.errors import CheckpointError, ConfigError
+from vlaft.errors import CheckpointError, ConfigError, VlaftError
 from vlaft.model.configuration import Policy
 from vlaft.policy import load
 from vlaft.recipe.settings import PolicyConfig
 from vlaft.weights.layout import INDEX_FILE, SINGLE_FILE
-from vlaft.weights.oft import OftFolder, is_oft, read_pickled
+from vlaft.weights.oft import OftFolder, Vision, is_oft, read_pickled
 
 GIVEN: dict[str, dict[str, Any]] = {
     "b": {"chunk": 8, "cameras": ["main", "wrist"], "normalization": "q99"},
@@ -211,10 +213,48 @@ def test_released_policies_are_known_by_their_names() -> None:
         policy_on_base(name, {"chunk": 25})
 
 
+def test_parts_of_two_steps_are_not_mixed(tmp_path: Path) -> None:
+    for name in ("action_head--150000", "proprio_projector--50000"):
+        (tmp_path / f"{name}_checkpoint.pt").touch()
+    with pytest.raises(CheckpointError, match="parts of the steps 150000, 50000 are here; keep those of one step"):
+        OftFolder.open(tmp_path)
+
+
+def test_without_its_statistics_it_does_not_act_by_the_bases(
+    saved: tuple[str, Path], exact_base: Path, tmp_path: Path
+) -> None:
+    name, source = saved
+    folder = shutil.copytree(source, tmp_path / "folder")
+    (folder / "dataset_statistics.json").unlink()
+    with pytest.raises(VlaftError, match=r"dataset_statistics.json"):
+        policy_folder(str(folder), GIVEN[name], base=str(exact_base))
+
+
+@pytest.mark.parametrize(
+    ("changes", "scaling"),
+    [({}, 0.5), ({"use_rslora": True}, 16 / 32**0.5), ({"alpha_pattern": {"qkv": 64}}, 2.0), ({"lora_alpha": 64}, 2.0)],
+)
+def test_a_backbones_adapters_are_scaled_as_their_configuration_says(changes: dict[str, Any], scaling: float) -> None:
+    vision = Vision({"blocks.0.qkv.weight": torch.zeros(4, 3)}, {"blocks.0.qkv.weight": _pair()}, {})
+    settings = StoredSettings.from_json({"r": 32, "lora_alpha": 16} | changes, "here")
+    found = policies._folded(vision, "blocks.0.qkv.weight", settings)
+    a, b = _pair()
+    torch.testing.assert_close(found, scaling * (b @ a))
+
+
+def _pair() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(32, 3, generator=generator), torch.randn(4, 32, generator=generator)
+
+
 def test_settings_that_say_the_same_agree() -> None:
     policy = Policy(head="l1", chunk=8, cameras=["main", "wrist"], action_size=7)
     check_policy(policy, {"decoding": "parallel", "cameras": ["front", "hand"], "tail": "repeat"}, "model/")
     check_policy(policy, {"decoding": "serial"}, "model/")
+    with pytest.raises(
+        ConfigError, match=r"cameras=\[wrist, main\] is not what model/ was trained with \(\[main, wrist"
+    ):
+        check_policy(policy, {"cameras": ["wrist", "main"]}, "model/")
     with pytest.raises(ConfigError) as told:
         check_policy(policy, {"cameras": ["main"], "chunk": 9, "normalization": "minmax"}, "model/")
     assert told.value.problems == [

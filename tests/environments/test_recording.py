@@ -102,7 +102,7 @@ def test_failures_are_left_out_and_counted(tmp_path: Path, monkeypatch: pytest.M
             done = record(RecordRequest(("tabletop",), tmp_path / "demos", episodes=3))
             assert (done.episodes, done.failures) == (3, {"tabletop": 3})
             said = read_json(tmp_path / "demos/meta/recording.json")
-            assert said["seeds"] == {"tabletop": [1, 3, 5]} and said["failures"] == {"tabletop": 3}
+            assert said["seeds"] == {"tabletop": [100_001, 100_003, 100_005]} and said["failures"] == {"tabletop": 3}
         else:
             with pytest.raises(DataError, match="tabletop: the expert failed in 10 of 10 episodes; disturb it less"):
                 record(RecordRequest(("tabletop",), tmp_path / "none", episodes=3))
@@ -115,6 +115,26 @@ def test_failures_are_left_out_and_counted(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(VlaftError, match="no display"):
         record(RecordRequest(("tabletop",), tmp_path / "nothing", episodes=3))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demos", "none.partial"]
+
+
+def test_whether_too_many_failed_does_not_depend_on_which_are_read_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tasks_named("tabletop")[0].make
+    monkeypatch.setattr(module, "tasks_named", lambda name: (Task("tabletop", made, expert=failing(2)),))
+    monkeypatch.setattr(module, "_HOPELESS", 2)
+    request = RecordRequest(("tabletop",), tmp_path / "demos", episodes=3)
+    monkeypatch.setattr(module, "write_dataset", lambda *given, **named: sys.exit(9))  # as a kill just before the end
+    with pytest.raises(SystemExit):
+        record(request)
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "tasks_named", lambda name: (Task("tabletop", made, expert=failing(2)),))
+    monkeypatch.setattr(module, "_HOPELESS", 2)
+    found = Path.iterdir
+    monkeypatch.setattr(
+        Path, "iterdir", lambda self: iter(sorted(found(self), key=lambda path: path.name[-1] in "135"))
+    )
+    assert record(request).failures == {"tabletop": 3}
 
 
 def test_what_lerobot_looks_up_by_name(tmp_path: Path) -> None:

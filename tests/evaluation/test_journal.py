@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small_base import write_small_base
-from two_steps import MADE
+from two_steps import MADE, TwoSteps
 
 from vlaft.cli.main import main
 from vlaft.errors import DataError, VlaftError
@@ -103,3 +105,38 @@ def test_a_resumed_evaluation_has_the_results_of_an_uninterrupted_one(
     assert main([*words, str(killed), "--resume"]) == 0 and not MADE
     assert main([*words, str(killed), "--resume", "--seed", "1"]) == 1
     assert "the evaluation there has seed 0, not 1" in capsys.readouterr().err
+    weights = next(Path(base).glob("*.safetensors"))
+    os.utime(weights, ns=(0, 0))
+    assert main([*words, str(killed), "--resume"]) == 1
+    assert "other weights acted in the episodes there" in capsys.readouterr().err
+    (killed / "evaluation.json").unlink()
+    assert main([*words, str(killed), "--resume"]) == 1 and (killed / "episodes.jsonl").is_file()
+    assert "holds episodes.jsonl but not evaluation.json" in capsys.readouterr().err
+
+
+def test_going_on_keeps_the_films_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = str(write_small_base(tmp_path / "base"))
+    words = ["evaluate", base, "--env", "two_steps:TwoSteps", "--episodes", "2", "--out", str(tmp_path / "results")]
+    words += ["--plots", str(tmp_path / "films")]
+    assert main(words) == 0
+    films = {path: path.read_bytes() for path in (tmp_path / "films").iterdir()}
+    assert films
+    assert main([*words, "--resume"]) == 0
+    assert {path: path.read_bytes() for path in (tmp_path / "films").iterdir()} == films
+
+
+def test_a_number_that_is_not_finite_is_none_in_every_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = TwoSteps.step
+
+    def stepped(self: TwoSteps, action: Any) -> Any:
+        *rest, info = step(self, action)
+        return (*rest, info | {"distance": float("nan")})
+
+    monkeypatch.setattr(TwoSteps, "step", stepped)
+    base = str(write_small_base(tmp_path / "base"))
+    words = ["evaluate", base, "--env", "two_steps:TwoSteps", "--episodes", "2", "--workers", "0", "--json"]
+    assert main([*words, "--out", str(tmp_path / "results")]) == 0
+    outcomes = json.loads(capsys.readouterr().out)["models"][0]["outcomes"]
+    assert [each["info"]["distance"] for each in outcomes] == [None, None]

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from safetensors.torch import load_file, save_file
 from small_base import write_small_base
 
 from vlaft.adapt.methods import SKIPPED, quantization_config
+from vlaft.checksums import sealed
 from vlaft.cli.main import main
 from vlaft.data.codec import encode_image
 from vlaft.errors import CheckpointError
 from vlaft.files import read_json
+from vlaft.model.configuration import Policy
 from vlaft.model.load import load_model
 from vlaft.model.openvla import OpenVLAForActionPrediction
 from vlaft.policy import load
@@ -373,6 +376,27 @@ def test_trained_tensors_are_no_adapter(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "run" / "run.json").write_text('{"last": "step-000001"}')
     assert export(tmp_path / "run", tmp_path / "out", "--to", "adapter") == 1
     assert "no adapter" in capsys.readouterr().err
+
+
+def test_an_adapter_of_another_policy_is_not_exported_to_act_as_the_released_one(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(run, tmp_path / "run"))
+    record = json.loads((other / "run.json").read_text())
+    record["inference"]["policy"] = asdict(Policy(normalization="minmax"))
+    (other / "run.json").write_text(json.dumps(sealed(record)))
+    assert export(other, tmp_path / "out", "--to", "adapter") == 1
+    assert "an adapter's folder cannot say what this policy reads and writes" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_away_from_its_run_is_not_taken_for_an_adapter(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    away = shutil.copytree(run / "checkpoints/step-000020", tmp_path / "step-000020")
+    (away / "state.json").write_text("{}")
+    assert export(away, tmp_path / "out", "--to", "adapter") == 1
+    assert "a checkpoint without its run, which says what was trained; give the run's folder" in capsys.readouterr().err
 
 
 def test_an_adapter_with_whole_tensors_beside_it_is_not_exported_alone(

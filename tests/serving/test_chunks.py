@@ -93,6 +93,23 @@ def test_openvla_ofts_clients_get_a_list_of_actions(served: SimpleNamespace) -> 
     assert doubly.json() == json.dumps(expected)
 
 
+def test_wrists_with_the_names_of_cameras_are_these_in_any_order() -> None:
+    cameras = ("main", "left_wrist", "right_wrist")
+    frames = {"full_image": IMAGE, "right_wrist_image": 255 - OTHER, "left_wrist_image": OTHER}
+    with running(FakePolicy(cameras=cameras, state_size=3, chunk=CHUNK)) as server:
+        body = {name: json_numpy.encode(frame) for name, frame in frames.items()}
+        answer = post(server, body | {"state": STATE, "instruction": "go on"}).json()
+    expected = expected_chunk([IMAGE, OTHER, 255 - OTHER], "go on", chunk=CHUNK, state=np.array(STATE))
+    np.testing.assert_array_equal([json_numpy.decode(action, "it") for action in answer], expected)
+
+
+def test_a_main_image_is_no_wrist() -> None:
+    with running(FakePolicy(cameras=("wrist",), chunk=CHUNK)) as server:
+        response = post(server, without(oft(), "left_wrist_image"))
+    assert response.status_code == 422
+    assert "'full_image' is a main camera, and the policy's first is 'wrist': send 'image_wrist'" in response.text
+
+
 def test_openvla_ofts_form_of_one_action_is_a_list_too() -> None:
     with running(FakePolicy({"bridge": 7, "aloha": 14}), unnorm_key="aloha") as server:  # it has no key in a request
         (action,) = post(server, oft()).json()  # one camera looks at no wrist, and reads no state

@@ -173,7 +173,7 @@ class MetricSums:
         """
         difference = (compared.actions - compared.demonstrated).abs()
         tokens = difference.new_zeros(()) if compared.correct is None else compared.correct.sum()
-        values = difference.new_tensor(difference.numel())
+        values = difference.new_full((), difference.numel())
         first = difference[:, 0]
         self.sums += torch.stack(
             [
@@ -184,7 +184,7 @@ class MetricSums:
                 difference.sum(dtype=torch.float64),
                 values.double(),
                 first.sum(dtype=torch.float64),
-                difference.new_tensor(first.numel()).double(),
+                difference.new_full((), first.numel()).double(),
             ]
         )
 

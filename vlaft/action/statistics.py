@@ -109,7 +109,8 @@ def _moments(values: NDArray[np.float32], what: str) -> dict[str, list[float]]:
     mean = _sum(values, lambda block: block) / len(values)
     std = np.sqrt(_sum(values, lambda block: np.square(block - mean)) / len(values))
     # one by one: numpy interpolates in float64 where it is asked for several, and the last digit is another
-    quantiles = [[_quantile(values[:, number], share) for number in range(values.shape[1])] for share in (0.01, 0.99)]
+    columns = (np.array(values[:, number]) for number in range(values.shape[1]))  # each read once: they may be a file's
+    quantiles = list(zip(*([_quantile(column, share) for share in (0.01, 0.99)] for column in columns), strict=True))
     results = {
         "mean": mean,
         "std": std,
@@ -122,7 +123,8 @@ def _moments(values: NDArray[np.float32], what: str) -> dict[str, list[float]]:
 
 
 def _quantile(column: NDArray[np.float32], share: float) -> np.float32:
-    return np.float32(np.quantile(np.array(column), share, overwrite_input=True))
+    """Return a quantile; the column's order is lost."""
+    return np.float32(np.quantile(column, share, overwrite_input=True))
 
 
 def _blocks(values: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:

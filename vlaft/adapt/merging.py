@@ -197,15 +197,26 @@ def _parts_of(module: str, found: Mapping[str, str], shapes: Mapping[str, tuple[
     if not fits or (magnitude is not None and math.prod(shapes[magnitude]) != b[0]):
         raise CheckpointError(f"adapter of '{module}': the shapes of its tensors do not fit together")
     rank = a[0]
-    alpha = config.alpha_pattern.get(_pattern_of(module, config.alpha_pattern), config.lora_alpha)
     return Parts(
         a=names[0],
         b=names[1],
         magnitude=magnitude,
-        scaling=alpha / (math.sqrt(rank) if config.use_rslora else rank),
+        scaling=scaling_of(module, rank, config),
         embedding=embedding,
         shape=(a[1], b[0]) if embedding else (b[0], *a[1:]),
     )
+
+
+def scaling_of(module: str, rank: int, config: Settings) -> float:
+    """Return the factor on the product of an adapter's matrices.
+
+    Args:
+        module: whose it is.
+        rank: of its matrices.
+        config: of the adapter.
+    """
+    alpha = config.alpha_pattern.get(_pattern_of(module, config.alpha_pattern), config.lora_alpha)
+    return float(alpha / (math.sqrt(rank) if config.use_rslora else rank))
 
 
 def _pattern_of(module: str, patterns: Mapping[str, float]) -> str:

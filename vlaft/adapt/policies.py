@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from vlaft.action.statistics import BOUNDS, STATISTICS_FILE, read_statistics
-from vlaft.adapt.merging import Change, ModuleAdapter, changes
+from vlaft.adapt.merging import Change, ModuleAdapter, StoredSettings, changes, scaling_of
 from vlaft.checksums import cache_folder, stamp
 from vlaft.errors import CheckpointError, ConfigError, VlaftError
 from vlaft.files import output_folder, read_json, write_json
 from vlaft.model.configuration import Policy
 from vlaft.model.load import BASES, write_policy_files
 from vlaft.observation.images import ImagePipeline
+from vlaft.observation.prompts import preprocessor_of
 from vlaft.recipe.settings import PolicyConfig
 from vlaft.weights.layout import (
     INDEX_FILE,
@@ -38,12 +39,11 @@ from vlaft.weights.layout import (
     tensor_table,
 )
 from vlaft.weights.oft import RELEASED, OftFolder, Vision, is_oft
-from vlaft.weights.stream import DTYPES, ShardWriter, read_tensor
+from vlaft.weights.stream import DTYPE_NAMES, DTYPES, ShardWriter, read_tensor
 from vlaft.weights.trained import ADAPTER_CONFIG, Trained
 
 _ASKED = {"chunk": "8", "cameras": "[main,wrist]", "normalization": "q99"}  # what no file tells, with an example
 _COMPARED = ("head", "decoding", "chunk", "cameras", "state", "film", "normalization")
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _VERSION = 2  # of what is written to the cache; part of the name
 
 
@@ -73,7 +73,7 @@ def policy_folder(name: str, given: Mapping[str, Any] | None = None, *, base: st
         ConfigError: what is given is not what it is.
     """
     given = dict(given or {})
-    folder = _found(name)
+    folder = checkpoint_folder(name)
     if is_oft(folder):
         return _as_plain(OftFolder.open(folder), RELEASED.get(name, {}) | given, base)
     recorded = recorded_policy(folder)
@@ -96,7 +96,7 @@ def base_folder(name: str, policy: Mapping[str, Any] | PolicyConfig | None = Non
     Raises:
         CheckpointError, ConfigError: as `policy_folder`.
     """
-    folder = _found(name)
+    folder = checkpoint_folder(name)
     if not is_oft(folder):
         return folder
     return policy_folder(name, _settings(asdict(policy) if isinstance(policy, PolicyConfig) else policy or {}))
@@ -136,8 +136,8 @@ def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
 def check_policy(policy: PolicyConfig, given: Mapping[str, Any], where: str) -> None:
     """Hold settings against the policy that a checkpoint is.
 
-    Cameras have to be as many; their names are those of the data. How examples are cut and padded in training
-    (`tail`, `film_mean`) may be another thing.
+    Cameras have to be as many; their names are those of the data, but the same names stay in their order. How examples
+    are cut and padded in training (`tail`, `film_mean`) may be another thing.
 
     Raises:
         ConfigError: the settings that are not the checkpoint's.
@@ -153,7 +153,8 @@ def check_policy(policy: PolicyConfig, given: Mapping[str, Any], where: str) -> 
 
 def _agrees(key: str, asked: Any, policy: PolicyConfig) -> bool:
     if key == "cameras":
-        return len(asked) == len(policy.cameras)
+        renamed = set(asked) != set(policy.cameras)
+        return len(asked) == len(policy.cameras) and (renamed or list(asked) == policy.cameras)
     if key == "decoding":  # with a head that regresses it is parallel, whatever is said
         return PolicyConfig(head=policy.head, decoding=asked).parallel == policy.parallel
     return bool(asked == getattr(policy, key))
@@ -165,7 +166,7 @@ def _as_word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _found(name: str) -> Path:
+def checkpoint_folder(name: str) -> Path:
     """Return a checkpoint's local folder; one of OpenVLA-OFT's may be without `config.json`."""
     return folder if is_oft(folder := _local(name)) else resolve_checkpoint(name)
 
@@ -300,7 +301,7 @@ def import_oft(
     Raises:
         CheckpointError, ConfigError: as `policy_folder`.
     """
-    source = OftFolder.open(_found(name))
+    source = OftFolder.open(checkpoint_folder(name))
     policy, weights = _policy_of(source, RELEASED.get(name, {}) | dict(given or {})), weights_of(source, base)
     _write_plain(source, weights, policy, target, _overlay(source, weights), link=link, advance=advance)
     return policy
@@ -353,29 +354,26 @@ def _overlay(source: OftFolder, weights: Path) -> _Overlay:
         found = changes(Trained(source.adapter, None), weights, only=lambda name: name.startswith(rest))
     if vision is None:
         return _Overlay(found, {})
-    scaling = _scaling(source, next((len(a) for a, _ in vision.adapters.values()), 1))
+    settings = None
+    if source.adapter is not None:
+        content = read_json(source.adapter / ADAPTER_CONFIG, CheckpointError)
+        settings = StoredSettings.from_json(content, str(source.adapter))
     for name, weight in vision.weights.items():
-        found[name] = Change(tuple(weight.shape), partial(_folded, vision, name, scaling))
+        found[name] = Change(tuple(weight.shape), partial(_folded, vision, name, settings))
     learned = {name for name, (_, b) in vision.adapters.items() if bool(b.any())}
     dtypes = {name: torch.float32 if name in learned else weight.dtype for name, weight in vision.weights.items()}
     return _Overlay(found, dtypes)
 
 
-def _scaling(source: OftFolder, rank: int) -> float:
-    """Return the factor on an adapter's product: as its configuration says, or as upstream always has it."""
-    if source.adapter is not None:
-        content = read_json(source.adapter / ADAPTER_CONFIG, CheckpointError)
-        alpha = content.get("lora_alpha")
-        if isinstance(alpha, int | float) and content.get("r") == rank:
-            return float(alpha) / rank
-    return min(rank, 16) / rank
-
-
-def _folded(vision: Vision, name: str, scaling: float) -> Tensor:
+def _folded(vision: Vision, name: str, settings: StoredSettings | None) -> Tensor:
+    """Return a weight with its adapter in it; without settings at hand, by the factor that upstream always has."""
     weight = vision.weights[name]
     if name not in vision.adapters:
         return weight
-    return ModuleAdapter(*vision.adapters[name], scaling).merged(weight.float())
+    a, b = vision.adapters[name]
+    rank = len(a)
+    scaling = min(rank, 16) / rank if settings is None else scaling_of(name.removesuffix(".weight"), rank, settings)
+    return ModuleAdapter(a, b, scaling).merged(weight.float())
 
 
 def _write_plain(
@@ -415,17 +413,14 @@ def _write_plain(
     write_policy_files(target, {name: tensor.contiguous() for name, tensor in tensors.items()})
     place = source.folder if (source.folder / "config.json").is_file() else weights
     config = read_json(place / "config.json", CheckpointError) | {"policy": asdict(policy)}
-    preprocessor = target / "preprocessor_config.json"
     if not isinstance(config.get("image_pipeline"), Mapping):
         # As upstream prepares frames: Lanczos, and the centre of those that it was trained on random crops of.
-        processor = read_json(preprocessor, CheckpointError) if preprocessor.is_file() else None
-        pipeline = replace(ImagePipeline.for_training(config, processor), jpeg="resized").to_json()
+        pipeline = replace(ImagePipeline.for_training(config, preprocessor_of(target)), jpeg="resized").to_json()
         config["image_pipeline"] = pipeline | {"center_crop": bool(config.get("center_crop", True))}
-    if (source.folder / STATISTICS_FILE).is_file():
-        statistics = read_statistics(source.folder, BOUNDS)
-        _check_sizes(source, policy, statistics)
-        config["norm_stats"] = statistics
-        write_json(target / STATISTICS_FILE, statistics)
+    statistics = read_statistics(source.folder, BOUNDS)  # those in `config.json` are still the base's
+    _check_sizes(source, policy, statistics)
+    config["norm_stats"] = statistics
+    write_json(target / STATISTICS_FILE, statistics)
     write_json(target / "config.json", config)
 
 
@@ -462,7 +457,7 @@ def _write_weights(
             advance((weights / file).stat().st_size)
             continue
         kinds = {name: overlay.dtypes.get(name, DTYPES[entry.dtype]) for name, entry in entries.items()}
-        layout = {name: (_NAMES[kinds[name]], entry.shape) for name, entry in entries.items()}
+        layout = {name: (DTYPE_NAMES[kinds[name]], entry.shape) for name, entry in entries.items()}
         with ShardWriter(target / file, layout) as out:
             for name, entry in entries.items():
                 made = changed[name].load() if name in changed else read_tensor(weights, entry)

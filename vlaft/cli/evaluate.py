@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlaft.cli.arguments import AsJson, Base, CenterCrop, Device, Overwrite, Resize, parse_policy
+from vlaft.version import __version__
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -283,7 +284,7 @@ class Acting:
             journal = None
             if out is not None:
                 journal = stack.enter_context(opened_journal(out, self.request(), resume=resume, overwrite=overwrite))
-            drawn = None if plots is None else stack.enter_context(pictures(plots))
+            drawn = None if plots is None else stack.enter_context(pictures(plots, keep=resume))
             # what an environment prints must not come between the results
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             advance = stack.enter_context(progress(f"acting in {', '.join(self.envs)}", total=total, unit="episodes"))
@@ -333,9 +334,13 @@ class Acting:
 
     def request(self) -> dict[str, Any]:
         """Return the words that say what is acted: whoever goes on has to give the same."""
+        from vlaft.policy import weights_hash
+
         own = {"execute": self.execution.actions, "ensemble": self.execution.ensemble}
         words = {key: getattr(self, key) for key in ("seed", "unnorm_key", "dtype", "base")}
         return {
+            "vlaft": __version__,
+            "weights": [weights_hash(model) for model in self.models],
             **words,
             **self.pipeline,
             "policy": dict(self.settings),

@@ -15,7 +15,7 @@ def record(
     ],
     out: Out,
     episodes: Annotated[int, typer.Option("--episodes", help="Successful episodes of each task.", min=1)] = 50,
-    seed: Annotated[int, typer.Option("--seed", help="Of the first episode; the others follow.", min=0)] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the first episode; the others follow.", min=0)] = 100_000,
     disturb: Annotated[
         float | None,
         typer.Option(

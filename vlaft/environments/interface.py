@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Protocol
 
 import numpy as np
@@ -232,4 +233,5 @@ def _truth(value: Any, name: str) -> bool:
 
 def _plain(info: Mapping[str, Any]) -> dict[str, Any]:
     values = {str(key): value.item() if isinstance(value, np.generic) else value for key, value in info.items()}
-    return {key: value for key, value in values.items() if isinstance(value, str | int | float | None)}
+    plain = {key: value for key, value in values.items() if isinstance(value, str | int | float | None)}
+    return {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in plain.items()}

@@ -8,6 +8,7 @@ whose expert succeeds.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from vlaft.environments.task import Expert, Task
 from vlaft.environments.workers import Worker, WorkerDied, answered, close_workers
 from vlaft.errors import ConfigError, DataError, VlaftError
 from vlaft.files import disk_errors, locked, read_json, replaceable, staged, write_json
+from vlaft.version import __version__
 
 _REQUEST = "request.json"
 _HOPELESS = 10  # failures beyond as many as there are successes: the expert cannot do it
@@ -35,7 +37,8 @@ class RecordRequest:
         envs: as `tasks_named` takes them.
         out: the dataset's folder.
         episodes: of each task.
-        seed: of the first episode; the others follow.
+        seed: of the first episode; the others follow. Far from those that an evaluation begins with: the same seed is
+            the same episode, which must not be demonstrated first and then counted.
         disturbed: share of steps at which the robot does something else than the expert wanted; None for the expert's
             own share.
         pad: write actions as OpenVLA's seven numbers.
@@ -46,7 +49,7 @@ class RecordRequest:
     envs: tuple[str, ...]
     out: Path
     episodes: int = 50
-    seed: int = 0
+    seed: int = 100_000
     disturbed: float | None = None
     pad: bool = False
     workers: int | None = None
@@ -166,11 +169,12 @@ class _Count:
 
     def take_finished(self, folder: Path) -> int:
         """Take what an earlier call finished; return how many successes."""
-        for path in folder.glob(f"{_slug(self.task)}-*"):
-            seed = int(path.name.rpartition("-")[2])
-            piece = read_piece(folder, path.name)
-            if piece is not None and seed >= self._first:
-                self.add(piece)
+        mine = re.compile(rf"{re.escape(_slug(self.task))}-(\d+)")
+        found = [(match, path) for path in folder.iterdir() if (match := mine.fullmatch(path.name))]
+        pieces = [read_piece(folder, path.name) for match, path in found if int(match[1]) >= self._first]
+        # successes first: whether too many fail is not to depend on the order of a folder
+        for piece in sorted(filter(None, pieces), key=lambda piece: not piece.success):
+            self.add(piece)
         return len(self.successes)
 
     def next_seed(self) -> int | None:
@@ -320,7 +324,8 @@ def _resumable(request: RecordRequest) -> Iterator[Path]:
     replaceable(request.out, overwrite=request.overwrite)
     place = Path(os.path.realpath(request.out))
     folder = place.with_name(f"{place.name}.partial")
-    asked: dict[str, Any] = {"record": list(request.envs), "disturbed": request.disturbed, "pad": request.pad}
+    asked: dict[str, Any] = {"vlaft": __version__, "record": list(request.envs)}
+    asked |= {"disturbed": request.disturbed, "pad": request.pad}
     with disk_errors(request.out, "; give the same command again to go on, what is finished is kept"):
         if folder.is_dir():
             said = read_json(folder / _REQUEST) if (folder / _REQUEST).is_file() else {}

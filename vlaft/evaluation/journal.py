@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlaft.checksums import sealed, unsealed
+from vlaft.checksums import UNSEALED, seal_holds, sealed, unsealed
 from vlaft.documents import WrongValue, read_as
 from vlaft.environments.episodes import EpisodeOutcome
 from vlaft.errors import DataError, VlaftError
@@ -114,6 +114,10 @@ def opened_journal(folder: Path, request: Mapping[str, Any], *, resume: bool, ov
             replaceable(folder, overwrite=overwrite)
         folder.mkdir(parents=True, exist_ok=True)
         there = (folder / _REQUEST).is_file()
+        if resume and not there and (folder / _LINES).is_file():
+            raise DataError(
+                f"{folder} holds {_LINES} but not {_REQUEST}, which says of what; give --overwrite to begin anew"
+            )
         if not there or not resume:
             foreign = sorted({path.name for path in folder.iterdir()} - {_REQUEST, _LINES, _RESULTS})
             if foreign:
@@ -122,17 +126,26 @@ def opened_journal(folder: Path, request: Mapping[str, Any], *, resume: bool, ov
                 (folder / name).unlink(missing_ok=True)
             write_json(folder / _REQUEST, sealed(request))
         else:
-            _check_same(folder, unsealed(read_json(folder / _REQUEST)), json.loads(json.dumps(request)))
+            before = read_json(folder / _REQUEST)
+            if seal_holds(before) is False:
+                raise DataError(f"{folder / _REQUEST} does not match its checksum; {UNSEALED}")
+            _check_same(folder, unsealed(before), json.loads(json.dumps(request)))
         yield Journal(folder, _read(folder / _LINES))
 
 
 def _check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     for key in [*before, *now]:
-        if before.get(key) != now.get(key):
+        if before.get(key) == now.get(key):
+            continue
+        if key == "weights":
             raise DataError(
-                f"{folder}: the evaluation there has {key} {json.dumps(before.get(key))}, not"
-                f" {json.dumps(now.get(key))}; give the same words to go on, or another --out"
+                f"{folder}: other weights acted in the episodes there (names, sizes or times of files differ);"
+                " give another --out, or --overwrite to begin anew"
             )
+        raise DataError(
+            f"{folder}: the evaluation there has {key} {json.dumps(before.get(key))}, not"
+            f" {json.dumps(now.get(key))}; give the same words to go on, or another --out"
+        )
 
 
 def _read(path: Path) -> list[Entry]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,6 +45,7 @@ TRAINING_SEED = 1_000_000  # of the first episode while training: far from those
 TRAINING_PARALLEL = 10
 KEPT = 3  # successes, and failures, of each task that pictures show
 _PICTURES = re.compile(r"episodes(-.+)?\.(gif|png)")
+_NOTHING = re.compile(r"(?!)")
 _log = logging.getLogger(__name__)
 
 
@@ -220,6 +220,14 @@ def acting(
     """
     tasks = tasks_of([env])
     _check_states(tasks, episodes)
+    for task in tasks:
+        if task.states is not None:
+            _log.warning(
+                "%s begins in one of %d states, the same for every seed of an evaluation: successes while training are"
+                " of states that it reports on",
+                task.name,
+                task.states,
+            )
     jobs = [Job(task, number) for task in tasks for number in range(seed, seed + episodes)]
     count, processes = how_many(tasks, TRAINING_PARALLEL, None)
     with opened_seats(tasks[0], 1, processes=processes):
@@ -293,13 +301,17 @@ class _Pending:
 
 
 @contextmanager
-def pictures(folder: Path) -> Iterator[Pictures]:
+def pictures(folder: Path, *, keep: bool = False) -> Iterator[Pictures]:
     """Give pictures to draw, which replace those of an earlier evaluation in a folder when the block ends well.
+
+    Args:
+        folder: where they go.
+        keep: replace only those of the same names, as where the earlier evaluation is gone on with.
 
     Raises:
         VlaftError: the folder cannot be written, or another process writes there.
     """
-    with output_files(folder, _PICTURES) as partial:
+    with output_files(folder, _NOTHING if keep else _PICTURES) as partial:
         yield Pictures(partial)
 
 
@@ -348,8 +360,6 @@ class _Actor:
         """Return an ended episode's line, with the tokens since the last one."""
         tokens, others = self._tokens, self._others
         self._tokens = self._others = 0
-        info = {key: None if isinstance(each, float) and not math.isfinite(each) else each
-                for key, each in outcome.info.items()}  # fmt: skip
         return Entry(
             self._model,
             outcome.task,
@@ -360,7 +370,7 @@ class _Actor:
             outcome.steps,
             tokens,
             others,
-            info,
+            outcome.info,
         )
 
     def _ask(self, moments: list[Moment], key: str) -> list[NDArray[Any]]:

@@ -163,11 +163,16 @@ def load_base_files(folder: Path) -> BaseFiles:
     tokenizer = TextTokenizer.from_folder(folder)
     return BaseFiles(
         config=config,
-        preprocessor=_read(folder, "preprocessor_config.json") or None,
+        preprocessor=preprocessor_of(folder),
         tokenizer=tokenizer,
         actions=_action_tokenizer(config, tokenizer, folder),
         prompt_style=prompt_style_of(config),
     )
+
+
+def preprocessor_of(folder: Path) -> dict[str, Any] | None:
+    """Return a checkpoint's `preprocessor_config.json`, or None where it has none."""
+    return _read(folder, "preprocessor_config.json") or None
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:

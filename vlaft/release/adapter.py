@@ -12,6 +12,7 @@ from vlaft.adapt.adapter import adapter_table, read_adapter_tensors, read_settin
 from vlaft.adapt.merging import StoredSettings, sort_parts
 from vlaft.errors import CheckFailed, CheckpointError
 from vlaft.files import check_apart, output_folder, read_json, write_json
+from vlaft.model.configuration import Policy
 from vlaft.release.card import write_model_card
 from vlaft.release.export import ExportResult, stored_bytes
 from vlaft.release.layout import public_name
@@ -59,7 +60,8 @@ def export_adapter(trained: Trained, out: Path, *, base: str | None = None, over
         overwrite: replace what is in `out`.
 
     Raises:
-        CheckpointError: there are whole tensors, or the adapter is damaged or of a kind that peft 0.11.1 cannot read.
+        CheckpointError: there are whole tensors, the policy is another than the released one, or the adapter is damaged
+            or of a kind that peft 0.11.1 cannot read.
         CheckFailed: the exported folder is not what it should be, or does not fit its base.
         VlaftError: `out` is in use, or holds something without `overwrite`, or there is too little room on the disk.
     """
@@ -69,6 +71,11 @@ def export_adapter(trained: Trained, out: Path, *, base: str | None = None, over
     if trained.tensors is not None:
         raise CheckpointError(
             f"{trained.weights} holds trained tensors besides its adapter, which would be lost; merge it: vlaft merge"
+        )
+    if Policy.of(trained.inference, str(trained.weights)) != Policy():
+        raise CheckpointError(
+            f"{trained.weights}: an adapter's folder cannot say what this policy reads and writes, and would act as the"
+            " released one; merge it: vlaft merge"
         )
     name = base or trained.base or ""
     settings = read_settings(trained.weights)

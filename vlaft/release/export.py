@@ -7,15 +7,16 @@ to load.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vlaft.errors import CheckFailed, CheckpointError
-from vlaft.files import check_apart, output_folder
+from vlaft.adapt.policies import check_policy
+from vlaft.errors import CheckFailed, CheckpointError, ConfigError
+from vlaft.files import check_apart, output_folder, read_json
 from vlaft.model.configuration import Policy
 from vlaft.model.load import load_config, load_model, read_policy_files
 from vlaft.release.card import write_model_card
@@ -97,7 +98,7 @@ def policy_bytes(folder: Path) -> int:
 
 
 def check_policy_files(source: Source, folder: Path) -> None:
-    """Hold the modules of an exported policy against those of its source, number for number.
+    """Hold what an exported policy reads and writes, and its modules number for number, against its source.
 
     Raises:
         CheckFailed: they are others.
@@ -105,6 +106,11 @@ def check_policy_files(source: Source, folder: Path) -> None:
     before, after = read_policy_files(source.folder), read_policy_files(folder)
     if set(before) != set(after) or not all(torch.equal(before[name], after[name]) for name in before):
         raise CheckFailed("the exported folder is not right: the policy's own modules are not those of the source")
+    written = Policy.of(read_json(folder / "config.json", CheckpointError), str(folder))
+    try:
+        check_policy(written, asdict(source.policy), str(folder))
+    except ConfigError as error:
+        raise CheckFailed(f"the exported folder is not right: {error.problems[0]}") from None
 
 
 def stored_bytes(entries: Iterable[TensorEntry]) -> int:

@@ -18,6 +18,7 @@ from vlaft.files import read_json, write_json
 from vlaft.model.configuration import Policy
 from vlaft.model.load import load_config
 from vlaft.observation.images import ImagePipeline, recorded
+from vlaft.observation.prompts import preprocessor_of
 from vlaft.release.merge import MERGE_FILE, copy_release_files, merge_record
 from vlaft.weights.layout import is_hub_name
 from vlaft.weights.trained import POLICY_PARTS, is_trained, statistics_of
@@ -106,8 +107,7 @@ def open_source(folder: Path) -> Source:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: {name} is missing; copy it from the base")
-    processor = folder / "preprocessor_config.json"
-    config = recorded(config, read_json(processor, CheckpointError) if processor.is_file() else None, statistics)
+    config = recorded(config, preprocessor_of(folder), statistics)
     return Source(folder, config, check_statistics(statistics, str(folder)))
 
 

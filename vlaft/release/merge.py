@@ -24,6 +24,7 @@ from vlaft.errors import CheckpointError
 from vlaft.files import check_apart, output_folder, read_json, write_json
 from vlaft.model.load import write_policy_files
 from vlaft.observation.images import recorded
+from vlaft.observation.prompts import preprocessor_of
 from vlaft.release.record import base_licence, training_record
 from vlaft.weights.layout import (
     INDEX_FILE,
@@ -283,8 +284,7 @@ def copy_release_files(source: Path, target: Path) -> None:
 def _write_config(base: Path, target: Path, trained: Trained, dtype: str | None) -> None:
     config = read_json(base / "config.json", CheckpointError) | dict(trained.inference)
     statistics = statistics_of(trained, base, config)
-    processor = base / "preprocessor_config.json"
-    config = recorded(config, read_json(processor, CheckpointError) if processor.is_file() else None, statistics)
+    config = recorded(config, preprocessor_of(base), statistics)
     if isinstance(pipeline := config.get("image_pipeline"), Mapping):
         config["center_crop"] = bool(pipeline.get("center_crop"))  # in the open, for upstream's code
     if statistics:

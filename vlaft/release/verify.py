@@ -26,6 +26,7 @@ from vlaft.machine import free_memory
 from vlaft.model.configuration import Policy
 from vlaft.observation.batch import Observation
 from vlaft.observation.images import ImagePipeline
+from vlaft.observation.prompts import preprocessor_of
 from vlaft.release.record import data_paths
 from vlaft.weights.layout import read_header, tensor_table
 from vlaft.weights.trained import Trained, policy_part, statistics_of
@@ -105,10 +106,7 @@ def example_probe(trained: Trained | None, base: Path, count: int = _EXAMPLES) -
         count: how many.
     """
     config = read_json(base / "config.json", CheckpointError) | (dict(trained.inference) if trained else {})
-    preprocessor = base / "preprocessor_config.json"
-    pipeline = ImagePipeline.from_checkpoint(
-        config, read_json(preprocessor, CheckpointError) if preprocessor.is_file() else None
-    )
+    pipeline = ImagePipeline.from_checkpoint(config, preprocessor_of(base))
     policy = Policy.of(config, str(base / "config.json"))
     if trained is not None and (paths := data_paths(trained)):
         try:
@@ -162,9 +160,12 @@ def _batch(
 ) -> Probe:
     import numpy as np
 
-    # any frame and any state will do for a comparison: each camera shows the same, and the state is the mean
-    frames = np.stack([[pipeline.prepare(image)] * len(policy.cameras) for image in images])
-    state = np.zeros((len(images), policy.state_size or 0), np.float32) if policy.state else None
+    # any frames and any states will do for a comparison, if only each camera and each number of a state is another
+    prepared = [pipeline.prepare(image) for image in images]
+    step = pipeline.size // len(policy.cameras)
+    frames = np.stack([[np.roll(one, step * n, axis=0) for n in range(len(policy.cameras))] for one in prepared])
+    shape = (len(images), policy.state_size or 0)
+    state = np.random.default_rng(1).uniform(-1, 1, shape).astype(np.float32) if policy.state else None
     pipeline = replace(pipeline, center_crop=False)  # a merge does not depend on it
     return Probe(Observation.of(prompts, frames, pipeline, pad_id=0, state=state), action_size, origin)
 

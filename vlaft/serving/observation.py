@@ -103,9 +103,20 @@ def _members(payload: Mapping[str, Any], reads: ModelPolicy) -> dict[str, str]:
 
 
 def _oft_members(payload: Mapping[str, Any], reads: ModelPolicy) -> dict[str, str]:
-    """Do the same for a client of OpenVLA-OFT's, which has no names for cameras; a policy of one looks at no wrist."""
-    found = [OFT_IMAGE, *(name for name in payload if OFT_WRIST in name and name != OFT_IMAGE)]
+    """Do the same for a client of OpenVLA-OFT's: one main camera, and others on wrists; a policy of one looks at none.
+
+    Its server takes the others in the order of the request. Where their names are those of the policy's cameras, they
+    count instead.
+    """
     cameras = list(reads.cameras)
+    if OFT_WRIST in cameras[0]:
+        asked = f"'{image_member(cameras[0])}'"
+        raise Refused(422, f"'{OFT_IMAGE}' is a main camera, and the policy's first is '{cameras[0]}': send {asked}")
+    others = [name for name in payload if OFT_WRIST in name and name != OFT_IMAGE]
+    named = {name.removesuffix("_image"): name for name in others}
+    if named.keys() == set(cameras[1:]):
+        others = [named[camera] for camera in cameras[1:]]
+    found = [OFT_IMAGE, *others]
     if len(cameras) > 1 and len(found) != len(cameras):
         wanted = f"'{OFT_IMAGE}' and {len(cameras) - 1} with '{OFT_WRIST}' in the name"
         raise Refused(422, f"the request has {len(found)} images; the policy reads {len(cameras)}: {wanted}")

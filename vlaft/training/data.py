@@ -20,7 +20,7 @@ from vlaft.files import read_json
 from vlaft.model.configuration import Policy
 from vlaft.observation.batch import Reader, check_fits
 from vlaft.observation.images import ImagePipeline
-from vlaft.observation.prompts import action_tokenizer_of, prompt_style_of
+from vlaft.observation.prompts import action_tokenizer_of, preprocessor_of, prompt_style_of
 from vlaft.recipe.settings import PolicyConfig, RecipeConfig
 from vlaft.training.step import Inputs
 
@@ -204,9 +204,7 @@ def _left_out(policy: PolicyConfig, windows: Mapping[str, Sequence[Windows]]) ->
 def _reader(base: Path, name: str, config: Mapping[str, Any]) -> Reader:
     """Describe what a base reads when it is trained, from its files alone."""
     tokenizer = base / "tokenizer.json"
-    preprocessor = base / "preprocessor_config.json"
-    processor = read_json(preprocessor, CheckpointError) if preprocessor.is_file() else None
-    pipeline = ImagePipeline.for_training(config, processor)
+    pipeline = ImagePipeline.for_training(config, preprocessor_of(base))
     return Reader(
         name=name,
         actions=action_tokenizer_of(config),

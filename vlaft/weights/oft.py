@@ -83,9 +83,10 @@ class OftFolder:
         """Look through a folder.
 
         Raises:
-            CheckpointError: a part is there twice, or it is a diffusion policy.
+            CheckpointError: a part is there twice, parts are of several steps, or it is a diffusion policy.
         """
         files: dict[str, Path] = {}
+        steps: set[str] = set()
         for path in sorted(folder.iterdir()):
             if match := _FILE.fullmatch(path.name):
                 if match[1] in files:
@@ -93,6 +94,10 @@ class OftFolder:
                         f"{folder}: both {files[match[1]].name} and {path.name} are here; keep those of one step"
                     )
                 files[match[1]] = path
+                steps.add(match[2])
+        if len(steps) > 1:
+            listed = ", ".join(sorted(steps))
+            raise CheckpointError(f"{folder}: parts of the steps {listed} are here; keep those of one step")
         found = cls(folder, files)
         if "noisy_action_projector" in files or any(name.startswith("noise_predictor.") for name in found.head):
             raise CheckpointError(f"{folder}: a policy with a diffusion head, which vlaft does not have")

@@ -303,6 +303,10 @@ def _of_adapter(folder: Path) -> Trained:
         raise CheckpointError(
             f"{folder} belongs to a policy of OpenVLA-OFT's, whose head lies beside it: give {folder.parent} itself"
         )
+    if (folder / STATE_FILE).is_file():
+        raise CheckpointError(
+            f"{folder}: a checkpoint without its run, which says what was trained; give the run's folder"
+        )
     check_weights(folder)
     fingerprint, checksums = adapter_base(folder)
     base = read_json(folder / ADAPTER_CONFIG, CheckpointError).get("base_model_name_or_path")

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vlaft.checksums import checksum, sealed
+from vlaft.checksums import checksum, files_hash, sealed
 from vlaft.data.convert import mending, planning, reading, run
 from vlaft.data.convert import shards as convert_shards
 from vlaft.data.convert.plan_folder import read_plan
@@ -288,10 +288,10 @@ def test_files_below_a_link_are_looked_at(demos: Path, base: str, tmp_path: Path
     (tmp_path / "set").mkdir()
     (tmp_path / "set/data").symlink_to(demos)
     (tmp_path / "set/again").symlink_to(tmp_path / "set")
-    before = planning.files_hash(tmp_path / "set")
-    assert planning.files_hash(tmp_path / "set") == before
+    before = files_hash(tmp_path / "set")
+    assert files_hash(tmp_path / "set") == before
     change_a_file(demos, tmp_path)
-    assert planning.files_hash(tmp_path / "set") != before
+    assert files_hash(tmp_path / "set") != before
 
 
 @pytest.mark.parametrize("on_error", ["stop", "skip"])
@@ -304,7 +304,7 @@ def test_an_episode_that_changed_after_it_was_planned_is_no_damaged_one(
     times = file.stat()
     change_a_file(demos, tmp_path)
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    with pytest.raises(VlaftError, match="toy: episode 'episode_3.hdf5' changed after its actions were read"):
+    with pytest.raises(VlaftError, match=r"toy: episode 'episode_3.hdf5' changed after its actions were read"):
         convert_part(tmp_path / "plan", 1, 1, workers=1)
 
 

@@ -202,7 +202,7 @@ def test_a_partial_file_is_never_left(
         record_demonstrations(tmp_path / "demos.hdf5", SETUP_B, range(4))
     assert not list(tmp_path.iterdir())
     if error is KeyboardInterrupt:
-        assert main(["--out", str(tmp_path / "demos.hdf5"), "--episodes", "4"]) == 130
+        assert main(["--out", str(tmp_path / "demos.hdf5"), "--episodes", "4", "--seed", "0"]) == 130
         assert not list(tmp_path.iterdir())
 
 

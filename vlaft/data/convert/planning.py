@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vlaft.checksums import files_hash
 from vlaft.data.codec import CODECS, ImageCodec
 from vlaft.data.convert.plan import (
     OnError,
@@ -143,28 +144,6 @@ def prepare(request: ConvertRequest) -> Prepared:
         pipeline = replace(pipeline, size=request.image_size)
     opened = [open_request(source) for source in request.sources]
     return Prepared(request, base, pipeline, opened, tuple(files_hash(source.reader.path) for source in opened))
-
-
-def files_hash(path: Path) -> str:
-    """Return a hash of the names, sizes and times of a source's files, those below links to folders too."""
-    files = sorted(_files_below(path)) if path.is_dir() else [path]
-    listed = hashlib.sha256()
-    for file in files:
-        status = file.stat()
-        listed.update(os.fsencode(file.relative_to(path)) + f"\0{status.st_size} {status.st_mtime_ns}\n".encode())
-    return listed.hexdigest()
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
-    """Yield all files as readers find them, each folder once: a link may lead into a circle."""
-    seen: set[tuple[int, int]] = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        status = Path(parent).stat()
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        yield from (file for name in names if (file := Path(parent, name)).is_file())
 
 
 def settings_of(request: ConvertRequest) -> dict[str, Any]:

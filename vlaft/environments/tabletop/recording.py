@@ -179,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="HDF5 file to write")
     parser.add_argument("--setup", choices=list(SETUPS), default=SETUP_B.name, help="which robot")
     parser.add_argument("--episodes", type=int, default=50, help="how many demonstrations")
-    parser.add_argument("--seed", type=int, default=0, help="of the first; the others follow")
+    parser.add_argument("--seed", type=int, default=100_000, help="of the first; the others follow")
     options = parser.parse_args(arguments)
     try:
         frames = record_demonstrations(
