@@ -132,7 +132,9 @@ def _keep(note: Path, content: Mapping[str, Any]) -> None:
         note.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(content), encoding="utf-8")
         partial.replace(note)
-    except OSError:  # no cache to write to: the file is read again next time
+    except OSError:
+        pass  # no cache to write to: the file is read again next time
+    finally:
         with suppress(OSError):
             partial.unlink()
 

@@ -17,8 +17,8 @@ from small_run import Small, checkpoint_content, log_lines, run
 
 from vlaft.cli.main import main
 from vlaft.errors import CheckpointError, ConfigError, DataError, MissingExtra, VlaftError
+from vlaft.training import folder, trainer
 from vlaft.training import run as run_module
-from vlaft.training import trainer
 from vlaft.weights.trained import find_trained
 
 STEPS = ("train.steps=6", "train.save_every=2", "train.evaluate_every=0", "train.keep_checkpoints=3")
@@ -411,6 +411,21 @@ def test_resume_into_a_folder_that_is_no_run_is_refused(small: Small, tmp_path: 
     with pytest.raises(ConfigError, match=r"photos: there is no recipe.yaml"):
         run(small.recipe("lora8"), tmp_path / "photos", resume=True)
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
+
+
+def test_told_to_stop_while_a_runs_file_is_replaced_nothing_hidden_stays(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(small.recipe("lora8"), tmp_path / "run")
+    before = {path.name for path in (tmp_path / "run").iterdir()}
+
+    def interrupted(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folder, "sync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        folder.RunFolder(tmp_path / "run").write_status(status="running")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == before
 
 
 def test_overwrite_replaces_only_once_the_new_run_begins(small: Small, tmp_path: Path) -> None:

@@ -198,9 +198,12 @@ class RunFolder:
             return
         partial = self.path / f".{name}.partial"
         with disk_errors(self.path / name, CONTINUE):
-            partial.write_text(text, encoding="utf-8")
-            sync(partial)
-            partial.replace(self.path / name)
+            try:
+                partial.write_text(text, encoding="utf-8")
+                sync(partial)
+                partial.replace(self.path / name)
+            finally:
+                partial.unlink(missing_ok=True)  # Ctrl-C or SIGTERM came in between
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append a line to `log.jsonl`."""
