@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,22 @@ class TwoCameras(TwoSteps):
     def observation(self) -> dict[str, Any]:
         seen = super().observation()
         return {"image": seen["image"], "image_wrist": 255 - seen["image"], "state": np.full(3, 0.1 * self.steps)}
+
+
+class Sparing(TwoCameras):
+    """Draws what it is told to, and keeps account of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: list[tuple[str, ...] | None] = []
+
+    def draw_only(self, cameras: Collection[str] | None) -> None:
+        self.drawn.append(None if cameras is None else tuple(cameras))
+
+    def observation(self) -> dict[str, Any]:
+        names = {"main": "image", "wrist": "image_wrist"}
+        left_out = [] if self.drawn[-1] is None else [names[each] for each in names if each not in self.drawn[-1]]
+        return {name: value for name, value in super().observation().items() if name not in left_out}
 
 
 class WideState(TwoCameras):

@@ -88,6 +88,7 @@ def test_refused(small: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureF
         ([base], 2, "evaluate on demonstrations with --data, or in an environment with --env: one of them"),
         ([base, "--data", data, "--env", "tabletop"], 2, "with --data, or in an environment with --env: one of them"),
         ([base, "--data", data, "--unnorm-key", "mini"], 2, "--unnorm-key is for --env"),
+        ([base, "--data", data, "--step-limit", "9"], 2, "--step-limit is for --env"),
         ([base, "--data", data, "--resize", "lanczos"], 2, "--resize is for --env; with --data, frames are taken"),
         (["--data", data], 2, "which model? name a checkpoint, a run or an adapter"),
         ([base, "--env", "tabeltop"], 2, "there is no such environment; did you mean 'tabletop'?"),

@@ -9,7 +9,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from two_steps import MADE, TwoSteps
+from two_steps import MADE, Sparing, TwoSteps
 
 from vlaft.environments.interface import begin, step
 from vlaft.environments.seats import opened_seats
@@ -45,6 +45,19 @@ def test_what_a_good_one_answers() -> None:
     assert (first.ended, first.success, first.moment.instruction) == (False, False, "as before")
     assert (second.ended, second.success) == (True, True)
     assert second.info == {"success": True, "dry": True} and type(second.info["dry"]) is bool
+
+
+def test_frames_that_nobody_wants_may_be_missing() -> None:
+    env = Sparing()
+    assert list(begin(env, 4).frames) == ["main", "wrist"]
+    assert list(begin(env, 4, ("wrist",)).frames) == ["wrist"]
+    blind = step(env, ACTION, 4, 1, "go", ()).moment
+    assert not blind.frames and blind.state is not None and blind.instruction == "go"
+    assert list(step(env, ACTION, 4, 2, "go").moment.frames) == ["main", "wrist"]
+    assert env.drawn == [None, ("wrist",), (), None]
+    assert list(begin(TwoSteps(), 4, ()).frames) == ["main"]  # it always draws
+    with pytest.raises(DataError, match="have no 'image'"):
+        begin(observing({"state": np.zeros(3)}), 4, ("main",))
 
 
 def test_a_frame_may_be_the_whole_observation_and_is_copied() -> None:

@@ -190,6 +190,32 @@ def test_a_policy_of_several_cameras_a_state_and_chunks_acts(chunked: Path, tmp_
     np.testing.assert_allclose(acted(tmp_path / "merged"), acted(chunked), rtol=1e-3, atol=1e-4)
 
 
+def test_only_what_is_looked_at_is_drawn(chunked: Path, base: Path) -> None:
+    def acted(model: Path, env: str, **options: Any) -> tuple[list[np.ndarray], Any]:
+        MADE.clear()
+        evaluation = evaluate_in(str(model), f"two_steps:{env}", episodes=1, seed=4, **options)
+        ((frames, actions),) = ((each.frames, each.actions) for each in evaluation.rollout.episodes)
+        return [*MADE[-1].actions, *frames, *actions], getattr(MADE[-1], "drawn", None)
+
+    both, none, main = ("main", "wrist"), (), ("main",)
+    for model, options, drawn in (
+        (chunked, {}, [both, *[none] * 7, both, none, none]),
+        (chunked, {"execution": Execution(4)}, [both, *[none] * 3, both, *[none] * 3, both, none, none]),
+        (chunked, {"keep": 1}, [both, *[main] * 7, both, main, main]),
+        (base, {"keep": 1}, [main] * 11),  # it reads one camera, at every step
+    ):
+        spared, told = acted(model, "Sparing", **options)
+        everything, _ = acted(model, "TwoCameras", **options)
+        assert told == drawn
+        assert all((one == two).all() for one, two in zip(spared, everything, strict=True))
+
+
+def test_an_episode_ends_at_the_lower_limit(base: Path) -> None:
+    for asked, steps, ended in ((1, 1, "step limit"), (5, 2, "success")):
+        (outcome,) = evaluate_in(str(base), "two_steps:TwoSteps", episodes=1, step_limit=asked).rollout.episodes
+        assert (outcome.steps, outcome.ended) == (steps, ended)
+
+
 @pytest.mark.parametrize(
     ("env", "told"),
     [

@@ -109,6 +109,15 @@ def evaluate(
     ensemble: Annotated[
         bool, typer.Option("--ensemble", help="With --env: ask at each step, act the mean of overlapping chunks.")
     ] = False,
+    step_limit: Annotated[
+        int | None,
+        typer.Option(
+            "--step-limit",
+            help="With --env: end an episode after N steps; by default after the environment's own.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", help="float32, bfloat16 or float16; by default by the device.", show_default=False),
@@ -137,6 +146,8 @@ def evaluate(
         raise UsageError("--limit is for --data; with --env, say how many with --episodes")
     if not env and (execute is not None or ensemble):
         raise UsageError("--execute and --ensemble are for --env; with --data, every action of a chunk is compared")
+    if not env and step_limit is not None:
+        raise UsageError("--step-limit is for --env; with --data, nothing acts")
     if not env and unnorm_key is not None:
         raise UsageError("--unnorm-key is for --env; with --data, statistics are those of the dataset's name")
     if not env and resize is not None:
@@ -166,7 +177,9 @@ def evaluate(
         execution = Execution(execute, ensemble)
         pipeline = {"center_crop": center_crop, "resize": resize}
         episodes = episodes or usual_episodes(tasks_of(env))
-        acting = Acting(models, env, episodes, seed, execution, unnorm_key, dtype, device, base, policy, pipeline)
+        acting = Acting(
+            models, env, episodes, seed, execution, step_limit, unnorm_key, dtype, device, base, policy, pipeline
+        )
         results = acting.run(batch_size, workers, plots, out, resume, overwrite)
         print_json(results) if as_json else show(successes(results))
         return
@@ -257,6 +270,7 @@ class Acting:
     episodes: int
     seed: int
     execution: Execution
+    step_limit: int | None
     unnorm_key: str | None
     dtype: str | None
     device: str
@@ -305,6 +319,7 @@ class Acting:
                         workers=workers,
                         keep=KEPT if drawn is not None else 0,
                         execution=self.execution,
+                        step_limit=self.step_limit,
                         unnorm_key=self.unnorm_key,
                         dtype=self.dtype,
                         device=self.device,
@@ -317,7 +332,8 @@ class Acting:
                         told=warn,
                     )
                 )
-            results = {"env": list(self.envs), "seed": self.seed, "models": [each.to_json() for each in done]}
+            asked = {"env": list(self.envs), "seed": self.seed, "step_limit": self.step_limit}
+            results = {**asked, "models": [each.to_json() for each in done]}
             if journal is not None:
                 journal.finish(results)
         for each in done:
@@ -337,7 +353,7 @@ class Acting:
         from vlaft.policy import weights_hash
 
         own = {"execute": self.execution.actions, "ensemble": self.execution.ensemble}
-        words = {key: getattr(self, key) for key in ("seed", "unnorm_key", "dtype", "base")}
+        words = {key: getattr(self, key) for key in ("seed", "step_limit", "unnorm_key", "dtype", "base")}
         return {
             "vlaft": __version__,
             "weights": [weights_hash(model) for model in self.models],

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vlaft.action.execution import Execution, Executor
 from vlaft.environments.interface import Environment, Moment
-from vlaft.environments.seats import ATTEMPTS, Seat, opened_seats
+from vlaft.environments.seats import ATTEMPTS, Cameras, Seat, opened_seats
 from vlaft.environments.task import MOST_STEPS, Task
 from vlaft.environments.workers import WorkerDied
 from vlaft.errors import ConfigError, VlaftError
@@ -177,6 +177,7 @@ def run_episodes(
     *,
     execution: Execution = OPEN_LOOP,
     keep: int = 0,
+    cameras: Cameras = None,
     finished: Callable[[EpisodeOutcome], None] = lambda outcome: None,
     told: Callable[[str], None] = _log.warning,
 ) -> Rollout:
@@ -191,6 +192,7 @@ def run_episodes(
         jobs: task by task.
         execution: as `roll_out` takes it.
         keep: likewise, of each task.
+        cameras: that the policy reads, so that others need not be drawn; None for all.
         finished: told how an episode went as soon as it has ended.
         told: told in a sentence of a worker that died. Its episode is begun again, in a new one; if workers die of it
             `ATTEMPTS` times, it counts as failed.
@@ -199,7 +201,7 @@ def run_episodes(
         VlaftError: an environment fails, or `MOST_DEATHS` workers died.
     """
     began = time.monotonic()
-    acting = _Acting(iter(enumerate(jobs)), execution, _Kept(keep), finished, told)
+    acting = _Acting(iter(enumerate(jobs)), execution, _Kept(keep), cameras, finished, told)
     running = [slot for seat in seats if (slot := acting.following(seat))]
     while running:
         while any(slot.moment is None for slot in running):  # more than once where a worker dies at it
@@ -242,6 +244,7 @@ class _Acting:
     waiting: Iterator[tuple[int, Job]]
     execution: Execution
     kept: _Kept
+    cameras: Cameras
     finished: Callable[[EpisodeOutcome], None]
     told: Callable[[str], None]
     outcomes: dict[int, EpisodeOutcome] = field(default_factory=dict)
@@ -252,7 +255,7 @@ class _Acting:
         number, job = next(self.waiting, (None, None))
         if number is None or job is None:
             return None
-        return _Slot(seat, job, number, self.kept.wanted(job.task.name), self.execution)
+        return _Slot(seat, job, number, self.kept.wanted(job.task.name), self.execution, self.cameras)
 
     def each(self, slots: list[_Slot], goes_on: Callable[[_Slot], bool]) -> list[_Slot]:
         """Hear what every seat answers; return the episodes that go on, and those begun in the place of others."""
@@ -300,6 +303,7 @@ class _Slot:
     number: int
     keep: bool
     execution: Execution
+    cameras: Cameras
     attempt: int = 1
 
     def __post_init__(self) -> None:
@@ -311,7 +315,15 @@ class _Slot:
         self.outcome = EpisodeOutcome(self.job.seed, "", self.job.task.name)
         self.moment: Moment | None = None
         self.every = 1
-        self.seat.begin(self.job.task, self.job.seed)
+        self.seat.begin(self.job.task, self.job.seed, self._looked_through)
+
+    @property
+    def _looked_through(self) -> Cameras:
+        """Cameras of the next moment: the policy's where it will be asked, and the main one where a film is made."""
+        if self.cameras is None:
+            return None
+        asked = self.cameras if self.executor.wants_chunk else ()
+        return tuple(dict.fromkeys(("main", *asked))) if self.keep else tuple(asked)
 
     @property
     def seen(self) -> Moment:
@@ -333,7 +345,7 @@ class _Slot:
         action = self.executor.next_action().astype(np.float32)
         if self.keep:
             outcome.actions.append(action.copy())
-        self.seat.step(action, outcome.seed, outcome.steps, self.seen.instruction)
+        self.seat.step(action, outcome.seed, outcome.steps, self.seen.instruction, self._looked_through)
 
     def done(self) -> bool:
         """Wait until the action is done; return whether the episode goes on."""

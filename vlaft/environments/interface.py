@@ -8,12 +8,16 @@ Any Gymnasium environment will do that keeps to this:
 * `info["instruction"]` says what is to be done, at `reset` and, where it changes, at `step`;
 * `info["success"]` (or `info["is_success"]`) says at each `step` whether it has been done; once is enough;
 * `step` takes the action in the units of the model's statistics, float32 `[A]`.
+
+A simulator spends most of its time on drawing. An environment that can leave it out has a method `draw_only(cameras)`,
+which is called before each `reset` and `step` with the names of the cameras that will be looked through afterwards
+(`main`, `wrist`), often none, or with None for all; the frames of others may be missing from that observation.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
@@ -43,7 +47,7 @@ class Moment:
     """What a policy reads at one step.
 
     Attributes:
-        frames: camera to frame, uint8 `[H, W, 3]`; the main camera's first.
+        frames: camera to frame, uint8 `[H, W, 3]`; the main camera's first. Those may be missing that nobody wanted.
         instruction: what is to be done.
         state: float32 `[S]`, as the environment observes it; None where it observes none.
         task: name of the task that it belongs to.
@@ -107,22 +111,35 @@ def close(environment: Environment) -> None:
         _log.warning("an environment could not be closed (%s)", described(error))
 
 
-def begin(environment: Environment, seed: int) -> Moment:
+def begin(environment: Environment, seed: int, cameras: Collection[str] | None = None) -> Moment:
     """Reset an environment; return what can be seen first.
+
+    Args:
+        environment: to reset.
+        seed: of the episode.
+        cameras: that will be looked through; None for all.
 
     Raises:
         DataError: it does not keep to the interface.
         VlaftError: it fails.
     """
     with _told(f"reset(seed={seed})"):
+        _draw_only(environment, cameras)
         answer = environment.reset(seed=seed)
     observation, info = _parts(answer, "reset", ("observation", "info"))
     if not isinstance(info.get("instruction"), str):
         raise DataError("the environment's reset() gives no info['instruction']; the policy must be told what to do")
-    return _moment(observation, info["instruction"])
+    return _moment(observation, info["instruction"], cameras)
 
 
-def step(environment: Environment, action: NDArray[np.float32], seed: int, number: int, instruction: str) -> Outcome:
+def step(
+    environment: Environment,
+    action: NDArray[np.float32],
+    seed: int,
+    number: int,
+    instruction: str,
+    cameras: Collection[str] | None = None,
+) -> Outcome:
     """Do an action.
 
     Args:
@@ -131,18 +148,20 @@ def step(environment: Environment, action: NDArray[np.float32], seed: int, numbe
         seed: of the episode, for the sentence when something fails.
         number: of the action in the episode, likewise.
         instruction: that holds unless the environment gives another.
+        cameras: that will be looked through afterwards; None for all.
 
     Raises:
         DataError: the environment does not keep to the interface.
         VlaftError: it fails.
     """
     with _told(f"step() {number} of the episode with seed {seed}"):
+        _draw_only(environment, cameras)
         answer = environment.step(action)
     names = ("observation", "reward", "terminated", "truncated", "info")
     observation, _, terminated, truncated, info = _parts(answer, "step", names)
     said = info.get("instruction")
     return Outcome(
-        moment=_moment(observation, said if isinstance(said, str) else instruction),
+        moment=_moment(observation, said if isinstance(said, str) else instruction, cameras),
         ended=_truth(terminated, "terminated") or _truth(truncated, "truncated"),
         truncated=_truth(truncated, "truncated"),
         success=_success(info),
@@ -175,13 +194,21 @@ def _parts(answer: Any, method: str, names: tuple[str, ...]) -> tuple[Any, ...]:
     return tuple(answer)
 
 
-def _moment(observation: Any, instruction: str) -> Moment:
+def _draw_only(environment: Environment, cameras: Collection[str] | None) -> None:
+    told = getattr(environment, "draw_only", None)
+    if callable(told):
+        told(cameras)
+
+
+def _moment(observation: Any, instruction: str, cameras: Collection[str] | None) -> Moment:
     if not isinstance(observation, Mapping):
         return Moment({"main": _frame(observation, "image")}, instruction)
-    if "image" not in observation:
+    frames = {}
+    if "image" in observation:
+        frames["main"] = _frame(observation["image"], "image")
+    elif cameras is None or "main" in cameras:
         keys = ", ".join(map(str, observation)) or "none"
         raise DataError(f"the environment's observations have no 'image' (keys: {keys})")
-    frames = {"main": _frame(observation["image"], "image")}
     for key, value in observation.items():
         if str(key).startswith("image_"):
             frames[str(key).removeprefix("image_")] = _frame(value, str(key))

@@ -6,7 +6,7 @@ computes when it is asked. It has one environment, which is made anew when anoth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
@@ -23,6 +23,8 @@ from vlaft.machine import available_cpus, free_memory
 ATTEMPTS = 3  # at an episode, or at making an environment, whose worker dies
 _SHARE = 0.8  # of the free memory that environments may take
 
+Cameras = Collection[str] | None  # that will be looked through, as `interface.begin` and `interface.step` take them
+
 
 class Seat(Protocol):
     """One of these is asked at a time; `answer` gives what came of it."""
@@ -30,10 +32,10 @@ class Seat(Protocol):
     def prepare(self, task: Task) -> None:
         """Make the task's environment; the answer is None."""
 
-    def begin(self, task: Task, seed: int) -> None:
+    def begin(self, task: Task, seed: int, cameras: Cameras) -> None:
         """Begin an episode; the answer is a `Moment`."""
 
-    def step(self, action: NDArray[np.float32], seed: int, number: int, instruction: str) -> None:
+    def step(self, action: NDArray[np.float32], seed: int, number: int, instruction: str, cameras: Cameras) -> None:
         """Do an action, as `interface.step` does; the answer is an `Outcome`."""
 
     def answer(self) -> Any:
@@ -64,16 +66,16 @@ class LocalSeat:
             self.close()
             self.environment, self._task = made(task.make, self._beside()), task.name
 
-    def begin(self, task: Task, seed: int) -> None:
+    def begin(self, task: Task, seed: int, cameras: Cameras) -> None:
         """Begin an episode."""
         self.prepare(task)
         assert self.environment is not None
-        self._answer = begin(self.environment, seed)
+        self._answer = begin(self.environment, seed, cameras)
 
-    def step(self, action: NDArray[np.float32], seed: int, number: int, instruction: str) -> None:
+    def step(self, action: NDArray[np.float32], seed: int, number: int, instruction: str, cameras: Cameras) -> None:
         """Do an action."""
         assert self.environment is not None
-        self._answer = step(self.environment, action, seed, number, instruction)
+        self._answer = step(self.environment, action, seed, number, instruction, cameras)
 
     def answer(self) -> Any:
         """Return what was computed."""
@@ -96,13 +98,13 @@ class WorkerSeat:
         """Make the task's environment there."""
         self._ask(_prepare, task.name)
 
-    def begin(self, task: Task, seed: int) -> None:
+    def begin(self, task: Task, seed: int, cameras: Cameras) -> None:
         """Begin an episode there."""
-        self._ask(_begin, task.name, seed)
+        self._ask(_begin, task.name, seed, cameras)
 
-    def step(self, action: NDArray[np.float32], seed: int, number: int, instruction: str) -> None:
+    def step(self, action: NDArray[np.float32], seed: int, number: int, instruction: str, cameras: Cameras) -> None:
         """Do an action there."""
-        self._ask(_step, action, seed, number, instruction)
+        self._ask(_step, action, seed, number, instruction, cameras)
 
     def answer(self) -> Any:
         """Wait for it."""
@@ -197,13 +199,13 @@ def _prepare(name: str) -> None:
     _here.prepare(_task(name))
 
 
-def _begin(name: str, seed: int) -> Any:
-    _here.begin(_task(name), seed)
+def _begin(name: str, seed: int, cameras: Cameras) -> Any:
+    _here.begin(_task(name), seed, cameras)
     return _here.answer()
 
 
-def _step(action: NDArray[np.float32], seed: int, number: int, instruction: str) -> Any:
-    _here.step(action, seed, number, instruction)
+def _step(action: NDArray[np.float32], seed: int, number: int, instruction: str, cameras: Cameras) -> Any:
+    _here.step(action, seed, number, instruction, cameras)
     return _here.answer()
 
 

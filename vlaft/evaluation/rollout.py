@@ -110,6 +110,7 @@ def evaluate_in(
     workers: int | None = None,
     keep: int = 0,
     execution: Execution = OPEN_LOOP,
+    step_limit: int | None = None,
     unnorm_key: str | None = None,
     dtype: str | None = None,
     device: str = "auto",
@@ -133,6 +134,7 @@ def evaluate_in(
         workers: processes, each with one environment; 0 for none; None chooses (`seats.how_many`).
         keep: keep the frames of so many first successes and failures of each task, for pictures.
         execution: how much of a chunk is done before the next is asked for.
+        step_limit: ends an episode after so many steps, where the environment's own limit is higher.
         unnorm_key: name of the statistics; None takes the environment's where the model has them, else its only one.
         dtype: as `vlaft.load` takes it.
         device: likewise.
@@ -155,6 +157,8 @@ def evaluate_in(
         VlaftError: an environment fails, workers die again and again, or the GPU's memory is full.
     """
     tasks, seeds = tasks_of([env] if isinstance(env, str) else env), range(seed, seed + episodes)
+    if step_limit is not None:
+        tasks = [replace(task, step_limit=min(task.step_limit, step_limit)) for task in tasks]
     check_counts(seeds, parallel)
     _check_states(tasks, episodes)
     entries = {(entry.task, entry.seed): entry for entry in (journal.of(model) if journal else ())}
@@ -183,7 +187,16 @@ def evaluate_in(
                 pending.finished(outcome)
                 advance(1)
 
-            acted = run_episodes(actor, seats, missing, execution=execution, keep=keep, finished=finished, told=told)
+            acted = run_episodes(
+                actor,
+                seats,
+                missing,
+                execution=execution,
+                keep=keep,
+                cameras=policy.model.policy.cameras,
+                finished=finished,
+                told=told,
+            )
     except torch.cuda.OutOfMemoryError as error:
         raise VlaftError(f"the GPU's memory is full at --batch-size {parallel}: halve it") from error
     else:
@@ -243,7 +256,7 @@ def acting(
         policy = Policy(model, files, pipeline, statistics, device)
         actor = _Actor(policy, {task.name: _statistics_key(policy, "the run", task, None) for task in tasks}, "the run")
         with opened_seats(tasks[0], min(count, len(jobs)), processes=processes) as seats:
-            return run_episodes(actor, seats, jobs)
+            return run_episodes(actor, seats, jobs, cameras=policy.model.policy.cameras)
 
     return act
 

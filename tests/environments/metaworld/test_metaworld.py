@@ -129,6 +129,11 @@ def test_what_can_be_seen_and_done() -> None:
     another.close()
     assert all((again[name] == expected[name]).all() for name in again)
     assert (again["image"] != env.reset(seed=5)[0]["image"]).any()
+    env.draw_only(("wrist",))
+    spared = env.reset(seed=3)[0]
+    assert [*spared] == ["state", "image_wrist"] and (spared["image_wrist"] == again["image_wrist"]).all()
+    env.draw_only(None)
+    assert [*env.step([0, 0, 0, 0])[0]] == ["state", "image", "image_wrist"]
     env.close()
 
 

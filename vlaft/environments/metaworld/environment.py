@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import warnings
+from collections.abc import Collection
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vlaft.environments.metaworld.tasks import EPISODE_STEPS, INSTRUCTIONS
+from vlaft.environments.metaworld.tasks import CAMERAS, EPISODE_STEPS, INSTRUCTIONS
 from vlaft.environments.opengl import drawing
 from vlaft.environments.task import ExpertEpisode
 from vlaft.errors import DataError, MissingExtra
@@ -25,7 +26,7 @@ from vlaft.observation.images import Image
 
 SIZE = 224
 METRES = 0.01  # of a move of 1: Meta-World's `action_scale`
-_VIEWS = {"image": "corner4", "image_wrist": "gripperPOV"}
+_VIEWS = {"main": ("image", "corner4"), "wrist": ("image_wrist", "gripperPOV")}
 _UPSIDE_DOWN = ("corner4",)  # as it stands in Meta-World's model
 _DISTURBANCE = 0.5  # standard deviation of what is added to a disturbed action, of a range of -1 to 1
 
@@ -67,6 +68,11 @@ class MetaWorldEnv:
         for flag in (library.mujoco.mjtRndFlag.mjRND_SHADOW, library.mujoco.mjtRndFlag.mjRND_REFLECTION):
             self._renderer.scene.flags[flag] = False
         self._seen: NDArray[np.float64] | None = None
+        self._drawn: Collection[str] = CAMERAS
+
+    def draw_only(self, cameras: Collection[str] | None) -> None:
+        """Leave out, from now on, the frames of other cameras (`main`, `wrist`); None draws all."""
+        self._drawn = CAMERAS if cameras is None else cameras
 
     def reset(self, *, seed: int | None = None) -> tuple[_Observation, dict[str, Any]]:
         """Begin an episode; the same seed gives the same one."""
@@ -128,10 +134,11 @@ class MetaWorldEnv:
     def _observation(self) -> _Observation:
         assert self._seen is not None
         observation: _Observation = {"state": self._seen[:4].astype(np.float32)}
-        for name, camera in _VIEWS.items():
-            self._renderer.update_scene(self._world.data, camera=camera)
-            frame = self._renderer.render()
-            observation[name] = frame[::-1, ::-1].copy() if camera in _UPSIDE_DOWN else frame
+        for camera, (name, view) in _VIEWS.items():
+            if camera in self._drawn:
+                self._renderer.update_scene(self._world.data, camera=view)
+                frame = self._renderer.render()
+                observation[name] = frame[::-1, ::-1].copy() if view in _UPSIDE_DOWN else frame
         return observation
 
 
