@@ -19,7 +19,6 @@ OUT/
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,13 +26,14 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlaft.cli.console import fail, say
+from studies import begin, run
+
+from vlaft.cli.console import say
 from vlaft.cli.main import main as vlaft
 from vlaft.demo.results import Cost, Success, mean_interval, overlapping, write_result
 from vlaft.demo.steps import (
     BATCH_WORD,
     DemoStep,
-    StepFailed,
     acting,
     converting,
     recording,
@@ -44,7 +44,6 @@ from vlaft.demo.steps import (
     training,
     write_base,
 )
-from vlaft.errors import ConfigError, VlaftError
 from vlaft.files import locked, output_file
 from vlaft.pages.html import ACCENT, between, counted, duration, new_figure, percent
 
@@ -403,25 +402,6 @@ def _legend(figure: Figure, *, seeds: bool) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False)
 
 
-def begin(out: Path, demonstrations: int) -> None:
-    """Write down what was asked for; a comparison goes on only with the same.
-
-    Raises:
-        ConfigError: the folder holds something else, or a comparison of another number of demonstrations.
-    """
-    file = out / "asked.json"
-    if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))["demonstrations"]
-        if before != demonstrations:
-            raise ConfigError(f"{out} was begun with --demos {before}: go on with that, or give another --out")
-        return
-    if out.is_dir() and any(out.iterdir()):
-        raise ConfigError(f"{out} holds something else than a comparison of recipes; give another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    with output_file(file) as partial:
-        partial.write_text(json.dumps({"demonstrations": demonstrations}) + "\n", encoding="utf-8")
-
-
 def compare(out: Path, demonstrations: int, seeds: int) -> str:
     """Run what is not done yet and write the results; return them as Markdown.
 
@@ -430,7 +410,7 @@ def compare(out: Path, demonstrations: int, seeds: int) -> str:
         VlaftError: the folder cannot be used.
     """
     with locked(out):
-        begin(out, demonstrations)
+        begin(out, {"demos": demonstrations}, "comparison of recipes")
         run_steps(comparison_steps(out, write_base(out), demonstrations, seeds), out, vlaft, say)
         comparison = read_comparison(out, seeds)
         write_result(out / "comparison.json", comparison)
@@ -448,16 +428,7 @@ def main() -> int:
     parser.add_argument("--demos", type=int, default=50, help="demonstrations per training seed")
     parser.add_argument("--seeds", type=int, default=3, choices=range(1, 10), help="training seeds")
     options = parser.parse_args()
-    try:
-        print(compare(options.out, options.demos, options.seeds))
-    except StepFailed as failed:
-        return failed.exit_code
-    except VlaftError as error:
-        fail(str(error))
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run(lambda: compare(options.out, options.demos, options.seeds))
 
 
 if __name__ == "__main__":

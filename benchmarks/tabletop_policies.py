@@ -20,7 +20,6 @@ OUT/
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -30,16 +29,16 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
+from studies import begin, run, told_apart
 
-from vlaft.cli.console import fail, say
+from vlaft.cli.console import say
 from vlaft.cli.main import main as vlaft
-from vlaft.demo.results import Success, mean_interval, overlapping, write_result
+from vlaft.demo.results import Success, mean_interval, write_result
 from vlaft.demo.steps import (
     CHUNK_BATCH,
     CHUNK_STEPS,
     CHUNK_WORDS,
     DemoStep,
-    StepFailed,
     acting,
     budget,
     converting,
@@ -52,7 +51,6 @@ from vlaft.demo.steps import (
     write_base,
 )
 from vlaft.environments.tabletop.environment import TabletopEnv
-from vlaft.errors import ConfigError, VlaftError
 from vlaft.files import locked, output_file
 from vlaft.pages.html import between, duration, percent
 from vlaft.policy import Policy, load
@@ -276,30 +274,8 @@ def _success(rates: Sequence[float], episodes: int) -> tuple[str, str]:
 
 def _pair(one: PolicyResult, other: PolicyResult) -> str:
     """Say whether two policies' intervals tell them apart."""
-    if overlapping(one.interval, other.interval):
-        return f"{one.name} and {other.name}: their intervals overlap, so that nothing is decided."
-    better, worse = (one, other) if sum(one.every_step) > sum(other.every_step) else (other, one)
-    return f"{better.name} succeeds more often than {worse.name}: their intervals do not overlap."
-
-
-def begin(out: Path, asked: dict[str, int]) -> None:
-    """Write down what was asked for; a study goes on only with the same.
-
-    Raises:
-        ConfigError: the folder holds something else, or a study of other numbers.
-    """
-    file = out / "asked.json"
-    if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        if before != asked:
-            words = " ".join(f"--{key} {value}" for key, value in before.items())
-            raise ConfigError(f"{out} was begun with {words}: go on with these, or give another --out")
-        return
-    if out.is_dir() and any(out.iterdir()):
-        raise ConfigError(f"{out} holds something else than a comparison of policies; give another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    with output_file(file) as partial:
-        partial.write_text(json.dumps(asked) + "\n", encoding="utf-8")
+    better = sum(one.every_step) > sum(other.every_step)
+    return told_apart(one.name, one.interval, other.name, other.interval, first_is_better=better)
 
 
 def compare(out: Path, demonstrations: int, seeds: int, steps: int, batch_size: int) -> str:
@@ -310,7 +286,7 @@ def compare(out: Path, demonstrations: int, seeds: int, steps: int, batch_size: 
         VlaftError: the folder cannot be used.
     """
     with locked(out):
-        begin(out, {"demos": demonstrations, "steps": steps, "batch-size": batch_size})
+        begin(out, {"demos": demonstrations, "steps": steps, "batch-size": batch_size}, "comparison of policies")
         run_steps(study_steps(out, write_base(out), demonstrations, seeds, steps, batch_size), out, vlaft, say)
         comparison = read_comparison(out, seeds, steps)
         search = {name: searched(out, name) for name in ("lora32", "oft")}
@@ -330,16 +306,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=CHUNK_STEPS, help="of each training, above the warm-up's 20")
     parser.add_argument("--batch-size", type=int, default=CHUNK_BATCH, help="examples of a step")
     options = parser.parse_args()
-    try:
-        print(compare(options.out, options.demos, options.seeds, options.steps, options.batch_size))
-    except StepFailed as failed:
-        return failed.exit_code
-    except VlaftError as error:
-        fail(str(error))
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run(lambda: compare(options.out, options.demos, options.seeds, options.steps, options.batch_size))
 
 
 if __name__ == "__main__":

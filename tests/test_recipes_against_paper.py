@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from repository import ROOT
 
-from vlaft.demo.steps import EVALUATION_EPISODES, DemoStep, scene_seeds
+from vlaft.demo.steps import EVALUATION_EPISODES, DemoStep, StepFailed, scene_seeds
+from vlaft.errors import ConfigError
 
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(ROOT / "benchmarks"))
@@ -152,7 +153,7 @@ def test_the_whole_study_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(study, "vlaft", command)
     monkeypatch.setattr(study, "recording", recorded)
-    with pytest.raises(study.StepFailed):
+    with pytest.raises(StepFailed):
         study.compare(out, 2, 1)
     again = ran[-1]
     text = plain(study.compare(out, 2, 1))
@@ -164,7 +165,7 @@ def test_the_whole_study_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatc
     done = len(ran)
     study.compare(out, 2, 1)
     assert len(ran) == done
-    with pytest.raises(study.ConfigError, match="begun with --demos 2"):
+    with pytest.raises(ConfigError, match="begun with --demos 2"):
         study.compare(out, 3, 1)
-    with pytest.raises(study.ConfigError, match="something else"):
+    with pytest.raises(ConfigError, match="something else"):
         study.compare(tmp_path, 2, 1)

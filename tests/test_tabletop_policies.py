@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from repository import ROOT
 
-from vlaft.demo.steps import CHUNK, EVALUATION_EPISODES, DemoStep, scene_seeds
+from vlaft.demo.steps import CHUNK, EVALUATION_EPISODES, DemoStep, StepFailed, scene_seeds
+from vlaft.errors import ConfigError
 from vlaft.recipe.resolve import resolve
 
 with pytest.MonkeyPatch.context() as patch:
@@ -103,7 +104,7 @@ def test_the_whole_study_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(study, "vlaft", command)
     monkeypatch.setattr(study, "recording", recorded)
     monkeypatch.setattr(study, "actions_per_second", lambda models: [10.0, 40.0, 50.0, 30.0])
-    with pytest.raises(study.StepFailed):
+    with pytest.raises(StepFailed):
         study.compare(out, 2, 1, 50, 4)
     text = plain(study.compare(out, 2, 1, 50, 4))
     assert text == plain((out / "comparison.md").read_text()) and "40.0 (x 4.0)" in text
@@ -113,9 +114,9 @@ def test_the_whole_study_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatc
     done = len(ran)
     study.compare(out, 2, 1, 50, 4)
     assert len(ran) == done
-    with pytest.raises(study.ConfigError, match="begun with --demos 2 --steps 50 --batch-size 4"):
+    with pytest.raises(ConfigError, match="begun with --demos 2 --steps 50 --batch-size 4"):
         study.compare(out, 2, 1, 60, 4)
-    with pytest.raises(study.ConfigError, match="something else"):
+    with pytest.raises(ConfigError, match="something else"):
         study.compare(tmp_path, 2, 1, 50, 4)
 
 
