@@ -13,12 +13,12 @@ from vlaft.errors import ConfigError, VlaftError
 from vlaft.files import output_file
 
 
-def begin(out: Path, asked: Mapping[str, int], kind: str) -> None:
+def begin(out: Path, asked: Mapping[str, float | list[float]], kind: str) -> None:
     """Write down what was asked for; a study goes on only with the same.
 
     Args:
         out: folder of the study.
-        asked: option to number.
+        asked: option to number, or to several.
         kind: what the folder is to hold, for the sentence.
 
     Raises:
@@ -28,7 +28,10 @@ def begin(out: Path, asked: Mapping[str, int], kind: str) -> None:
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
         if before != asked:
-            words = " ".join(f"--{key} {value}" for key, value in before.items())
+            words = " ".join(
+                f"--{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+                for key, value in before.items()
+            )
             raise ConfigError(f"{out} was begun with {words}: go on with these, or give another --out")
         return
     if out.is_dir() and any(out.iterdir()):

@@ -21,7 +21,7 @@ with pytest.MonkeyPatch.context() as patch:
     study = importlib.import_module("closed_loop")
 
 
-def asked(out: Path, **other: int) -> Any:
+def asked(out: Path, **other: Any) -> Any:
     return study.Study(**{"out": out, "demonstrations": 4, "seeds": 2, "steps": 50, "batch_size": 4, "episodes": 5,
                           "searched": 3, **other})  # fmt: skip
 
@@ -71,7 +71,16 @@ def test_the_lowest_of_equal_rates_is_taken(tmp_path: Path) -> None:
     tokens, chunks = study.KINDS
     for kind, rate, found in ((tokens, low, 2), (tokens, high, 3), (chunks, low, 3), (chunks, high, 3)):
         results(study.search_folder(tmp_path, kind, rate) / "validation", 3, found, 0, 1)
-    assert (study.best_rate(tmp_path, tokens), study.best_rate(tmp_path, chunks)) == (high, low)
+    chosen = asked(tmp_path)
+    assert (study.best_rate(chosen, tokens), study.best_rate(chosen, chunks)) == (high, low)
+
+
+def test_a_single_rate_is_taken_without_a_search(tmp_path: Path) -> None:
+    only = asked(tmp_path, rates=(0.002,))
+    assert study.best_rate(only, study.KINDS[0]) == 0.002
+    steps = [step.line for step in study.study_steps(only, tmp_path / "base")]
+    assert len(steps) == 2 + 2 * 2 * 2 and not any("search" in line for line in steps)
+    assert sum("train.learning_rate=0.002" in line for line in steps) == 4
 
 
 def test_what_is_said_goes_no_further_than_the_intervals() -> None:
@@ -82,7 +91,7 @@ def test_what_is_said_goes_no_further_than_the_intervals() -> None:
     text = plain(study.markdown(asked(Path("out"), seeds=3, episodes=20), comparison))
     for said in (
         "4 demonstrations of each task, one policy for all three; training seeds: 3, of 50 steps of 4 examples; 20"
-        " episodes of each task and seed, of 200 steps at most.",
+        " episodes of each task and seed, of 150 steps at most.",
         "- chunks: how chunks acts",
         "| reach-v3 | tokens | 15.0 % (2.6 to 27.4 %) | 10.0 %, 20.0 %, 15.0 % | 9 of 60 (8.1 to 26.1 %) | 0.001 |",
         "| drawer-close-v3 | tokens | 100.0 % (100.0 to 100.0 %) | 100.0 %, 100.0 %, 100.0 % | 60 of 60 (94.0 to",
@@ -123,11 +132,14 @@ def test_the_whole_study_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatc
     assert all(line.endswith("train.steps=50 train.batch_size=4") for line in ran if line.startswith("train "))
     tried = [line for line in ran if line.startswith("evaluate ")]
     assert all("step-000050 --env metaworld:reach-v3 --env metaworld:button" in line for line in tried)
-    assert all("--step-limit 200" in line for line in tried)
+    assert all("--step-limit 150" in line for line in tried)
     done = len(ran)
     study.compare(asked(out))
     assert len(ran) == done
-    with pytest.raises(ConfigError, match="begun with --demos 4 --steps 50 --batch-size 4 --episodes 5 --searched 3"):
+    with pytest.raises(
+        ConfigError,
+        match=r"begun with --demos 4 --steps 50 --batch-size 4 --episodes 5 --searched 3 --rates 0\.0005 0\.001:",
+    ):
         study.compare(asked(out, episodes=6))
     with pytest.raises(ConfigError, match="something else"):
         study.compare(asked(tmp_path))
