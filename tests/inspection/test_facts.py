@@ -513,8 +513,9 @@ THREE = {"front": "primary", "hand": "wrist", "dark": "low"}
     ("changes", "words"),
     [
         ({}, ["policy.chunk=10", "policy.cameras='[main, wrist]'", "policy.state=true"]),
-        ({"fps": 29.97}, ["policy.chunk=30", "policy.cameras='[main, wrist]'", "policy.state=true"]),
-        ({"fps": 100.0}, ["policy.chunk=40", "policy.cameras='[main, wrist]'", "policy.state=true"]),
+        ({"fps": 14.99}, ["policy.chunk=15", "policy.cameras='[main, wrist]'", "policy.state=true"]),
+        ({"fps": 29.97}, ["policy.chunk=20", "policy.cameras='[main, wrist]'", "policy.state=true"]),
+        ({"fps": 100.0}, ["policy.chunk=20", "policy.cameras='[main, wrist]'", "policy.state=true"]),
         ({"fps": None}, ["policy.cameras='[main, wrist]'", "policy.state=true"]),
         ({"fps": 1.0, "state": np.ones((40, 2), np.float32), "cameras": {"hand": seen(flat=3)}},
          ["policy.cameras='[main, low]'"]),

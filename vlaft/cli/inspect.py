@@ -191,7 +191,9 @@ def overview_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     if summary["policy"]:
         # with what a policy that writes chunks would read here
-        rate = "about a second of actions" if summary["fps"] else "policy.chunk: as many actions as make a second"
+        rate = "policy.chunk: as many actions as make a second"
+        if summary["fps"]:
+            rate = "about a second of actions, at most half an episode"
         rows.append(("chunks", f"{' '.join(summary['policy'])} (with policy.head=l1; {rate})"))
     damaged = [
         entry["why"] if entry["episode"] in entry["why"] else f"{entry['episode']}: {entry['why']}"

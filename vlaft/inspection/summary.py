@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -73,16 +74,17 @@ def summarize(inspection: Inspection, findings: Findings) -> dict[str, Any]:
 def policy_words(inspection: Inspection) -> list[str]:
     """Return what a policy that writes chunks should read and write here, as far as it differs from the released one.
 
-    K is about a second of actions (openvla-oft's advice: 25 at 25 Hz, 5 at 5 Hz), and no more than half of the episodes
-    have; unknown where the rate is. The cameras are those that a conversion keeps and that show something. The state is
-    read where every episode has one, unless it never changes.
+    K is about a second of actions (openvla-oft's advice: 25 at 25 Hz, 5 at 5 Hz), and at most half of an episode (the
+    median one), since only what has K actions to come is an example; unknown where the rate is. The cameras are those
+    that a conversion keeps and that show something. The state is read where every episode has one, unless it never
+    changes.
     """
     usable = inspection.standardized
     if not usable:
         return []
     words = []
     lengths = [len(facts.standardized) for facts in usable if facts.standardized is not None]
-    chunk = min(round(inspection.fps or 1), int(np.median(lengths)))
+    chunk = min(round(inspection.fps or 1), math.ceil(np.median(lengths) / 2))
     if chunk > 1:
         words.append(f"policy.chunk={chunk}")
     others = [name for name in list(inspection.labels)[1:] if name in inspection.shapes]
