@@ -11,7 +11,10 @@ from vlaft.cli.arguments import AsJson, Out, Overwrite
 
 def record(
     envs: Annotated[
-        list[str], typer.Argument(metavar="ENV...", help="tabletop, metaworld:TASK, or several.", show_default=False)
+        list[str],
+        typer.Argument(
+            metavar="ENV...", help="tabletop, metaworld:TASK, libero:SUITE:INDEX, or several.", show_default=False
+        ),
     ],
     out: Out,
     episodes: Annotated[int, typer.Option("--episodes", help="Successful episodes of each task.", min=1)] = 50,
@@ -27,6 +30,10 @@ def record(
     ] = None,
     pad_action: Annotated[
         bool, typer.Option("--pad-action", help="Write OpenVLA's seven numbers instead of the simulator's own.")
+    ] = False,
+    fast_render: Annotated[
+        bool,
+        typer.Option("--fast-render", help="LIBERO without smooth edges and reflections, unlike evaluate."),
     ] = False,
     workers: Annotated[
         int | None,
@@ -50,7 +57,17 @@ def record(
     from vlaft.errors import Interrupted
 
     check_output_folder(out, overwrite=overwrite)
-    request = RecordRequest(tuple(envs), out, episodes, seed, disturb, pad_action, workers, overwrite)
+    request = RecordRequest(
+        tuple(envs),
+        out,
+        episodes=episodes,
+        seed=seed,
+        disturbed=disturb,
+        pad=pad_action,
+        fast_render=fast_render,
+        workers=workers,
+        overwrite=overwrite,
+    )
     tasks = tasks_to_record(request)
     try:
         with progress(f"recording {', '.join(envs)}", total=episodes * len(tasks), unit="episodes") as advance:
@@ -59,6 +76,11 @@ def record(
         raise Interrupted("interrupted; give the same command again to go on, what is finished is kept") from error
     if as_json:
         print_json(done)
+    if fast_render:
+        warn(
+            "drawn without smooth edges and reflections (--fast-render), unlike what evaluate shows: for demonstrations"
+            " of your own, never beside upstream's; meta/recording.json says so too"
+        )
     failed = sum(done.failures.values())
     left_out = f"; {failed} of {failed + done.episodes} failed and were left out" if failed else ""
     kept = f" ({done.reused} were there already)" if done.reused else ""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vlaft.data.lerobot_writer import Piece, Shape, read_piece, write_dataset, write_piece
-from vlaft.environments.registry import tasks_named
+from vlaft.environments.registry import shipped_tasks, tasks_named
 from vlaft.environments.seats import ATTEMPTS, how_many
 from vlaft.environments.task import Expert, Task
 from vlaft.environments.workers import Worker, WorkerDied, answered, close_workers
@@ -42,6 +42,7 @@ class RecordRequest:
         disturbed: share of steps at which the robot does something else than the expert wanted; None for the expert's
             own share.
         pad: write actions as OpenVLA's seven numbers.
+        fast_render: draw frames faster, and coarser than a policy that acts sees them.
         workers: processes; None chooses (`seats.how_many`).
         overwrite: replace a dataset that is there.
     """
@@ -52,6 +53,7 @@ class RecordRequest:
     seed: int = 100_000
     disturbed: float | None = None
     pad: bool = False
+    fast_render: bool = False
     workers: int | None = None
     overwrite: bool = False
 
@@ -111,7 +113,7 @@ def record(
             steps = write_dataset(partial, pieces_folder, pieces, shape)
             failures = {each.task.name: each.failed for each in counts}
             said = {"environments": [task.name for task in tasks], "episodes_each": request.episodes}
-            said |= {"disturbed": request.disturbed, "failures": failures}
+            said |= {"disturbed": request.disturbed, "fast_render": request.fast_render, "failures": failures}
             said |= {"seeds": {each.task.name: each.seeds for each in counts}}
             write_json(partial / "meta" / "recording.json", said, durable=False)
         _discard(pieces_folder, request.out)
@@ -146,11 +148,19 @@ def _shapes(tasks: Sequence[Task], request: RecordRequest) -> list[Shape]:
     for task in tasks:
         expert = task.expert
         if expert is None:
-            raise ConfigError(f"{task.name} has no scripted expert, so there is nobody to record")
+            known = [each.name for each in shipped_tasks() if each.expert and each.name.startswith(f"{_world(task)}:")]
+            hint = f" (those of {_world(task)}: {known[0]} to {known[-1]})" if known else ""
+            raise ConfigError(f"{task.name} has no scripted expert, so there is nobody to record{hint}")
         if request.pad and expert.pad is None:
             raise ConfigError(f"{task.name}: its actions are OpenVLA's already; leave --pad-action out")
+        if request.fast_render and expert.fast is None:
+            raise ConfigError(f"{task.name}: its frames are drawn in one way only; leave --fast-render out")
         shapes.append(_shape(expert, request.pad))
     return shapes
+
+
+def _world(task: Task) -> str:
+    return task.name.partition(":")[0]
 
 
 def _shape(expert: Expert, pad: bool) -> Shape:
@@ -233,7 +243,7 @@ def _here(
     """Record in this process, one after the other."""
     for index, each in enumerate(counts):
         while (seed := each.next_seed()) is not None:
-            yield index, record_episode(each.task.name, seed, request.disturbed, request.pad, folder)
+            yield index, record_episode(each.task.name, seed, folder, request)
 
 
 def _in_processes(
@@ -249,7 +259,7 @@ def _in_processes(
                 worker = idle.pop() if idle else Worker()
                 busy[worker] = errand
                 task = counts[errand.index].task.name
-                worker.ask(record_episode, task, errand.seed, request.disturbed, request.pad, folder)
+                worker.ask(record_episode, task, errand.seed, folder, request)
             if not busy:
                 return
             for worker in answered(list(busy)):
@@ -290,8 +300,8 @@ def _next(counts: Sequence[_Count]) -> _Errand | None:
     return None
 
 
-def record_episode(name: str, seed: int, disturbed: float | None, pad: bool, folder: Path) -> Piece:
-    """Record one episode into the folder of pieces.
+def record_episode(name: str, seed: int, folder: Path, request: RecordRequest) -> Piece:
+    """Record one episode of an environment into the folder of pieces.
 
     Raises:
         VlaftError: the environment fails, or the disk is full.
@@ -299,13 +309,14 @@ def record_episode(name: str, seed: int, disturbed: float | None, pad: bool, fol
     task = tasks_named(name)[0]
     expert = task.expert
     assert expert is not None
-    episode = expert.demonstrate(seed, disturbed)
-    actions = episode.actions if not pad or expert.pad is None else expert.pad(episode.actions)
+    demonstrate = expert.fast if request.fast_render and expert.fast is not None else expert.demonstrate
+    episode = demonstrate(seed, request.disturbed)
+    actions = episode.actions if not request.pad or expert.pad is None else expert.pad(episode.actions)
     with disk_errors(folder):
         return write_piece(
             folder,
             f"{_slug(task)}-{seed:08d}",
-            _shape(expert, pad),
+            _shape(expert, request.pad),
             instruction=episode.instruction,
             success=episode.success,
             frames=episode.frames,
@@ -325,7 +336,7 @@ def _resumable(request: RecordRequest) -> Iterator[Path]:
     place = Path(os.path.realpath(request.out))
     folder = place.with_name(f"{place.name}.partial")
     asked: dict[str, Any] = {"vlaft": __version__, "record": list(request.envs)}
-    asked |= {"disturbed": request.disturbed, "pad": request.pad}
+    asked |= {"disturbed": request.disturbed, "pad": request.pad, "fast_render": request.fast_render}
     with disk_errors(request.out, "; give the same command again to go on, what is finished is kept"):
         if folder.is_dir():
             said = read_json(folder / _REQUEST) if (folder / _REQUEST).is_file() else {}

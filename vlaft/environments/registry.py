@@ -142,8 +142,17 @@ def _libero(name: str, argument: str) -> tuple[Task, ...]:
 
 
 def _libero_task(suite: str, index: int) -> Task:
+    from vlaft.environments.libero.demonstrations import demonstrate
     from vlaft.environments.libero.environment import LiberoEnv
 
+    expert = Expert(
+        partial(demonstrate, suite, index),
+        libero.CONTROL_RATE,
+        OPENVLA_ACTION,
+        libero.STATE,
+        "panda",
+        fast=partial(demonstrate, suite, index, fast_render=True),
+    )
     return Task(
         f"libero:{suite}:{index}",
         partial(LiberoEnv, suite, index),
@@ -155,6 +164,7 @@ def _libero_task(suite: str, index: int) -> Task:
         waiting_steps=libero.WAITING_STEPS,
         states=libero.INITIAL_STATES,
         memory=libero.MEMORY,
+        expert=expert if index in libero.DEMONSTRATED.get(suite, ()) else None,
     )
 
 

@@ -46,6 +46,7 @@ class Expert:
         robot: kind of robot, for the dataset.
         padded: names of OpenVLA's seven numbers, where `pad` turns actions into these.
         pad: turns actions `[T, A]` into `[T, 7]`.
+        fast: demonstrates with frames that are drawn faster, and coarser than a policy that acts sees them.
     """
 
     demonstrate: Callable[[int, float | None], ExpertEpisode]
@@ -55,6 +56,7 @@ class Expert:
     robot: str
     padded: tuple[str, ...] = ()
     pad: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None
+    fast: Callable[[int, float | None], ExpertEpisode] | None = None
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def test_suites_are_named_and_said_as_in_the_benchmark() -> None:
 
 def test_tasks_by_name() -> None:
     (soup,) = tasks_named("libero:libero_object:0")
-    assert soup.name == "libero:libero_object:0" and soup.cameras == ("main", "wrist") and soup.expert is None
+    assert soup.name == "libero:libero_object:0" and soup.cameras == ("main", "wrist")
     assert soup.unnorm_keys == ("libero_object", "libero_object_no_noops") and soup.memory is not None
     assert (soup.step_limit, soup.waiting_steps, soup.states) == (280, 10, 50) and [*map(len, soup.actions)] == [7]
     assert soup.instruction == "pick up the alphabet soup and place it in the basket"
@@ -106,6 +106,9 @@ class World:
             "agentview_image": frame, "robot0_eye_in_hand_image": frame // 2, "robot0_eef_pos": np.array([1.0, 2, 3]),
             "robot0_eef_quat": np.array([0, 0, 2**-0.5, 2**-0.5]), "robot0_gripper_qpos": np.array([0.04, -0.04]),
         }  # fmt: skip
+
+    def get_sim_state(self) -> np.ndarray:
+        return np.zeros(2)
 
     def set_init_state(self, state: np.ndarray) -> dict[str, np.ndarray]:
         self.asked = [("state", state.tolist(), self.draws)]

@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -28,6 +29,8 @@ SIZE = 256
 MUJOCO = "3.3.0"
 _VIEWS = {"image": "agentview_image", "image_wrist": "robot0_eye_in_hand_image"}
 _STILL = [0.0, 0, 0, 0, 0, 0, -1]  # the gripper stays open
+_ARM_NOISE = 0.02  # radians, standard deviation: robosuite's usual one
+_ELSEWHERE = 1  # beside a seed: draws other than those of upstream's evaluation, whatever the seed
 
 _Observation = dict[str, NDArray[Any]]
 
@@ -45,8 +48,14 @@ class LiberoEnv:
     * An episode ends with its success. Ten steps have been waited at its beginning, in which objects come to rest.
     """
 
-    def __init__(self, suite: str, index: int) -> None:
+    def __init__(self, suite: str, index: int, *, fast_render: bool = False) -> None:
         """Make the simulator.
+
+        Args:
+            suite: the task's.
+            index: of the task in it.
+            fast_render: draw faster than what released models saw and evaluation shows: edges are not smoothed, and
+                nothing is reflected. (LIBERO's lights cast no shadows in any case.)
 
         Raises:
             MissingExtra: LIBERO is not installed.
@@ -56,12 +65,14 @@ class LiberoEnv:
         self.instruction = instruction(name)
         folder = Path(library.folder)
         with np.load(folder / "init_files" / suite / f"{name}.pruned_init.npz", allow_pickle=False) as file:
-            self._initial = file["states"]
-        if len(self._initial) != INITIAL_STATES:
-            raise VlaftError(f"{suite}: {name} has {len(self._initial)} initial states, not {INITIAL_STATES}")
+            self.initial_states = file["states"]
+        if len(self.initial_states) != INITIAL_STATES:
+            raise VlaftError(f"{suite}: {name} has {len(self.initial_states)} initial states, not {INITIAL_STATES}")
         file_name = str(folder / "bddl_files" / suite / f"{name}.bddl")
         self._world = library.make(bddl_file_name=file_name, camera_heights=SIZE, camera_widths=SIZE)
         self._crowded: type[Exception] = library.crowded
+        if fast_render:
+            self._world.env.set_xml_processor(drawn_faster)  # from the next reset on
         self._draws = [np.random.RandomState(0).get_state()]  # numpy's own, before upstream's first reset, second, ...
         self._number: int | None = None
 
@@ -69,14 +80,56 @@ class LiberoEnv:
         """Begin an episode; the same seed gives the same one, whichever went before."""
         last = -1 if self._number is None else self._number
         number = (last + 1 if seed is None else seed) % INITIAL_STATES
-        self._draw_here()
-        with _numpy_draws(self._drawn(number)):
-            self._world.reset()
-        seen = self._world.set_init_state(self._initial[number])
-        for _ in range(WAITING_STEPS):
-            seen, *_ = self._world.step(_STILL)
+        seen = self.restore(self.initial_states[number], number)
         self._number = number
-        return _observation(seen), {"instruction": self.instruction, "initial_state": number}
+        return observed(seen), {"instruction": self.instruction, "initial_state": number}
+
+    def scatter(self, seed: int) -> _Observation:
+        """Begin an episode in none of the initial states: things and arm are put where the seed says.
+
+        They are drawn as LIBERO draws them; the arm's joints are off their usual places by what robosuite usually
+        draws, which is what initial states show as well.
+
+        Returns:
+            What the simulator lets see: its own names, frames upside down. `observed` turns it into an observation.
+        """
+        self._load(np.random.RandomState([seed, _ELSEWHERE]).get_state())
+        state = self._world.get_sim_state()
+        joints = 1 + np.array(self._world.robots[0]._ref_joint_pos_indexes)  # after the time
+        state[joints] += np.random.default_rng([seed, _ELSEWHERE]).normal(0, _ARM_NOISE, len(joints))
+        self._number = -1
+        return self._waited(self._world.set_init_state(state))
+
+    def restore(self, state: NDArray[np.float64], number: int) -> _Observation:
+        """Begin an episode where a state of the simulator has everything.
+
+        Args:
+            state: of this task, `[S]`, as LIBERO's files keep it.
+            number: of upstream's resets, from 0: where cabinets and stoves stand, which is in no state.
+
+        Returns:
+            What the simulator lets see, as `scatter` does.
+
+        Raises:
+            DataError: it is no state of this task.
+        """
+        self._load(self._drawn(number))
+        size = len(self._world.get_sim_state())
+        if state.shape != (size,):
+            raise DataError(f"a state of this task has {size} numbers, not {[*state.shape]}")
+        self._number = -1
+        return self._waited(self._world.set_init_state(state))
+
+    def act(self, action: NDArray[np.float64]) -> tuple[_Observation, bool]:
+        """Do an action as LIBERO's files have it, `[7]`; return what the simulator lets see, and whether it is done."""
+        self._draw_here()
+        seen, _, done, _ = self._world.step(action.tolist())
+        return seen, bool(done)
+
+    @property
+    def world(self) -> Any:
+        """LIBERO's own environment."""
+        return self._world
 
     def step(self, action: ArrayLike) -> tuple[_Observation, float, bool, bool, dict[str, Any]]:
         """Do an action.
@@ -90,12 +143,23 @@ class LiberoEnv:
         self._draw_here()
         seen, reward, done, _ = self._world.step(wanted)
         info = {"success": bool(done), "initial_state": self._number}
-        return _observation(seen), float(reward), bool(done), False, info
+        return observed(seen), float(reward), bool(done), False, info
 
     def close(self) -> None:
         """Give back what draws."""
         self._draw_here()
         self._world.close()
+
+    def _load(self, draws: Any) -> None:
+        """Reset, with what numpy's generator draws from a state on."""
+        self._draw_here()
+        with _numpy_draws(draws):
+            self._world.reset()
+
+    def _waited(self, seen: _Observation) -> _Observation:
+        for _ in range(WAITING_STEPS):
+            seen, *_ = self._world.step(_STILL)
+        return seen
 
     def _draw_here(self) -> None:
         """Let OpenGL mean this environment, for another of this process may have drawn last."""
@@ -108,12 +172,12 @@ class LiberoEnv:
         with 0 when it makes a task's environment, and resets it for one initial state after the other. So that an
         episode does not depend on those before, these resets are done here without drawing and loading.
         """
-        if number and len(self._draws) == 1:
+        if number >= len(self._draws):
             with _numpy_draws(self._draws[0]):
                 bodies = self._loaded()
-                self._draws.append(np.random.get_state())
+                self._draws[1:] = [np.random.get_state()]
                 model = self._world.sim.model
-                while len(self._draws) < INITIAL_STATES:
+                while len(self._draws) <= max(number, INITIAL_STATES - 1):
                     model.body_pos[:], model.body_quat[:] = bodies
                     self._world.sim.reset()
                     try:
@@ -167,7 +231,24 @@ def axis_angle(quaternion: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.zeros(3) if np.isclose(sine, 0) else quaternion[:3] * 2 * np.arccos(w) / sine
 
 
-def _observation(seen: dict[str, NDArray[Any]]) -> _Observation:
+def drawn_faster(xml: str) -> str:
+    """Return MuJoCo's description of a scene, changed so that edges are not smoothed and nothing is reflected.
+
+    >>> drawn_faster('<mujoco><material name="table" reflectance="0.5" /></mujoco>')
+    '<mujoco><material name="table" reflectance="0" /><visual><quality offsamples="0" /></visual></mujoco>'
+    """
+    scene = ElementTree.fromstring(xml)
+    visual = scene.find("visual")
+    visual = ElementTree.SubElement(scene, "visual") if visual is None else visual
+    quality = visual.find("quality")
+    (ElementTree.SubElement(visual, "quality") if quality is None else quality).set("offsamples", "0")
+    for material in scene.iter("material"):
+        material.set("reflectance", "0")
+    return ElementTree.tostring(scene, encoding="unicode")
+
+
+def observed(seen: _Observation) -> _Observation:
+    """Return what `LiberoEnv` observes for what the simulator lets see."""
     state = [seen["robot0_eef_pos"], axis_angle(seen["robot0_eef_quat"]), seen["robot0_gripper_qpos"]]
     frames = {name: seen[view][::-1, ::-1].copy() for name, view in _VIEWS.items()}
     return {**frames, "state": np.concatenate(state).astype(np.float32)}

@@ -153,7 +153,9 @@ STEP_LIMITS = {  # OpenVLA's: a little more than the longest demonstration
     "libero_10": 520,
     "libero_90": 400,
 }
+DEMONSTRATED = {"libero_object": range(10)}  # whose expert succeeds in 90 % and more, see docs/libero.md
 CAMERAS = ("main", "wrist")
+STATE = ("x", "y", "z", "axis_x", "axis_y", "axis_z", "finger_left", "finger_right")
 CONTROL_RATE = 20  # actions per second of simulated time
 WAITING_STEPS = 10  # in which what was placed in the air comes to rest
 INITIAL_STATES = 50  # of each task
