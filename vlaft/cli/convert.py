@@ -80,6 +80,15 @@ def convert(
         typer.Option("--part", metavar="I/N", help="Write the plan's part I of N; on any machine.", show_default=False),
     ] = None,
     finish: Annotated[bool, typer.Option("--finish", help="Make the dataset of a plan whose parts are there.")] = False,
+    regenerate: Annotated[
+        Path | None,
+        typer.Option(
+            "--regenerate",
+            metavar="FOLDER",
+            help="First replay LIBERO's own files in its simulator, at 256 pixels; what comes of it is kept here.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Turn demonstrations into tokenized action examples.
@@ -98,6 +107,9 @@ def convert(
     _check_steps(given, plan, part, finish)
     if out is None and not later:
         raise UsageError("--out is missing; name the folder to write")
+    if regenerate is not None:
+        words = [str(regenerate), *_regenerated(context, words or [], regenerate, workers)]
+        preset = preset or ["libero_hdf5"]
     named = {"words", "preset", "name", "weight", "mix"} & given
     request = run.ConvertRequest(
         sources=[] if later and not named else _sources(words or [], preset or [], name or [], weight or [], mix),
@@ -135,9 +147,46 @@ def convert(
         _tell(done, dry_run, None if later else plan)
 
 
+def _regenerated(context: typer.Context, words: Sequence[str], out: Path, workers: int | None) -> list[str]:
+    """Replay LIBERO's files; return the settings among the words."""
+    from vlaft.cli.arguments import check_output_folder
+    from vlaft.cli.console import say, warn
+    from vlaft.environments.libero.regeneration import regenerate
+    from vlaft.errors import Interrupted, UsageError
+
+    for name in ("part", "finish", "dry_run", "mix"):
+        if _is_given(context, name):
+            raise UsageError(f"--regenerate replays files before they are converted; leave --{_option(name)} out")
+    paths = [word for word in words if "=" not in word or _exists(word)]
+    if len(paths) != 1:
+        raise UsageError(f"--regenerate takes one folder of LIBERO's files at a time, not {len(paths)} sources")
+    overwrite = bool(context.params["overwrite"])
+    check_output_folder(context.params["out"], overwrite=overwrite)
+    try:
+        with _phases() as report:
+            done = regenerate(Path(paths[0]), out, workers=workers, overwrite=overwrite, progress=report, told=warn)
+    except KeyboardInterrupt as error:
+        raise Interrupted("interrupted; give the same command again to go on, what is finished is kept") from error
+    kept = [each for each in done.all if each.success]
+    again = f" ({done.reused} were replayed before)" if done.reused else ""
+    say(
+        f"{len(kept)} of {len(done.all)} demonstrations ended in success when replayed and are kept in {out}{again}:"
+        f" {sum(each.steps for each in kept):,} steps, without {sum(each.idle for each in kept):,} idle ones"
+    )
+    for failed in done.failed[:_SHOWN]:
+        warn(f"left out {failed}: it did not end in success when it was replayed")
+    if len(done.failed) > _SHOWN:
+        warn(f"{len(done.failed) - _SHOWN} more did not end in success; {out / 'regeneration.json'} lists them all")
+    return [word for word in words if word not in paths]
+
+
 def _is_given(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
+
+
+def _option(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def _check_steps(given: set[str], plan: Path | None, part: str | None, finish: bool) -> None:
@@ -186,7 +235,7 @@ def _check_agrees(plan: Path, request: ConvertRequest, given: set[str]) -> None:
         )
     for word in sorted(words & asked.keys()):
         if asked[word] != made.settings[word]:
-            option = "--" + word.replace("_", "-")
+            option = f"--{_option(word)}"
             raise UsageError(
                 f"{option} {asked[word]} contradicts {plan}, which was made with {made.settings[word]}; leave it out,"
                 " or make another plan"
@@ -278,7 +327,7 @@ def _phases() -> Iterator[Progress]:
             nonlocal current
             if current is None or current[0] != phase:
                 stack.close()
-                unit = "episodes" if phase.startswith("reading") else "examples"
+                unit = "episodes" if phase.startswith(("reading", "replaying")) else "examples"
                 current = (phase, stack.enter_context(progress(phase, total, unit)), 0)
             if done > current[2]:
                 current[1](done - current[2])

@@ -7,25 +7,21 @@ whose expert succeeds.
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlaft.data.lerobot_writer import Piece, Shape, read_piece, write_dataset, write_piece
+from vlaft.environments.errands import Errand, run_errands
 from vlaft.environments.registry import shipped_tasks, tasks_named
-from vlaft.environments.seats import ATTEMPTS, how_many
+from vlaft.environments.seats import how_many
 from vlaft.environments.task import Expert, Task
-from vlaft.environments.workers import Worker, WorkerDied, answered, close_workers
-from vlaft.errors import ConfigError, DataError, VlaftError
-from vlaft.files import disk_errors, locked, read_json, replaceable, staged, write_json
-from vlaft.version import __version__
+from vlaft.environments.unfinished import discard, unfinished
+from vlaft.errors import ConfigError, DataError
+from vlaft.files import disk_errors, locked, staged, write_json
 
-_REQUEST = "request.json"
 _HOPELESS = 10  # failures beyond as many as there are successes: the expert cannot do it
 
 
@@ -99,13 +95,15 @@ def record(
     """
     tasks = tasks_to_record(request)
     shape = _shapes(tasks, request)[0]
-    with locked(request.out), _resumable(request) as pieces_folder:
+    asked: dict[str, Any] = {"record": list(request.envs), "disturbed": request.disturbed, "pad": request.pad}
+    asked |= {"fast_render": request.fast_render}
+    with locked(request.out), unfinished(request.out, asked, overwrite=request.overwrite) as pieces_folder:
         counts = [_Count(task, request) for task in tasks]
         count, processes = how_many(tasks, len(tasks) * request.episodes, request.workers)
         reused = sum(each.take_finished(pieces_folder) for each in counts)
         advance(sum(len(each.successes) for each in counts))
-        recorder = _in_processes if processes else _here
-        for index, piece in recorder(counts, count, pieces_folder, request, told):
+        errands = run_errands(lambda: _next(counts, pieces_folder, request), count, processes=processes, told=told)
+        for index, piece in errands:
             if counts[index].add(piece):
                 advance(1)
         pieces = [piece for each in counts for piece in each.chosen]
@@ -116,7 +114,7 @@ def record(
             said |= {"disturbed": request.disturbed, "fast_render": request.fast_render, "failures": failures}
             said |= {"seeds": {each.task.name: each.seeds for each in counts}}
             write_json(partial / "meta" / "recording.json", said, durable=False)
-        _discard(pieces_folder, request.out)
+        discard(pieces_folder, request.out)
     return Recording(request.out, len(pieces), steps, failures, reused)
 
 
@@ -234,69 +232,11 @@ class _Count:
         return sum(seed < self.seeds[-1] for seed in self._failures)
 
 
-_Recorder = Iterator[tuple[int, Piece]]
-
-
-def _here(
-    counts: Sequence[_Count], count: int, folder: Path, request: RecordRequest, told: Callable[[str], None]
-) -> _Recorder:
-    """Record in this process, one after the other."""
-    for index, each in enumerate(counts):
-        while (seed := each.next_seed()) is not None:
-            yield index, record_episode(each.task.name, seed, folder, request)
-
-
-def _in_processes(
-    counts: Sequence[_Count], count: int, folder: Path, request: RecordRequest, told: Callable[[str], None]
-) -> _Recorder:
-    """Record in processes, each of which is given the next seed as soon as it is free."""
-    idle: list[Worker] = []
-    busy: dict[Worker, _Errand] = {}
-    waiting: list[_Errand] = []  # whose worker died
-    try:
-        while True:
-            while len(busy) < count and (errand := waiting.pop() if waiting else _next(counts)) is not None:
-                worker = idle.pop() if idle else Worker()
-                busy[worker] = errand
-                task = counts[errand.index].task.name
-                worker.ask(record_episode, task, errand.seed, folder, request)
-            if not busy:
-                return
-            for worker in answered(list(busy)):
-                errand = busy[worker]
-                try:
-                    piece = worker.answer()
-                except WorkerDied as death:
-                    close_workers([worker])
-                    del busy[worker]
-                    errand.attempts += 1
-                    where = f"{counts[errand.index].task.name}, seed {errand.seed}: the process died ({death})"
-                    if errand.attempts > ATTEMPTS:
-                        raise VlaftError(
-                            f"{where} {ATTEMPTS} times, perhaps for want of memory; give the same command again with"
-                            " fewer --workers, what is finished is kept"
-                        ) from death
-                    told(f"{where}; its episode is begun again")
-                    waiting.append(errand)
-                    continue
-                del busy[worker]
-                idle.append(worker)
-                yield errand.index, piece
-    finally:
-        close_workers([*idle, *busy])
-
-
-@dataclass
-class _Errand:
-    index: int
-    seed: int
-    attempts: int = field(default=1)
-
-
-def _next(counts: Sequence[_Count]) -> _Errand | None:
+def _next(counts: Sequence[_Count], folder: Path, request: RecordRequest) -> Errand | None:
     for index, each in enumerate(counts):
         if (seed := each.next_seed()) is not None:
-            return _Errand(index, seed)
+            name = each.task.name
+            return Errand(f"{name}, seed {seed}", index, record_episode, (name, seed, folder, request))
     return None
 
 
@@ -327,36 +267,3 @@ def record_episode(name: str, seed: int, folder: Path, request: RecordRequest) -
 
 def _slug(task: Task) -> str:
     return task.name.replace(":", "-")
-
-
-@contextmanager
-def _resumable(request: RecordRequest) -> Iterator[Path]:
-    """Give the folder of pieces beside the output: an earlier call's where that was asked for the same."""
-    replaceable(request.out, overwrite=request.overwrite)
-    place = Path(os.path.realpath(request.out))
-    folder = place.with_name(f"{place.name}.partial")
-    asked: dict[str, Any] = {"vlaft": __version__, "record": list(request.envs)}
-    asked |= {"disturbed": request.disturbed, "pad": request.pad, "fast_render": request.fast_render}
-    with disk_errors(request.out, "; give the same command again to go on, what is finished is kept"):
-        if folder.is_dir():
-            said = read_json(folder / _REQUEST) if (folder / _REQUEST).is_file() else {}
-            if "record" not in said and any(not path.name.startswith(".") for path in folder.iterdir()):
-                raise DataError(
-                    f"{folder} holds something that is no unfinished recording; move it, or name another --out"
-                )
-            if said != asked:
-                _discard(folder, request.out)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / _REQUEST, asked)
-        try:
-            yield folder
-        finally:
-            if folder.is_dir() and all(path.name == _REQUEST for path in folder.iterdir()):  # nothing to go on from
-                _discard(folder, request.out)
-
-
-def _discard(folder: Path, out: Path) -> None:
-    """Remove the folder of pieces, whole or not at all: what is half removed has a name that is removed in any case."""
-    hidden = folder.with_name(f".{Path(os.path.realpath(out)).name}.partial")
-    folder.rename(hidden)
-    shutil.rmtree(hidden)

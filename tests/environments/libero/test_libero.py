@@ -14,6 +14,8 @@ from scipy.spatial.transform import Rotation
 from small_base import write_small_base
 
 from vlaft.cli.main import main
+from vlaft.data.layout import apply_layout
+from vlaft.data.readers.lerobot.source import LeRobotReader
 from vlaft.environments.libero import environment as module
 from vlaft.environments.libero.environment import LiberoEnv, as_libero, axis_angle
 from vlaft.environments.libero.tasks import STEP_LIMITS, SUITES, instruction
@@ -278,3 +280,41 @@ def test_what_can_be_seen_and_done() -> None:
         env._world.reset()
     assert np.array_equal(env._world.sim.model.body_pos, places)
     env.close()
+
+
+@pytest.mark.libero
+@pytest.mark.usefixtures("simulator")
+def test_the_expert_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One episode, disturbed and drawn fast, up to its success, from none of the initial states."""
+    out = tmp_path / "demos"
+    words = [
+        "record",
+        "libero:libero_object:9",
+        "--episodes",
+        "1",
+        "--seed",
+        "7",
+        "--disturb",
+        "0.05",
+        "--workers",
+        "0",
+    ]
+    assert main([*words, "--fast-render", "--out", str(out)]) == 0
+    assert "drawn without smooth edges and reflections (--fast-render)" in " ".join(capsys.readouterr().err.split())
+    said = json.loads((out / "meta" / "recording.json").read_text())
+    assert said["fast_render"] is True and said["seeds"] == {"libero:libero_object:9": [7]}
+    source = LeRobotReader(out)
+    episode = apply_layout(source.read(source.episodes()[0]), source.layout)
+    assert episode.instruction == "pick up the orange juice and place it in the basket" and episode.fps == 20
+    assert 60 < episode.length < 280 and episode.state.shape[1] == 8 and episode.action.shape[1] == 7
+    assert {*episode.action[:, 6]} == {0.0, 1.0} and np.abs(episode.action[:, :6]).max() <= 1
+    assert episode.state[-1, 1] > episode.state[0, 1] + 0.15  # from the middle to the basket on the right
+    frames = np.stack(list(episode.cameras["main"].read([0])))
+    assert frames.shape == (1, 256, 256, 3) and frames.std() > 20
+    env = module.kept_environment("libero_object", 9, fast_render=True)  # as the recording has left it
+    quality = env.world.sim.model.vis.quality
+    assert quality.offsamples == 0 and not env.world.sim.model.mat_reflectance.any()
+    env.scatter(7)
+    started = env.world.get_sim_state()
+    assert np.abs(env.initial_states[:, 1:8] - started[1:8]).max(1).min() > 1e-3
+    module._close_kept()

@@ -69,13 +69,18 @@ def filter_noops(episode: Episode, *, threshold: float = 1e-4, gripper: int | No
     """
     action = require_action(episode)
     held = None if gripper is None else resolve_dims([gripper], action.shape[1])[0]
-    motion = action if held is None else np.delete(action, held, axis=1)
+    return episode.select(moving_steps(action, threshold, held))
+
+
+def moving_steps(action: NDArray[np.floating], threshold: float = 1e-4, gripper: int | None = -1) -> NDArray[np.int64]:
+    """Return which steps of `action` `[T, A]` `filter_noops` keeps, in their order."""
+    motion = action if gripper is None else np.delete(action, gripper, axis=1)
     moves = np.linalg.norm(motion.astype(np.float64), axis=1) >= threshold
     kept: list[int] = []
     for step in range(len(action)):
-        if moves[step] or (held is not None and kept and action[step, held] != action[kept[-1], held]):
+        if moves[step] or (gripper is not None and kept and action[step, gripper] != action[kept[-1], gripper]):
             kept.append(step)
-    return episode.select(np.asarray(kept, dtype=np.int64))
+    return np.asarray(kept, dtype=np.int64)
 
 
 def keep_where(episode: Episode, *, source: str, above: float = 0.5) -> Episode:

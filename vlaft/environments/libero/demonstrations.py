@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlaft.environments.libero.environment import LiberoEnv, observed
+from vlaft.environments.libero.environment import kept_environment, observed
 from vlaft.environments.libero.expert import Picker, Scene
 from vlaft.environments.libero.tasks import STEP_LIMITS
 from vlaft.environments.task import ExpertEpisode
@@ -68,7 +67,7 @@ def demonstrate(
             wanted.
         fast_render: as `LiberoEnv` has it.
     """
-    env = _environment(suite, index, fast_render)
+    env = kept_environment(suite, index, fast_render=fast_render)
     generator = np.random.default_rng([seed, 1])
     observation = observed(env.scatter(seed))
     sight, expert = Sight(env.world), Picker()
@@ -108,20 +107,3 @@ def _bounds(world: Any, name: str) -> _Bounds:
         return places.min(0), places.max(0)
 
     return bounds
-
-
-def _environment(suite: str, index: int, fast_render: bool) -> LiberoEnv:
-    key = (suite, index, fast_render)
-    if key not in _kept:
-        _close_kept()  # each takes 1.2 GB and more
-        _kept[key] = LiberoEnv(suite, index, fast_render=fast_render)
-        atexit.register(_close_kept)  # once MuJoCo has registered what takes down its display, so that it runs before
-    return _kept[key]
-
-
-_kept: dict[tuple[str, int, bool], LiberoEnv] = {}
-
-
-def _close_kept() -> None:
-    while _kept:
-        _kept.popitem()[1].close()

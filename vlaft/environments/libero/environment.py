@@ -8,6 +8,7 @@ Needs `vlaft[libero]`, and an OpenGL library that draws without a screen.
 
 from __future__ import annotations
 
+import atexit
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -203,6 +204,24 @@ class LiberoEnv:
         finally:
             del world._initialize_sim
         return bodies[0], bodies[1]
+
+
+def kept_environment(suite: str, index: int, *, fast_render: bool = False) -> LiberoEnv:
+    """Return an environment of a task, which is kept for the next call of the same words."""
+    key = (suite, index, fast_render)
+    if key not in _kept:
+        _close_kept()  # each takes 1.2 GB and more
+        _kept[key] = LiberoEnv(suite, index, fast_render=fast_render)
+        atexit.register(_close_kept)  # once MuJoCo has registered what takes down its display, so that it runs before
+    return _kept[key]
+
+
+_kept: dict[tuple[str, int, bool], LiberoEnv] = {}
+
+
+def _close_kept() -> None:
+    while _kept:
+        _kept.popitem()[1].close()
 
 
 def as_libero(action: NDArray[np.float64]) -> NDArray[np.float64]:
