@@ -141,7 +141,9 @@ def test_other_files_are_not_taken_for_the_same(adder: Adder, tmp_path: Path) ->
     raw = write_libero_file(tmp_path / "raw" / f"{MILK}_demo.hdf5", [moved(2.0)])
     regenerate(raw, tmp_path / "new", workers=0)
     write_libero_file(raw, [moved(2.0, 2.0)])
-    with pytest.raises(VlaftError, match="new is not empty; name another folder"):
+    with pytest.raises(
+        DataError, match=r"new was made of other files than .*, or these have changed since; name another"
+    ):
         regenerate(raw, tmp_path / "new", workers=0)
     assert regenerate(raw, tmp_path / "new", workers=0, overwrite=True).all == [Replay(True, 2, 0)]
     (tmp_path / "mine").mkdir()
@@ -161,6 +163,7 @@ def test_other_files_are_not_taken_for_the_same(adder: Adder, tmp_path: Path) ->
         ("KITCHEN_SCENE3_turn_on_the_stove_and_put_the_moka_pot_on_it_demo.hdf5", {}, ("libero_10", 2)),
         ("any.hdf5", {"language": "put the bowl on the stove"}, ("libero_goal", 1)),
         ("any.hdf5", {}, None),
+        ("any.hdf5", {"bddl": ""}, None),
         ("any.hdf5", {"language": "put the white mug on the plate", "bddl": "mine.bddl"}, ("libero_90", None)),
     ],
 )
@@ -179,26 +182,27 @@ def test_of_which_task_a_file_is(
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("name", "values", "told"),
     [
-        (
-            lambda demo: demo.create_dataset("actions", data=np.full((2, 7), np.nan)),
-            "demo_0: its actions are .* finite",
-        ),
-        (lambda demo: demo.create_dataset("actions", data=np.ones((2, 4))), "demo_0: its actions have 4 numbers"),
-        (lambda demo: demo.create_dataset("actions", data=np.ones((991, 7))), "has 991 steps; the simulator ends"),
-        (lambda demo: None, "demo_0 has no dataset 'actions'"),
-        (lambda demo: demo.move("states", "actions"), "demo_0 has no dataset 'states'"),
+        ("actions", np.full((2, 7), np.nan), r"demo_0: its actions are \[2, 7\] or not all finite"),
+        ("actions", np.ones((2, 4)), "demo_0: its actions have 4 numbers, LIBERO's have 7"),
+        ("actions", np.ones((991, 7)), "demo_0 has 991 steps; the simulator ends an episode after 990"),
+        ("robot_states", np.ones((1, 4)), "demo_0: its robot_states have 4 numbers, LIBERO's have 9"),
+        ("states", np.ones(4), "demo_0: its states are"),
+        ("states", np.ones((0, 4)), "demo_0: its states are"),
+        ("actions", None, "demo_0 has no dataset 'actions'"),
+        ("states", None, "demo_0 has no dataset 'states'"),
     ],
 )
-def test_damaged_files(change, told: str, adder: Adder, tmp_path: Path) -> None:
+def test_damaged_files(name: str, values: np.ndarray | None, told: str, adder: Adder, tmp_path: Path) -> None:
     path = write_libero_file(tmp_path / f"{MILK}_demo.hdf5", [moved(2.0)])
     with h5py.File(path, "a") as file:
-        del file["data/demo_0/actions"]
-        change(file["data/demo_0"])
+        del file[f"data/demo_0/{name}"]
+        if values is not None:
+            file[f"data/demo_0/{name}"] = values
     with pytest.raises(DataError, match=told):
         regenerate(path, tmp_path / "new", workers=0)
-    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "new").exists() and not (tmp_path / "new.partial").exists()
 
 
 def test_what_cannot_be_replayed(adder: Adder, tmp_path: Path) -> None:

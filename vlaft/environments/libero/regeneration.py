@@ -137,8 +137,14 @@ def regenerate(
     with locked(out):
         if (made := _made(out, asked)) is not None:
             return made
-        if out.is_dir() and any(out.iterdir()) and not (out / REPORT).is_file():
-            raise DataError(f"{out} holds something that is no replay of LIBERO's files; name another folder")
+        if out.is_dir() and any(out.iterdir()):
+            if not (out / REPORT).is_file():
+                raise DataError(f"{out} holds something that is no replay of LIBERO's files; name another folder")
+            if not overwrite:
+                raise DataError(
+                    f"{out} was made of other files than {source}, or these have changed since; name another folder for"
+                    " what is replayed, or give --overwrite"
+                )
         with unfinished(out, asked, overwrite=overwrite) as pieces:
             replays = {each.path.name: _finished(pieces, each) for each in sources}
             reused = done = sum(map(len, replays.values()))
@@ -200,6 +206,8 @@ def replay_demonstration(source: Source, name: str, pieces: Path) -> Replay:
         first = _numbers(demo, "robot_states", where)[0] if robot is not None else None
     if actions.shape[1] != 7:
         raise DataError(f"{where}: its actions have {actions.shape[1]} numbers, LIBERO's have 7")
+    if first is not None and len(first) != 9:
+        raise DataError(f"{where}: its robot_states have {len(first)} numbers, LIBERO's have 9")
     kept = moving_steps(actions)
     if len(kept) > _LONGEST:
         raise DataError(f"{where} has {len(kept)} steps; the simulator ends an episode after {_LONGEST}")
@@ -233,7 +241,7 @@ def _files(source: Path) -> list[Path]:
 def _task_of(data: h5py.Group, path: Path) -> tuple[str, int]:
     """Return suite and number, by the task's own file, the name of this one, or what is said to be done."""
     told = attribute(data, "bddl_file_name", str(path))
-    named = [PurePosixPath(told.replace("\\", "/")).with_suffix("")] if isinstance(told, str) else []
+    named = [PurePosixPath(told.replace("\\", "/").removesuffix(".bddl"))] if isinstance(told, str) else []
     named.append(PurePosixPath(path.absolute().parent.name, path.stem.removesuffix("_demo")))
     for name in named:
         fitting = [suite for suite, tasks in SUITES.items() if name.name in tasks]
@@ -241,7 +249,7 @@ def _task_of(data: h5py.Group, path: Path) -> tuple[str, int]:
         if chosen:
             return chosen[0], SUITES[chosen[0]].index(name.name)
     said = json_attribute(data, "problem_info", str(path)).get("language_instruction")
-    words = " ".join(said) if isinstance(said, list) else str(said)
+    words = " ".join(map(str, said)) if isinstance(said, list) else str(said)
     same = [(suite, n) for suite, tasks in SUITES.items() for n, each in enumerate(tasks) if instruction(each) == words]
     if len(same) == 1:
         return same[0]
