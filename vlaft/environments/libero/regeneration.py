@@ -155,6 +155,7 @@ def regenerate(
             for (file, name), replay in run_errands(lambda: next(waiting, None), count, processes=processes, told=told):
                 replays[file][name], done = replay, done + 1
                 progress("replaying demonstrations", done, total)
+            replays = {each.path.name: {name: replays[each.path.name][name] for name in each.demos} for each in sources}
             result = Regeneration(out, replays, reused)
             if not any(each.success for each in result.all):
                 raise DataError(f"{source}: none of {total} demonstrations ended in success when it was replayed")
