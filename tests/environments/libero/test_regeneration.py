@@ -264,15 +264,16 @@ def recorded(env: LiberoEnv, seed: int, *, idle: int = 0, steps: int = 280) -> D
     """Let the expert act, as LIBERO's recorder looks on; idle steps in the middle; stopped after so many steps."""
     env.scatter(seed)
     demo, sight, expert = Demonstration(), Sight(env.world), Picker()
+    first = 5  # rows that LIBERO's recorder leaves out, while forces settle; people have hardly moved by then
     for step in range(steps):
         wanted = as_libero(expert.action(sight.scene()).astype(np.float64))
-        for action in [np.append(np.zeros(6), wanted[6])] * (idle if step == 30 else 0) + [wanted]:
+        still = {0: first, 30: idle}.get(step, 0)
+        for action in [np.append(np.zeros(6), wanted[6])] * still + [wanted]:
             state = env.world.get_sim_state()
             seen, done = env.act(action)
             demo.add(state, action, seen)
         if done:
             break
-    first = 5  # rows that LIBERO's recorder leaves out, while forces settle
     return Demonstration(demo.states[first:], demo.actions[first:], demo.seen[first:])
 
 
