@@ -3,97 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from converted_sets import ramp, write_episodes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from repository import ROOT
 from safetensors.numpy import load_file
 
-from vlaft.action.statistics import compute_statistics
 from vlaft.action.tokens import ActionTokenizer, normalize, unnormalize
-from vlaft.data.codec import encode_image
 from vlaft.data.loader import ExampleLoader, batches_in_order
-from vlaft.data.store import ConvertedDataset, example_schema, shard_entry, write_shard
+from vlaft.data.store import ConvertedDataset
 from vlaft.data.windows import cut
 from vlaft.errors import DataError
-from vlaft.files import write_json
-from vlaft.observation.images import ImagePipeline
 from vlaft.recipe.settings import PolicyConfig
 
 GOLDEN = ROOT / "tests/golden/oft-tiny/data"  # OpenVLA-OFT's own data pipeline on made-up episodes
-PIPELINE = ImagePipeline(4, "lanczos", "resize-naive", (0, 0, 0), False, ((0.5, 0.5, 0.5),), ((0.5, 0.5, 0.5),))
-TOKENIZER = {"base": "b", "eos_id": 2, "pad_id": 3, "fingerprint": "f", "action_vocab_size": 600, "n_action_bins": 256}
 KINDS = {"bounds_q99": "q99", "bounds": "minmax"}
-CAMERAS = ("image", "image_left", "image_wrist")
-
-Episode = tuple[np.ndarray, np.ndarray | None]  # actions [T, A], states [T, S]
-
-
-def write_episodes(
-    folder: Path,
-    episodes: Sequence[Episode],
-    mask: Sequence[bool] = (),
-    cameras: Sequence[str] = CAMERAS,
-    **changes: Any,
-) -> ConvertedDataset:
-    """A dataset whose frames tell episode, step and camera by their three channels; both splits hold the same."""
-    folder.mkdir()
-    actions = [action for action, _ in episodes]
-    states = [state for _, state in episodes if state is not None]
-    statistics = compute_statistics(actions, mask, states) | changes
-    rows = []
-    for number, (action, state) in enumerate(episodes):
-        normalized = normalize(action, statistics["action"])
-        rows.append(
-            [
-                {
-                    "episode_index": number,
-                    "frame_index": step,
-                    "dataset": "toy",
-                    "source": f"demo_{number}",
-                    "instruction": "x",
-                    **{
-                        camera: {"bytes": encode_image(np.full((4, 4, 3), (number, step, place), np.uint8), "png")}
-                        for place, camera in enumerate(cameras)
-                    },
-                    "state": None if state is None else state[step],
-                    "action": action[step],
-                    "normalized_action": normalized[step],
-                    "prompt_token_ids": [1, 5, 6],
-                    "action_token_ids": ActionTokenizer(600).encode(normalized[step]),
-                }
-                for step in range(len(action))
-            ]
-        )
-    schema = example_schema(cameras)
-    shards = [
-        write_shard(folder / f"{split}-00000-of-00001.parquet", split, schema, rows) for split in ("train", "val")
-    ]
-    write_json(folder / "dataset_statistics.json", {"toy": statistics})
-    write_json(
-        folder / "dataset.json",
-        {
-            "format_version": 1,
-            "sources": [{"name": "toy", "weight": 1.0}],
-            "image": {"cameras": list(cameras), "pipeline": PIPELINE.to_json()},
-            "prompt_style": "openvla",
-            "tokenizer": TOKENIZER,
-            "counts": {"episodes": {}, "rows": {}},
-            "shards": [shard_entry(shard) for shard in shards],
-        },
-    )
-    return ConvertedDataset(folder)
-
-
-def ramp(steps: int, start: float = 0.0) -> np.ndarray:
-    """Return actions of which each value says its step."""
-    return (start + np.arange(2 * steps, dtype=np.float32) / 50).reshape(steps, 2)
 
 
 @pytest.fixture(scope="module")
@@ -237,3 +166,17 @@ def test_what_is_not_there_is_one_sentence(short_ones: ConvertedDataset, tmp_pat
     wider = write_episodes(tmp_path / "wider", [(ramp(5), np.ones((5, 4), np.float32))], cameras=["image"])
     with pytest.raises(DataError, match="have 3 and 4 dimensions"):
         ExampleLoader([short_ones, wider], 1, policy=reads_state)
+
+
+def test_episodes_that_are_stored_one_after_another_take_a_few_numbers_each() -> None:
+    lengths = [7, 3, 12]
+    episode = np.repeat([5, 2, 9], lengths)  # in any order of their numbers
+    frame = np.concatenate([np.arange(length) for length in lengths])
+    source = np.zeros(len(frame), int)
+    windows = cut(source, episode, frame, 4, repeat=False)
+    assert windows.order is None and windows.edges.tolist() == [0, 7, 10, 22]
+    assert [windows[example].tolist() for example in range(4)] == [[row + k for k in range(4)] for row in range(4)]
+    assert windows[4].tolist() == [10, 11, 12, 13] and len(windows) == 13
+    # a second stretch of the same episode, with steps between those of the first, has to be sorted in
+    frame[7:10], episode[7:10] = [2, 3, 4], 5
+    assert cut(source, episode, frame, 4, repeat=False).order is not None

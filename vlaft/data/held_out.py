@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlaft.data.codec import decode_image
+from vlaft.data.columns import SplitColumns
 from vlaft.data.store import SPLITS, ConvertedDataset
 from vlaft.data.windows import Windows, cut
 from vlaft.errors import ConfigError, DataError
@@ -159,26 +160,35 @@ class HeldOut:
         for row in rows:
             number = int(np.searchsorted(starts, row, side="right")) - 1
             dataset = self.datasets[number]
-            values = dataset.row(self.split, int(row - starts[number]))
-            where = f"{dataset.path}, {values['source']}, step {values['frame_index']}"
+            index = int(row - starts[number])
             columns = dataset.camera_columns
             if camera not in columns:
                 raise DataError(
                     f"{dataset.path}: there is no camera '{camera}', which the model reads (there are:"
                     f" {', '.join(columns)}); convert the source again with it"
                 )
-            image = values[columns[camera]]
+            image = SplitColumns.of(dataset, self.split).frame(index, columns[camera])
             if image is None:
                 missing = "image" if camera == "main" else f"image of camera '{camera}'"
-                raise DataError(f"{where}: the row has no {missing}; convert the source again")
-            frame = decode_image(image["bytes"], where, accurate_dct=True)
+                raise DataError(
+                    f"{_where(dataset, self.split, index)}: the row has no {missing}; convert the source again"
+                )
+            try:
+                frame = decode_image(image, "the stored frame", accurate_dct=True)
+            except DataError as error:
+                raise DataError(f"{_where(dataset, self.split, index)}: {error}; convert the source again") from error
             if frame.shape[:2] != (dataset.pipeline.size, dataset.pipeline.size):
                 raise DataError(
-                    f"{where}: the frame has {frame.shape[0]} x {frame.shape[1]} pixels where {dataset.pipeline.size}"
-                    " are announced; convert the source again"
+                    f"{_where(dataset, self.split, index)}: the frame has {frame.shape[0]} x {frame.shape[1]} pixels"
+                    f" where {dataset.pipeline.size} are announced; convert the source again"
                 )
             frames.append(frame)
         return np.stack(frames)
+
+
+def _where(dataset: ConvertedDataset, split: str, row: int) -> str:
+    place = dataset.row(split, row)
+    return f"{dataset.path}, {place['source']}, step {place['frame_index']}"
 
 
 def _read(dataset: ConvertedDataset, split: str) -> dict[str, list]:

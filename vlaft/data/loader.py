@@ -1,6 +1,6 @@
 """Batches of examples from converted datasets, in an order that seed and position alone decide.
 
-An epoch is one permutation of all examples, drawn by a counter-based generator from (seed, epoch), so that a position
+An epoch is one permutation of all examples, which (seed, epoch) choose (`vlaft/data/order.py`), so that a position
 `(epoch, offset)` is the whole state: resuming continues at the exact example, with any number of threads.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -19,15 +19,17 @@ from numpy.typing import NDArray
 from vlaft.action.statistics import STATISTICS_FILE, choose_key, tells_of_state
 from vlaft.action.tokens import IGNORED, ActionTokenizer, normalize
 from vlaft.data.codec import decode_image
+from vlaft.data.columns import SplitColumns
+from vlaft.data.order import Order, Runs
 from vlaft.data.store import MAIN_CAMERA, ConvertedDataset, camera_columns
 from vlaft.data.windows import Windows
 from vlaft.errors import DataError
 from vlaft.recipe.settings import PolicyConfig
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     import torch
 
+_COMPUTED = "/order=computed"  # behind the fingerprint of the data in a saved position; a listed order says nothing
 _PREFETCHED = 2  # batches decoded ahead, or one per thread where there are more
 RELEASED = PolicyConfig()  # what the released OpenVLA reads and writes
 
@@ -113,16 +115,16 @@ class ExampleLoader:
         if batch_size < 1 or not 0 <= rank < world_size or workers < 0:
             raise ValueError(f"batch_size {batch_size}, rank {rank} of {world_size}, workers {workers}")
         self._reader = _Reader(_as_list(dataset), split, policy)
-        self.windows: Sequence[Windows] = [columns.windows for columns in self._reader.columns]
+        self.windows: Sequence[Windows] = [examples.windows for examples in self._reader.examples_of]
         self._seed, self._batch_size = seed, batch_size
         self._rank, self._world_size = rank, world_size
-        self._groups = self._reader.groups_by_weight()
+        groups = self._reader.groups_by_weight()
         if limit is not None:
-            kept = [(weight, rows[rows < limit]) for weight, rows in self._groups]
-            self._groups = [(weight, rows) for weight, rows in kept if len(rows)]
-        self.epoch_length = max(1, sum(round(weight * len(rows)) for weight, rows in self._groups))
+            kept = [(weight, examples.below(limit)) for weight, examples in groups]
+            groups = [(weight, examples) for weight, examples in kept if len(examples)]
+        self._order = Order(groups, seed)
+        self.epoch_length = self._order.length
         self._consumed = 0  # examples that all ranks together have been given
-        self._orders: dict[int, NDArray[np.int64]] = {}
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode") if workers else None
         self._ahead: deque[Future[Batch]] = deque()
         self._depth = max(_PREFETCHED, workers)
@@ -154,7 +156,8 @@ class ExampleLoader:
     def state_dict(self) -> dict[str, Any]:
         """Return the position, as plain numbers and texts; the same on every rank."""
         epoch, offset = divmod(self._consumed, self.epoch_length)
-        return {"seed": self._seed, "epoch": epoch, "offset": offset, "data": self._reader.fingerprint}
+        data = self._reader.fingerprint + ("" if self._order.listed else _COMPUTED)
+        return {"seed": self._seed, "epoch": epoch, "offset": offset, "data": data}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at a saved position.
@@ -162,13 +165,15 @@ class ExampleLoader:
         Raises:
             DataError: the position belongs to another seed or to other data.
         """
-        if state.get("seed") != self._seed or state.get("data") != self._reader.fingerprint:
+        data = str(state.get("data"))
+        if state.get("seed") != self._seed or data.removesuffix(_COMPUTED) != self._reader.fingerprint:
             raise DataError(
                 "the saved position belongs to other data or another seed; resume with the data and seed of the run"
             )
         for future in self._ahead:
             future.cancel()
         self._ahead.clear()
+        self._order.listed = not data.endswith(_COMPUTED)
         self._consumed = int(state["epoch"]) * self.epoch_length + int(state["offset"])
 
     def close(self) -> None:
@@ -179,29 +184,7 @@ class ExampleLoader:
 
     def _rows_of_batch(self, start: int) -> list[int]:
         """Return this rank's rows of the batch that begins at `start` of the endless order."""
-        first = start + self._rank * self._batch_size
-        rows = []
-        for position in range(first, first + self._batch_size):
-            epoch, offset = divmod(position, self.epoch_length)
-            rows.append(int(self._order(epoch)[offset]))
-        return rows
-
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        if epoch not in self._orders:
-            for old in [known for known in self._orders if known < epoch - 1]:
-                del self._orders[old]
-            generator = np.random.Generator(np.random.Philox(key=[self._seed % 2**64, epoch]))
-            parts = []
-            for number, (weight, rows) in enumerate(self._groups):
-                count = round(weight * len(rows))
-                copies, rest = divmod(count, len(rows))
-                parts += [rows] * copies
-                if rest:
-                    # a fixed order of the source, walked on from epoch to epoch: every row gets its turn
-                    fixed = np.random.Generator(np.random.Philox(key=[self._seed % 2**64, 2**63 + number]))
-                    parts.append(fixed.permutation(rows)[(epoch * rest + np.arange(rest)) % len(rows)])
-            self._orders[epoch] = generator.permutation(np.concatenate(parts))
-        return self._orders[epoch]
+        return self._order.examples(start + self._rank * self._batch_size, self._batch_size).tolist()
 
 
 def batches_in_order(
@@ -228,12 +211,12 @@ def batches_in_order(
         DataError: as `ExampleLoader` does.
     """
     reader = _Reader(_as_list(dataset), split, policy)
-    rows = np.arange(reader.examples)
+    rows: Sequence[int] = range(reader.examples)
     if limit is not None and limit < len(rows):
-        rows = rows[np.linspace(0, len(rows) - 1, limit).round().astype(np.int64)]
+        rows = np.linspace(0, len(rows) - 1, limit).round().astype(np.int64).tolist()
     rows = rows[rank::world_size]
     for start in range(0, len(rows), batch_size):
-        yield collate([reader.read(int(row)) for row in rows[start : start + batch_size]], reader.pad_id)
+        yield collate([reader.read(row) for row in rows[start : start + batch_size]], reader.pad_id)
 
 
 @dataclass(frozen=True)
@@ -275,122 +258,70 @@ def collate(examples: Sequence[_Example], pad_id: int) -> Batch:
     )
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Lists of varying length, one per row: `values[offsets[i] : offsets[i + 1]]`."""
+class _Examples:
+    """The examples of one split of a dataset, as a policy reads them."""
 
-    values: NDArray[np.generic]
-    offsets: NDArray[np.int64]
-
-    def __getitem__(self, index: int) -> NDArray[Any]:
-        return self.values[self.offsets[index] : self.offsets[index + 1]]
-
-    @classmethod
-    def of_matrix(cls, values: NDArray[np.generic]) -> _Rows:
-        """Take the rows of `[R, D]`."""
-        return cls(values.ravel(), np.arange(len(values) + 1, dtype=np.int64) * values.shape[1])
-
-    @classmethod
-    def of(cls, column: pa.ChunkedArray) -> _Rows:
-        """Take the lists of a column."""
-        parts = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
-        lengths = [np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks]
-        empty: list[NDArray[Any]] = [np.zeros(0, np.int64)]
-        return cls(np.concatenate(parts or empty), np.concatenate([empty[0], [0], *lengths]).cumsum().astype(np.int64))
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """All of a split but its frames, in memory: some 200 bytes per row, and reading them anew takes longer than frames.
-
-    Attributes:
-        prompts: int32 `[T]` per row.
-        tokens: int32 `[A]` per row.
-        actions: float32 `[A]` per row, normalized.
-        states: float32 `[R, S]`, normalized; None where the policy does not read it.
-        datasets: number of each row's dataset, `[R]`.
-        names: the datasets' names.
-        windows: the examples, each the numbers of its K rows.
-    """
-
-    prompts: _Rows
-    tokens: _Rows
-    actions: _Rows
-    states: NDArray[np.float32] | None
-    datasets: NDArray[np.int32]
-    names: tuple[str, ...]
-    windows: Windows
-
-    @classmethod
-    def read(cls, dataset: ConvertedDataset, split: str, policy: PolicyConfig) -> _Columns:
-        """Read them.
+    def __init__(self, dataset: ConvertedDataset, split: str, policy: PolicyConfig) -> None:
+        """Open them.
 
         Raises:
             DataError: a shard cannot be read, or the policy reads the state and there is none.
         """
-        stored = policy.normalization == "q99"  # so are the normalized actions of every conversion
-        wanted = ["normalized_action", "action_token_ids"] if stored else ["action"]
-        table = dataset.table(split, ["dataset", "prompt_token_ids", *wanted, *(["state"] if policy.state else [])])
-        names = table["dataset"].combine_chunks().dictionary_encode()
-        datasets = names.indices.to_numpy(zero_copy_only=False)
-        owners = {name: datasets == number for number, name in enumerate(names.dictionary.to_pylist())}
-
-        def normalized(column: str, part: str) -> NDArray[np.float32]:
-            """Normalize a whole column, each row by the statistics of its dataset."""
-            rows = _matrix(table[column], f"{dataset.path}, split '{split}': column '{column}'")
-            for name, own in owners.items():
-                statistics = dataset.statistics[choose_key(dataset.statistics, name)]
-                rows[own] = normalize(rows[own], statistics[part], policy.normalization)
-            return rows
-
-        states = None
+        self.columns = columns = SplitColumns.of(dataset, split)
+        self.windows = Windows.of(dataset, split, policy)
+        self._kind = policy.normalization
+        if columns.missing["dataset"]:
+            raise DataError(f"{dataset.path}: rows of split '{split}' lack their dataset; convert the source again")
+        self._statistics = [dataset.statistics[choose_key(dataset.statistics, name)] for name in columns.names]
+        self._states = None
         if policy.state:
-            _check_states(dataset, table["state"], owners)
-            states = normalized("state", "proprio")
-        if stored:
-            actions, tokens = _Rows.of(table["normalized_action"]), _Rows.of(table["action_token_ids"])
+            _check_states(dataset, columns)
+            self._states = columns.lists("state")
+        self._tokens = self._tokenizer = None
+        if policy.normalization == "q99":  # so are the normalized actions of every conversion
+            self._actions, self._tokens = columns.lists("normalized_action"), columns.lists("action_token_ids")
         else:
-            values = normalized("action", "action")
+            self._actions = columns.lists("action")
             described = dataset.info["tokenizer"]
-            tokenizer = ActionTokenizer(int(described["action_vocab_size"]), int(described["n_action_bins"]))
-            actions, tokens = _Rows.of_matrix(values), _Rows.of_matrix(tokenizer.encode(values))
-        return cls(
-            prompts=_Rows.of(table["prompt_token_ids"]),
-            tokens=tokens,
-            actions=actions,
-            states=states,
-            datasets=datasets,
-            names=tuple(owners),
-            windows=Windows.of(dataset, split, policy),
-        )
+            self._tokenizer = ActionTokenizer(int(described["action_vocab_size"]), int(described["n_action_bins"]))
+
+    @property
+    def state_width(self) -> int | None:
+        """S, where the policy reads the state and there are rows."""
+        return None if self._states is None or not len(self._states) else self._states.shape[1]
+
+    def name(self, row: int) -> str:
+        """Return the name of a row's dataset."""
+        return self.columns.names[self.columns.arrays["dataset"][row]]
+
+    def actions(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.integer]]:
+        """Return the actions of rows of one dataset, normalized `[K, A]`, and their tokens, `[K, A]`."""
+        if self._tokens is not None:
+            return self._actions[rows], self._tokens[rows]
+        assert self._tokenizer is not None
+        values = self._normalized(self._actions[rows], int(rows[0]), "action")
+        return values, self._tokenizer.encode(values)
+
+    def state(self, row: int) -> NDArray[np.float32] | None:
+        """Return the state of a row, normalized `[S]`; None where the policy does not read it."""
+        return None if self._states is None else self._normalized(self._states[row], row, "proprio")
+
+    def _normalized(self, values: NDArray[np.float32], row: int, part: str) -> NDArray[np.float32]:
+        return normalize(values, self._statistics[self.columns.arrays["dataset"][row]][part], self._kind)
 
 
-def _matrix(column: pa.ChunkedArray, where: str) -> NDArray[np.float32]:
-    """Return a column of lists of one length as `[R, D]`, a copy.
-
-    Raises:
-        DataError: they differ in length.
-    """
-    rows = _Rows.of(column)
-    widths = np.unique(np.diff(rows.offsets))
-    if len(widths) > 1:
-        raise DataError(f"{where} has from {widths[0]} to {widths[-1]} numbers in a row; convert the source again")
-    width = int(widths[0]) if len(widths) else 0
-    return np.array(rows.values, dtype=np.float32).reshape(len(rows.offsets) - 1, width)
-
-
-def _check_states(dataset: ConvertedDataset, column: pa.ChunkedArray, names: Iterable[str]) -> None:
+def _check_states(dataset: ConvertedDataset, columns: SplitColumns) -> None:
     """See that there are states, and statistics of them.
 
     Raises:
         DataError: not; the sentence says how to get them.
     """
-    if column.null_count:
+    if missing := columns.missing["state"]:
         raise DataError(
-            f"{dataset.path}: {column.null_count:,} of its {len(column):,} rows have no state, which policy.state=true"
-            " reads; convert the source again with the arrays of its state as state='[...]'"
+            f"{dataset.path}: {missing:,} of its {dataset.rows(columns.split):,} rows have no state, which"
+            " policy.state=true reads; convert the source again with the arrays of its state as state='[...]'"
         )
-    for name in names:
+    for name in columns.names:
         if not tells_of_state(dataset.statistics[choose_key(dataset.statistics, name)]):
             raise DataError(
                 f"{dataset.path / STATISTICS_FILE} has zeros for the state of '{name}', as earlier versions wrote, and"
@@ -417,18 +348,16 @@ class _Reader:
                     raise DataError(f"{other.path} and {first.path} differ in their {what}; convert them for one base")
         for dataset in datasets:
             _check_cameras(dataset, policy.cameras)
-        self.columns = [_Columns.read(dataset, split, policy) for dataset in datasets]
-        self.starts = np.concatenate([[0], np.cumsum([len(columns.windows) for columns in self.columns])])
+        self.examples_of = [_Examples(dataset, split, policy) for dataset in datasets]
+        self.starts = np.concatenate([[0], np.cumsum([len(examples.windows) for examples in self.examples_of])])
         self.examples = int(self.starts[-1])
         if not self.examples:
-            longest = max(int(columns.windows.lengths.max(initial=0)) for columns in self.columns)
+            longest = max(int(examples.windows.lengths.max(initial=0)) for examples in self.examples_of)
             raise DataError(
                 f"no episode in split '{split}' of {listed} has the {policy.chunk} steps of policy.chunk={policy.chunk}"
                 f" (the longest has {longest}); take a smaller chunk, or policy.tail=repeat"
             )
-        widths = sorted(
-            {columns.states.shape[1] for columns in self.columns if columns.states is not None and len(columns.states)}
-        )
+        widths = sorted({examples.state_width for examples in self.examples_of if examples.state_width is not None})
         if len(widths) > 1:
             raise DataError(
                 f"the states in {listed} have {' and '.join(map(str, widths))} dimensions; train on them separately, or"
@@ -441,45 +370,51 @@ class _Reader:
 
     def read(self, example: int) -> _Example:
         number = int(np.searchsorted(self.starts, example, side="right")) - 1
-        dataset, columns = self.datasets[number], self.columns[number]
-        rows = columns.windows[example - int(self.starts[number])]
+        examples = self.examples_of[number]
+        rows = examples.windows[example - int(self.starts[number])]
         now = int(rows[0])
+        actions, tokens = examples.actions(rows)
         return _Example(
-            prompt=columns.prompts[now],
-            tokens=np.concatenate([*(columns.tokens[row] for row in rows), [self.eos_id]]),
-            images=np.stack([self._frame(dataset, now, column) for column in self.images[number]]),
-            action=np.stack([columns.actions[row] for row in rows]),
+            prompt=examples.columns.prompt(now),
+            tokens=np.append(tokens, self.eos_id),
+            images=np.stack([self._frame(examples.columns, now, column) for column in self.images[number]]),
+            action=actions,
             row=example,
-            dataset=columns.names[columns.datasets[now]],
-            state=None if columns.states is None else columns.states[now],
+            dataset=examples.name(now),
+            state=examples.state(now),
         )
 
-    def _frame(self, dataset: ConvertedDataset, row: int, column: str) -> NDArray[np.uint8]:
-        image = dataset.image(self.split, row, column)
+    def _frame(self, columns: SplitColumns, row: int, column: str) -> NDArray[np.uint8]:
+        image = columns.frame(row, column)
         try:
             if image is None:
                 raise DataError("the row has no image" + (f" in column '{column}'" if column != MAIN_CAMERA else ""))
             # the frames that vlaft stored itself come back closest with the accurate DCT
             return decode_image(image, "the stored frame", accurate_dct=True)
         except DataError as error:
-            place = dataset.row(self.split, row)
-            where = f"{dataset.path}, {place['source']}, step {place['frame_index']}"
+            place = columns.dataset.row(self.split, row)
+            where = f"{columns.dataset.path}, {place['source']}, step {place['frame_index']}"
             raise DataError(f"{where}: {error}; convert the source again") from error
 
-    def groups_by_weight(self) -> list[tuple[float, NDArray[np.int64]]]:
+    def groups_by_weight(self) -> list[tuple[float, Runs]]:
         """Return the examples of every source with its weight; sources of one weight are one group."""
-        groups: dict[float, list[NDArray[np.int64]]] = {}
-        for dataset, columns, start in zip(self.datasets, self.columns, self.starts[:-1], strict=True):
+        groups: dict[float, list[tuple[int, int]]] = {}
+        for dataset, examples, start in zip(self.datasets, self.examples_of, self.starts[:-1].tolist(), strict=True):
             weights = {source["name"]: float(source["weight"]) for source in dataset.info["sources"]}
             if len(weights) == 1:
-                examples = np.arange(len(columns.windows), dtype=np.int64)
-                groups.setdefault(next(iter(weights.values())), []).append(examples + int(start))
+                groups.setdefault(next(iter(weights.values())), []).append((start, len(examples.windows)))
                 continue
-            owners = columns.datasets[columns.windows.rows]
+            runs = list(examples.columns.runs(examples.windows.blocks()))
+            firsts = np.cumsum([start, *(count for _, count in runs)]).tolist()
             for name, weight in weights.items():
-                of_name = owners == (columns.names.index(name) if name in columns.names else -1)
-                groups.setdefault(weight, []).append(np.flatnonzero(of_name).astype(np.int64) + int(start))
-        return [(weight, rows) for weight, parts in sorted(groups.items()) if len(rows := np.concatenate(parts))]
+                own = [
+                    (first, count)
+                    for first, (number, count) in zip(firsts, runs, strict=False)
+                    if examples.columns.names[number] == name
+                ]
+                groups.setdefault(weight, []).extend(own)
+        found = ((weight, Runs.of(*zip(*parts, strict=True))) for weight, parts in sorted(groups.items()) if parts)
+        return [(weight, examples) for weight, examples in found if len(examples)]
 
 
 def data_fingerprint(datasets: Sequence[ConvertedDataset], policy: PolicyConfig) -> str:

@@ -12,7 +12,8 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ _LARGEST_WEIGHT = 1e6
 _LARGEST_ID = 2**31
 _TEXTS = ["dataset", "source", "instruction"]  # columns that repeat; looking for repeated images takes long
 _CACHED_GROUPS = 16
+_OPEN_GROUPS = 2048  # row groups of open files: some 9 KB each
+_TRIED = 256  # shards that are opened at once, to see whether they are any; of more, each where it is first read
 
 
 @dataclass(frozen=True)
@@ -256,6 +259,14 @@ def _compression(schema: pa.Schema) -> dict[str, str]:
     }
 
 
+@dataclass(frozen=True)
+class _OpenFile:
+    """A shard that is open, and the first row of each of its row groups; last, how many rows there are."""
+
+    parquet: pq.ParquetFile
+    starts: NDArray[np.int64]
+
+
 class ConvertedDataset:
     """A folder that `vlaft convert` wrote, opened for reading; any number of threads may read.
 
@@ -270,6 +281,7 @@ class ConvertedDataset:
         cameras: the image columns, the main one first.
         pipeline: how the frames were prepared.
         fingerprint: sha256 of `dataset.json`, which holds a checksum of every shard.
+        columns: the splits as arrays, as far as `vlaft.data.columns` has read them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -300,12 +312,11 @@ class ConvertedDataset:
         self.statistics = read_statistics(self.path / STATISTICS_FILE)
         self._check_documents()
         self._shards = {split: [shard for shard in shards if shard.split == split] for split in SPLITS}
-        self._files: dict[str, pq.ParquetFile] = {}
-        self._groups: dict[str, list[tuple[str, int]]] = {}  # per split: (shard file, row group) ...
-        self._starts: dict[str, NDArray[np.int64]] = {}  # ... and the number of its first row
+        self._files: OrderedDict[str, _OpenFile] = OrderedDict()  # those used last
+        self._starts: dict[str, NDArray[np.int64]] = {}  # per split: the number of each shard's first row
         self._cache: OrderedDict[tuple[str, int, str | None], pa.Table] = OrderedDict()
-        self._lock = threading.Lock()
-        self._by_name: dict[str, Shard] = {}
+        self.columns: dict[str, Any] = {}
+        self._lock = threading.RLock()
         self._checked: set[str] = set()  # files of the shards that match their checksums
         for split in SPLITS:
             self._index(split)
@@ -318,6 +329,10 @@ class ConvertedDataset:
     def rows(self, split: str) -> int:
         """Return the number of examples of a split."""
         return int(self._starts[split][-1])
+
+    def stored_bytes(self, split: str) -> int:
+        """Return how many bytes the shards of a split take on disk."""
+        return sum(shard.bytes for shard in self._shards[split])
 
     def row(self, split: str, index: int) -> dict[str, Any]:
         """Return one example: column name to value, images as `{"bytes": ..., "path": ...}` or None.
@@ -340,12 +355,27 @@ class ConvertedDataset:
         value = table.column(0)[offset].as_py()
         return None if value is None else value["bytes"]
 
-    def _locate(self, split: str, index: int, column: str | None) -> tuple[pa.Table, int]:
-        """Return the row group that holds an example (one column of it, or all), and the example's place there."""
+    def frame_file(self, split: str, index: int) -> Path:
+        """Return the shard that holds an example, after it was held against its checksum.
+
+        Raises:
+            DataError: it cannot be read, or does not match.
+        """
+        shard = self._shards[split][self._shard_number(split, index)]
+        if shard.file not in self._checked:
+            with self._lock:
+                self._check(shard)
+        return self.path / shard.file
+
+    def _shard_number(self, split: str, index: int) -> int:
         if not 0 <= index < self.rows(split):
             raise IndexError(f"row {index} of {self.rows(split)} in split '{split}' of {self.path}")
-        group = int(np.searchsorted(self._starts[split], index, side="right")) - 1
-        return self._read_group(*self._groups[split][group], column), index - int(self._starts[split][group])
+        return int(np.searchsorted(self._starts[split], index, side="right")) - 1
+
+    def _locate(self, split: str, index: int, column: str | None) -> tuple[pa.Table, int]:
+        """Return the row group that holds an example (one column of it, or all), and the example's place there."""
+        number = self._shard_number(split, index)
+        return self._read_group(self._shards[split][number], index - int(self._starts[split][number]), column)
 
     def table(self, split: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Return whole columns of a split in memory; without names, all but the images.
@@ -359,11 +389,32 @@ class ConvertedDataset:
         for shard in self._shards[split]:
             with self._lock:
                 self._check(shard)
-                try:
-                    parts.append(self._files[shard.file].read(columns=wanted))
-                except (OSError, pa.ArrowException) as error:
-                    raise self._damaged(shard.file, error) from error
+                with self._readable(shard.file):
+                    parts.append(self._open(shard).parquet.read(columns=wanted))
         return pa.concat_tables(parts) if parts else pa.schema([schema.field(name) for name in wanted]).empty_table()
+
+    def blocks(self, split: str, groups: int) -> Iterator[tuple[Path, pq.FileMetaData, range, pa.Table]]:
+        """Yield a split from its first row to its last, some row groups at a time and whole rows.
+
+        Args:
+            split: `"train"` or `"val"`.
+            groups: row groups at a time, none of them over the end of a shard.
+
+        Yields:
+            The shard's file, its metadata, the numbers of the row groups, and their rows.
+
+        Raises:
+            DataError: a shard cannot be read.
+        """
+        for shard in self._shards[split]:
+            with self._lock:
+                self._check(shard)
+                file = self._open(shard)
+            for start in range(0, len(file.starts) - 1, groups):
+                numbers = range(start, min(start + groups, len(file.starts) - 1))
+                with self._lock, self._readable(shard.file):
+                    rows = file.parquet.read_row_groups(list(numbers), use_threads=False)
+                yield self.path / shard.file, file.parquet.metadata, numbers, rows
 
     def verify(self) -> None:
         """Compare every shard with its checksum, also those that are unchanged since they were last read.
@@ -402,9 +453,8 @@ class ConvertedDataset:
             )
 
     def _index(self, split: str) -> None:
-        groups: list[tuple[str, int]] = []
-        lengths: list[int] = []
-        for shard in self._shards[split]:
+        shards = self._shards[split]
+        for number, shard in enumerate(shards):
             path = self.path / shard.file
             if not path.is_file():
                 raise DataError(f"{path} is missing; copy the dataset again or convert the source again")
@@ -412,36 +462,54 @@ class ConvertedDataset:
                 raise DataError(
                     f"{path} has {path.stat().st_size} bytes instead of {shard.bytes}; it was cut or changed"
                 )
-            try:
-                # without pre-buffering, which hands every read to another thread: more waiting than reading
-                file = pq.ParquetFile(path, memory_map=True, pre_buffer=False)
-            except (OSError, pa.ArrowException) as error:
-                raise self._damaged(shard.file, error) from error
-            metadata = file.metadata
-            if metadata.num_rows != shard.rows or not set(self.cameras) <= set(file.schema_arrow.names):
-                raise DataError(f"{path} is not the shard that {DATASET_FILE} describes; convert the source again")
-            self._files[shard.file] = file
-            self._by_name[shard.file] = shard
-            groups += [(shard.file, group) for group in range(metadata.num_row_groups)]
-            lengths += [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-        self._groups[split] = groups
-        self._starts[split] = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+            if number < _TRIED:
+                self._open(shard)
+        self._starts[split] = np.cumsum([0, *(shard.rows for shard in shards)], dtype=np.int64)
 
-    def _read_group(self, file: str, group: int, column: str | None) -> pa.Table:
+    def _open(self, shard: Shard) -> _OpenFile:
+        """Return an open file, and close those that were not used for long where many are open; the lock is held."""
+        if (opened := self._files.get(shard.file)) is not None:
+            self._files.move_to_end(shard.file)
+            return opened
+        path = self.path / shard.file
+        with self._readable(shard.file):
+            # without pre-buffering, which hands every read to another thread: more waiting than reading
+            parquet = pq.ParquetFile(path, memory_map=True, pre_buffer=False)
+        metadata = parquet.metadata
+        lengths = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        counted = {metadata.num_rows, sum(lengths)}
+        if counted != {shard.rows} or not set(self.cameras) <= set(parquet.schema_arrow.names):
+            raise DataError(f"{path} is not the shard that {DATASET_FILE} describes; convert the source again")
+        self._files[shard.file] = opened = _OpenFile(parquet, np.cumsum([0, *lengths], dtype=np.int64))
+        groups = sum(len(file.starts) for file in self._files.values())
+        while groups > _OPEN_GROUPS and len(self._files) > 1:
+            _, old = self._files.popitem(last=False)
+            groups -= len(old.starts)
+        return opened
+
+    def _read_group(self, shard: Shard, row: int, column: str | None) -> tuple[pa.Table, int]:
+        """Return the row group that holds a row of a shard, and the row's place there."""
         with self._lock:  # a ParquetFile is not for several threads at once
-            key = (file, group, column)
+            file = self._open(shard)
+            group = int(np.searchsorted(file.starts, row, side="right")) - 1
+            key = (shard.file, group, column)
             table = self._cache.pop(key, None)
             if table is None:
-                self._check(self._by_name[file])
-                try:
-                    columns = None if column is None else [column]
-                    table = self._files[file].read_row_group(group, columns=columns, use_threads=False)
-                except (OSError, pa.ArrowException) as error:
-                    raise self._damaged(file, error) from error
+                self._check(shard)
+                columns = None if column is None else [column]
+                with self._readable(shard.file):
+                    table = file.parquet.read_row_group(group, columns=columns, use_threads=False)
             self._cache[key] = table
             if len(self._cache) > _CACHED_GROUPS:
                 self._cache.popitem(last=False)
-            return table
+            return table, row - int(file.starts[group])
+
+    @contextmanager
+    def _readable(self, file: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, pa.ArrowException) as error:
+            raise self._damaged(file, error) from error
 
     def _damaged(self, file: str, error: Exception) -> DataError:
         reason = " ".join(str(error).split())[:100]
