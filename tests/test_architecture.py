@@ -18,7 +18,7 @@ FLOORS = (
     ("adapt", "environments"),
     ("model", "data"),
     ("observation", "weights", "pages"),
-    ("action", "recipe"),
+    ("action", "recipe", "remote"),
     ("checksums",),
     ("files",),
     ("errors", "documents", "machine", "version"),

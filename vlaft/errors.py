@@ -63,6 +63,10 @@ class Assumed(UserWarning):
     """What nobody said is taken to be so, for a reason that is given; told once."""
 
 
+class Fetching(UserWarning):
+    """Something is fetched from elsewhere before it is read; told once, with its size and where it comes to lie."""
+
+
 class MissingExtra(VlaftError):
     """A feature needs a package that is not installed."""
 

@@ -27,6 +27,7 @@ from vlaft.errors import ConfigError, DataError, InUse, VlaftError
 
 _LARGEST_JSON = 256 * 2**20  # bytes; what is larger is no document, and would be held in memory several times over
 LARGEST_YAML = 2**18  # bytes; recipes have some thirty lines, mixes some hundred
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:/{1,2}[^/]")
 _HOLDER = re.compile(r"(\d+) ([\w.-]+)")
 Listing = Mapping[str, tuple[int, ...]]  # path within a folder to what changes when it is written
 
@@ -350,6 +351,8 @@ def free_bytes(out: Path) -> int:
 
 
 def _place(out: Path) -> Path:
+    if _URL.match(str(out)):
+        raise VlaftError(f"{out} is a URL, and this is written to a folder; copy the folder there when it is whole")
     with disk_errors(out):  # the working folder may be gone
         place = Path(os.path.realpath(out))
         above = next(path for path in (*place.parents, place) if os.path.lexists(path))

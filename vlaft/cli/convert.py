@@ -22,12 +22,12 @@ _ANY_STEP = {"plan", "part", "finish", "workers", "as_json"}  # options that a p
 
 def convert(
     context: typer.Context,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder to write.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder or s3:// URL to write.", show_default=False)] = None,
     words: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="SOURCE... [KEY=VALUE]...",
-            help="Files, folders or Hub ids, then settings of the layout, such as instruction='open the drawer'.",
+            help="Files, folders, URLs or Hub ids, then settings of the layout, such as instruction='open the drawer'.",
             show_default=False,
         ),
     ] = None,
@@ -100,7 +100,9 @@ def convert(
     """
     from vlaft.cli.console import print_json
     from vlaft.data.convert import run
+    from vlaft.data.convert.sending import convert_to_url
     from vlaft.errors import Interrupted, UsageError
+    from vlaft.remote import url_of
 
     given = {name for name in context.params if _is_given(context, name)}
     later = part is not None or finish
@@ -110,6 +112,9 @@ def convert(
     if regenerate is not None:
         words = [str(regenerate), *_regenerated(context, words or [], regenerate, workers)]
         preset = preset or ["libero_hdf5"]
+    url = None if out is None else url_of(out)
+    if url is not None and plan is not None:
+        raise UsageError(f"--out {url}: parts of a plan write to a folder that all see; copy it there when it is whole")
     named = {"words", "preset", "name", "weight", "mix"} & given
     request = run.ConvertRequest(
         sources=[] if later and not named else _sources(words or [], preset or [], name or [], weight or [], mix),
@@ -135,6 +140,8 @@ def convert(
                 done = run.finish(plan, overwrite=overwrite, workers=workers, progress=report)
             elif plan is not None:
                 done = run.make_plan(request, plan, progress=report)
+            elif url is not None:
+                done = convert_to_url(request, url, dry_run=dry_run, progress=report)
             else:
                 done = run.convert(request, dry_run=dry_run, progress=report)
     except KeyboardInterrupt as error:
@@ -327,7 +334,8 @@ def _phases() -> Iterator[Progress]:
             nonlocal current
             if current is None or current[0] != phase:
                 stack.close()
-                unit = "episodes" if phase.startswith(("reading", "replaying")) else "examples"
+                units = {"reading": "episodes", "replaying": "episodes", "sending": "bytes"}
+                unit = units.get(phase.partition(" ")[0], "examples")
                 current = (phase, stack.enter_context(progress(phase, total, unit)), 0)
             if done > current[2]:
                 current[1](done - current[2])
@@ -350,6 +358,7 @@ def _tell_part(done: Part) -> None:
 def _tell(done: Conversion, dry_run: bool, plan: Path | None = None) -> None:
     from vlaft.cli.console import say, warn
     from vlaft.data.sentences import folded
+    from vlaft.remote import url_of
 
     for entry in done.skipped[:_SHOWN]:
         warn(f"left out {entry.episode} of {entry.dataset}: {entry.why}")
@@ -371,8 +380,9 @@ def _tell(done: Conversion, dry_run: bool, plan: Path | None = None) -> None:
         say(f"next: vlaft convert --plan {plan} --part 1/1, or 1/N to N/N anywhere; then --plan {plan} --finish")
         return
     again = f" ({done.reused} of {done.shards} files were there already)" if done.reused else ""
-    say(f"{counts}; {done.bytes / 1e6:.1f} MB written to {done.out}{again}")
-    say(f"next: vlaft train --recipe lora32 --data {done.out} --out run/")
+    out = url_of(done.out) or done.out
+    say(f"{counts}; {done.bytes / 1e6:.1f} MB written to {out}{again}")
+    say(f"next: vlaft train --recipe lora32 --data {out} --out run/")
 
 
 def _describe(source: Mapping[str, Any]) -> None:

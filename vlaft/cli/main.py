@@ -34,7 +34,7 @@ from vlaft.cli import (
 )
 from vlaft.cli.console import fail
 from vlaft.documents import is_text
-from vlaft.errors import Assumed, ConfigError, Unchecked, VlaftError
+from vlaft.errors import Assumed, ConfigError, Fetching, Unchecked, VlaftError
 from vlaft.version import __version__
 
 app = typer.Typer(
@@ -110,7 +110,7 @@ def _tell_what_is_taken_on_trust() -> None:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        if not issubclass(category, Unchecked | Assumed):
+        if not issubclass(category, Unchecked | Assumed | Fetching):
             show(message, category, filename, lineno, file, line)
         elif str(message) not in told:
             from vlaft.cli.console import say, warn

@@ -93,11 +93,12 @@ def _check_there(recipe: RecipeConfig, run: Path) -> None:
         ConfigError: one of them is not where it was.
     """
     from vlaft.errors import ConfigError
+    from vlaft.remote import url_of
 
     places = [("data", path) for path in recipe.data.paths]
     places += [("base", recipe.base)] if Path(recipe.base).is_absolute() else []
     for kind, path in places:
-        if not Path(path).exists():
+        if url_of(path) is None and not Path(path).exists():
             raise ConfigError(f"{path}: the {kind} of {run} is not here; if it moved, say where to with --{kind}")
 
 

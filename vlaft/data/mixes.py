@@ -25,6 +25,7 @@ from vlaft.documents import fits, shown
 from vlaft.errors import ConfigError, DataError, did_you_mean
 from vlaft.files import read_yaml
 from vlaft.recipe.resolve import recipes_folder
+from vlaft.remote import url_of
 
 _OWN_KEYS = ("path", "preset", "weight")
 
@@ -140,6 +141,8 @@ def _mixed(name: str, entry: object, file: Path, problems: list[str]) -> MixedDa
 
 def _resolved(text: str, file: Path) -> Path:
     """A path is seen from the mix's folder; what is not there may be the id of a dataset on the Hub."""
+    if url_of(text):
+        return Path(text)
     beside = file.parent / text
     return beside if beside.exists() or text.count("/") != 1 else Path(text)
 

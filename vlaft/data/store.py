@@ -29,6 +29,7 @@ from vlaft.documents import WrongValue, read_as, shown
 from vlaft.errors import CheckpointError, DataError
 from vlaft.files import read_json, restored
 from vlaft.observation.images import ImagePipeline
+from vlaft.remote import fetched
 
 FORMAT_VERSION = 1
 DATASET_FILE = "dataset.json"
@@ -285,13 +286,13 @@ class ConvertedDataset:
     """
 
     def __init__(self, path: Path) -> None:
-        """Read the folder's metadata and see whether every shard is there.
+        """Read the folder's metadata and see whether every shard is there; what lies at a URL is fetched first.
 
         Raises:
             DataError: this is no converted dataset, it is of another version, a shard is missing or cut off, or a
                 document does not match its checksum.
         """
-        self.path = restored(Path(path))
+        self.path = restored(fetched(path))
         if not (self.path / DATASET_FILE).is_file():
             raise DataError(f"{path} is no converted dataset (it has no {DATASET_FILE}); make one with `vlaft convert`")
         self.info = read_json(self.path / DATASET_FILE)

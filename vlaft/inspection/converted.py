@@ -19,6 +19,7 @@ from vlaft.errors import DataError
 from vlaft.files import restored
 from vlaft.inspection.facts import EPISODES_LOOKED_AT, CameraFacts, EpisodeFacts, Inspection, evenly, look_at
 from vlaft.observation.images import Image
+from vlaft.remote import fetched
 
 _COLUMNS = ("episode_index", "dataset", "source", "instruction", "state", "action")
 
@@ -48,7 +49,7 @@ class StoredFrames:
 
 def is_converted(path: Path) -> bool:
     """Tell whether the folder is a converted dataset."""
-    return (restored(path) / DATASET_FILE).is_file()
+    return (restored(fetched(path)) / DATASET_FILE).is_file()
 
 
 def inspect_converted(

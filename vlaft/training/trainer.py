@@ -25,6 +25,7 @@ from vlaft.errors import ConfigError, Interrupted, VlaftError
 from vlaft.files import check_apart, joined, locked, replaceable
 from vlaft.recipe.resolve import resolve, to_yaml
 from vlaft.recipe.settings import RecipeConfig
+from vlaft.remote import url_of
 from vlaft.training.checkpoints import checkpoint_name, newest_good
 from vlaft.training.events import (
     Banner,
@@ -125,7 +126,10 @@ def _located(recipe: RecipeConfig, out: Path, *, overwrite: bool) -> tuple[Recip
             "train.evaluate_env: several processes cannot act; train in one, or evaluate --env afterwards"
         )
     quantization_config(recipe.adapt, torch.bfloat16)  # raises where bitsandbytes is missing
-    recipe = replace(recipe, data=replace(recipe.data, path=[str(Path(path).resolve()) for path in recipe.data.paths]))
+    recipe = replace(
+        recipe,
+        data=replace(recipe.data, path=[url_of(path) or str(Path(path).resolve()) for path in recipe.data.paths]),
+    )
     base = base_folder(recipe.base, recipe.policy)
     if Path(recipe.base).is_dir():
         recipe = replace(recipe, base=str(Path(recipe.base).resolve()))

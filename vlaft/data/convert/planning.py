@@ -33,6 +33,7 @@ from vlaft.errors import ConfigError, DataError
 from vlaft.machine import available_cpus
 from vlaft.observation.images import ImagePipeline
 from vlaft.observation.prompts import BaseFiles, load_base_files
+from vlaft.remote import url_of
 from vlaft.version import __version__
 from vlaft.weights.layout import resolve_checkpoint
 
@@ -108,7 +109,9 @@ class Prepared:
     def local(self) -> tuple[SourceRequest, ...]:
         """What opens the sources in this working folder; what was fetched from the Hub is not asked for again."""
         return tuple(
-            source.request if source.request.path.exists() else replace(source.request, path=source.reader.path)
+            source.request
+            if url_of(source.request.path) is None and source.request.path.exists()
+            else replace(source.request, path=source.reader.path)
             for source in self.opened
         )
 
@@ -218,7 +221,10 @@ def plan_conversion(prepared: Prepared, folder: Path | None, progress: Progress)
         out=Path(os.path.realpath(request.out)),
         fingerprint=prepared.fingerprint,
         settings=settings_of(request),
-        requests=tuple(_anywhere(source) for source in prepared.local),
+        requests=tuple(
+            asked.request if url_of(asked.request.path) else _anywhere(local)
+            for asked, local in zip(prepared.opened, prepared.local, strict=True)
+        ),
         files=prepared.files,
         rules=rules,
         shard_rows=request.shard_rows,
@@ -318,7 +324,7 @@ def describe_source(source: OpenedSource, surveyed: SurveyedSource) -> dict[str,
     action = surveyed.statistics["action"]
     return {
         "name": source.name,
-        "path": str(source.request.path),
+        "path": url_of(source.request.path) or str(source.request.path),
         "format": source.reader.format,
         "preset": source.request.preset,
         "weight": source.request.weight,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vlaft.data.readers.reader import Reader, first_bytes, is_hdf5, refuse_lfs_pointer
 from vlaft.errors import ConfigError, DataError
+from vlaft.remote import fetched
 
 _UNDERSTOOD = (
     "understood are: RLDS (a folder with dataset_info.json and features.json), LeRobot (a folder with meta/info.json),"
@@ -31,14 +32,14 @@ def open_reader(path: Path, options: dict[str, object] | None = None) -> Reader:
     """Open whatever lies at `path`.
 
     Args:
-        path: a file or a folder, or the id of a LeRobot dataset on the Hub (`user/dataset`).
+        path: a file or a folder, a URL of one, or the id of a LeRobot dataset on the Hub (`user/dataset`).
         options: what only one reader understands, from a preset or from the command line.
 
     Raises:
         ConfigError: options that the reader does not know.
         DataError: nothing there, or nothing that a reader knows.
     """
-    path = Path(path)
+    path = fetched(path)
     if not _exists(path):
         return _open_from_hub(path, options or {})
     if path.is_dir():
