@@ -38,7 +38,10 @@ def train(
     """
     from vlaft.cli.arguments import check_output_folder, parse_size
     from vlaft.training.folder import RunFolder
+    from vlaft.training.launch import settle_launch
 
+    if not dry_run:
+        settle_launch()
     again = not resume and RunFolder(out).holds_nothing()  # after a divergence: its log was all there was to keep
     check_output_folder(out, overwrite=overwrite or again, resume=resume)
     resolved = resolve_recipe(recipe, config, settings, data, base, gpu_memory, run=out if resume else None)
