@@ -209,7 +209,8 @@ def nodes() -> Iterator[Start]:
         def start(number: int, words: list[str]) -> subprocess.Popen[bytes]:
             torchrun = ["torchrun", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d"]
             torchrun += ["--rdzv-endpoint=10.77.0.1:29500", "--rdzv-id=17", f"--local-addr=10.77.0.{number + 1}"]
-            torchrun += ["--rdzv-conf=keep_alive_interval=1,keep_alive_max_attempt=2"]
+            # both ends have this machine's name, so neither could tell that it is the one where they meet
+            torchrun += [f"--rdzv-conf=is_host={int(number == 0)},keep_alive_interval=1,keep_alive_max_attempt=2"]
             here = environment(GLOO_SOCKET_IFNAME=ends[number])
             inside = ["ip", "netns", "exec", names[number], *torchrun, "-m", "vlaft", *words]
             started.append(subprocess.Popen(inside, env=here, start_new_session=True))
