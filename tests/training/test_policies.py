@@ -66,8 +66,8 @@ def ask_of(model: Any, folder: Path) -> np.ndarray:
 def test_a_checkpoint_holds_adapter_and_head(trained: tuple[str, Path]) -> None:
     name, out = trained
     found = find_trained(out)
-    assert found.has_adapter and found.tensors is not None
-    with safe_open(found.tensors, framework="pt") as file:
+    assert found.has_adapter and found.has_tensors
+    with safe_open(found.tensors().files[0], framework="pt") as file:
         parts = {key.partition(".")[0] for key in file.keys()}  # noqa: SIM118
     expected = {"oft": {"action_head"}, "oft-state": {"action_head", "proprio_projector"}}
     assert parts == expected.get(name, {"action_head", "proprio_projector", "vision_backbone"})

@@ -110,7 +110,7 @@ def test_trained_tensors_need_their_run(run: Path, tmp_path: Path) -> None:
     weights.mkdir()
     save_file({"a": torch.zeros(1)}, weights / TRAINED_FILE)
     found = find_trained(run)
-    assert (found.has_adapter, found.tensors) == (False, weights / TRAINED_FILE)
+    assert (found.has_adapter, found.tensors().files) == (False, [weights / TRAINED_FILE])
     alone = Path(shutil.copytree(weights, tmp_path / "alone"))
     assert is_trained(alone)
     assert "give the run's folder" in refused(alone)
@@ -118,10 +118,10 @@ def test_trained_tensors_need_their_run(run: Path, tmp_path: Path) -> None:
 
 def test_an_adapter_and_whole_tensors_side_by_side(run: Path) -> None:
     weights = run / "checkpoints" / "step-000020"
-    assert find_trained(run).tensors is None
+    assert not find_trained(run).has_tensors
     save_file({"a": torch.zeros(1)}, weights / TRAINED_FILE)
     found = find_trained(run)
-    assert (found.has_adapter, found.tensors) == (True, weights / TRAINED_FILE)
+    assert (found.has_adapter, found.tensors().files) == (True, [weights / TRAINED_FILE])
 
 
 def test_upstreams_adapter_with_statistics_beside_or_above(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,12 +88,16 @@ def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: {error}") from None
 
 
-def save_adapter(model: PeftModel, folder: Path, fingerprint: str | None = None, checksums: str | None = None) -> None:
-    """Write `model`'s adapter into the existing `folder`; the frozen head is not stored."""
+def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Return `model`'s adapter by peft's names; the frozen head is no part of it."""
     from peft import get_peft_model_state_dict
 
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    write_adapter(folder, tensors, model.peft_config["default"].to_dict(), fingerprint, checksums)
+    return get_peft_model_state_dict(model, save_embedding_layers=False)  # type: ignore[no-any-return]
+
+
+def save_adapter(model: PeftModel, folder: Path, fingerprint: str | None = None, checksums: str | None = None) -> None:
+    """Write `model`'s adapter into the existing `folder`."""
+    write_adapter(folder, adapter_tensors(model), model.peft_config["default"].to_dict(), fingerprint, checksums)
 
 
 def write_adapter(
@@ -124,16 +128,24 @@ def write_adapter(
     (folder / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
 
 
-def load_adapter_weights(model: PeftModel, folder: Path) -> None:
+def load_adapter_weights(
+    model: PeftModel,
+    folder: Path,
+    place: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda tensor, example: tensor,
+) -> None:
     """Load an adapter's tensors into `model`, which has an adapter of the same configuration.
+
+    Args:
+        model: as said.
+        folder: with the adapter.
+        place: makes of a whole tensor what takes the place of another, where the model is sharded.
 
     Raises:
         CheckpointError: the adapter's tensors are not those of this model: it belongs to another base or rank.
     """
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
 
-    found = read_adapter_tensors(folder)
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    found, expected = read_adapter_tensors(folder), adapter_tensors(model)
     odd = sorted(set(found) ^ set(expected))
     if odd:
         raise CheckpointError(
@@ -145,7 +157,7 @@ def load_adapter_weights(model: PeftModel, folder: Path) -> None:
                 f"{folder}: this adapter belongs to another base: '{name}' is {tuple(tensor.shape)},"
                 f" expected {tuple(expected[name].shape)}"
             )
-    set_peft_model_state_dict(model, found)
+    set_peft_model_state_dict(model, {name: place(tensor, expected[name]) for name, tensor in found.items()})
 
 
 def load_adapter(model: Any, folder: Path) -> PeftModel:

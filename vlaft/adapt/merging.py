@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vlaft.adapt.adapter import PREFIX, adapter_table, base_parameters, read_settings
 from vlaft.errors import CheckpointError
 from vlaft.model.load import read_policy_files
-from vlaft.weights.layout import read_header, tensor_table
+from vlaft.weights.layout import tensor_table
 from vlaft.weights.stream import DTYPES, read_tensor
 from vlaft.weights.trained import ADAPTER_CONFIG, TRAINED_FILE, Trained, policy_part
 
@@ -254,21 +254,21 @@ def changes(
     Raises:
         CheckpointError: the trained weights are damaged, of a kind that cannot be merged, or made for another base.
     """
-    if not trained.has_adapter and trained.tensors is None:
+    stored = trained.tensors()
+    if not trained.has_adapter and not stored:
         raise CheckpointError(f"{trained.weights}: neither an adapter nor {TRAINED_FILE} here; copy or train it again")
     found: dict[str, Change] = {}
-    if trained.tensors is not None:
-        for name, entry in read_header(trained.tensors).items():
-            if policy_part(name) is None:  # a policy's own modules are in no base
-                found[name] = Change(entry.shape, partial(read_tensor, trained.weights, entry))
+    for name, spread in stored.spreads.items():
+        if policy_part(name) is None:  # a policy's own modules are in no base
+            found[name] = Change(spread.shape, partial(stored.rows, name))
     if trained.has_adapter and adapter:
         settings = StoredSettings.from_json(read_settings(trained.weights), str(trained.weights / ADAPTER_CONFIG))
-        stored = adapter_table(trained.weights)
+        entries = adapter_table(trained.weights)
 
         def read(name: str) -> Tensor:
-            return read_tensor(trained.weights, stored[name])
+            return read_tensor(trained.weights, entries[name])
 
-        for name, parts in sort_parts(settings, {name: entry.shape for name, entry in stored.items()}).items():
+        for name, parts in sort_parts(settings, {name: entry.shape for name, entry in entries.items()}).items():
             if not only(name):
                 continue
             if name in found:
@@ -291,8 +291,8 @@ def policy_tensors(trained: Trained, base: Path) -> dict[str, Tensor]:
 
     Those of training take the place of the base's, where that is a policy already.
     """
-    entries = read_header(trained.tensors) if trained.tensors is not None else {}
-    found = {name: read_tensor(trained.weights, entry) for name, entry in entries.items() if policy_part(name)}
+    stored = trained.tensors()
+    found = {name: stored[name] for name in stored if policy_part(name)}
     return found or read_policy_files(base)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from vlaft.errors import CheckpointError, MissingExtra
 from vlaft.files import read_json
 from vlaft.model.configuration import OpenVLAConfig, Policy
-from vlaft.weights.layout import check_tensors, plain_shapes, resolve_checkpoint, tensor_table
+from vlaft.weights.layout import TensorEntry, check_tensors, plain_shapes, resolve_checkpoint, tensor_table
 from vlaft.weights.trained import POLICY_PARTS, policy_part
 
 _LLAMA_2_7B = {"model_type": "llama", "pad_token_id": 32000, "vocab_size": 32064}
@@ -68,6 +68,41 @@ def load_config(folder: Path) -> Any:
         raise CheckpointError(f"{folder / 'config.json'}: {reason}") from None
 
 
+def empty_model(folder: Path, *, quantization: Any = None) -> tuple[Any, dict[str, TensorEntry]]:
+    """Build a checkpoint's model on the meta device, bare of a policy's modules, and hold its tensors against it.
+
+    Args:
+        folder: the checkpoint's folder.
+        quantization: what it is to be quantised by; a checkpoint saved quantised cannot be.
+
+    Returns:
+        The model, whose parameters have shapes and no bytes, and where its tensors lie.
+
+    Raises:
+        MissingExtra: the checkpoint was saved quantised and bitsandbytes is not installed.
+        CheckpointError: tensors missing, left over, or of another shape than the configuration says.
+    """
+    import torch
+
+    from vlaft.model.openvla import OpenVLAForActionPrediction
+
+    config = load_config(folder)
+    config.policy = None  # its modules come after the weights, and say so themselves
+    table = tensor_table(folder)
+    try:
+        with torch.device("meta"):
+            model = OpenVLAForActionPrediction(config)
+    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: no model can be built from it ({error})") from None
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    stored = _stored_quantization(folder)
+    if stored and quantization is not None:
+        raise CheckpointError(f"{folder} is quantised already; give the checkpoint that it was made from")
+    found = plain_shapes(table, expected) if stored else {name: entry.shape for name, entry in table.items()}
+    check_tensors(found, expected, str(folder))
+    return model, table
+
+
 def load_model(
     folder: Path, *, dtype: Any = None, device: Any = "cpu", quantization: Any = None, bare: bool = False
 ) -> Any:
@@ -84,26 +119,15 @@ def load_model(
         MissingExtra: the checkpoint was saved quantised and bitsandbytes is not installed.
         CheckpointError: tensors missing, left over, or of another shape than the configuration says.
     """
-    import torch
     from safetensors import SafetensorError
     from transformers.utils import logging
 
     from vlaft.model.openvla import OpenVLAForActionPrediction
 
-    config = load_config(folder)
-    policy, config.policy = config.policy, None  # its modules come after the weights, and say so themselves
-    table = tensor_table(folder)
-    try:
-        with torch.device("meta"):
-            state = OpenVLAForActionPrediction(config).state_dict()
-    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: no model can be built from it ({error})") from None
-    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    stored = _stored_quantization(folder)
-    if stored and quantization is not None:
-        raise CheckpointError(f"{folder} is quantised already; give the checkpoint that it was made from")
-    found = plain_shapes(table, expected) if stored else {name: entry.shape for name, entry in table.items()}
-    check_tensors(found, expected, str(folder))
+    empty, _ = empty_model(folder, quantization=quantization)
+    config = empty.config
+    stored, policy = _stored_quantization(folder), load_config(folder).policy
+    del empty
     quantized = stored or quantization is not None
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # the caller has its own

@@ -100,6 +100,8 @@ def _contradictions(config: RecipeConfig) -> Iterator[str]:
             )
         if adapt.lora != LoraConfig():
             yield f"adapt.lora has settings, but adapt.method={adapt.method} has no adapters; use adapt.method=lora"
+    if train.parallel in ("fsdp", "hsdp"):
+        yield from _unsharded(config)
     if adapt.double_quant and adapt.quantize != "nf4":
         yield f"adapt.double_quant=true needs adapt.quantize=nf4, not {adapt.quantize}"
     if adapt.lora.init == "pissa" and adapt.quantize != "none":
@@ -121,3 +123,17 @@ def _contradictions(config: RecipeConfig) -> Iterator[str]:
         yield "train.best_by=success needs an environment to succeed in: train.evaluate_env=tabletop"
     if train.early_stopping is not None and train.evaluate_every == 0 and train.best_by == "l1":
         yield "train.early_stopping needs evaluations, but train.evaluate_every=0 means none"
+
+
+def _unsharded(config: RecipeConfig) -> Iterator[str]:
+    """Yield what cannot be done with shards."""
+    adapt, parallel = config.adapt, config.train.parallel
+    otherwise = "take train.parallel=ddp, with a copy in every process"
+    if adapt.quantize != "none":
+        yield (
+            f"train.parallel={parallel} needs adapt.quantize=none, not {adapt.quantize}: packed weights and their"
+            f" scales cannot be cut into rows; {otherwise}"
+        )
+    for key, wanted in (("dora=true", adapt.lora.dora), ("init=pissa", adapt.lora.init == "pissa")):
+        if adapt.method == "lora" and wanted:
+            yield f"adapt.lora.{key} begins from whole weights, which train.parallel={parallel} never has; {otherwise}"

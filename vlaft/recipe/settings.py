@@ -119,6 +119,7 @@ class TrainConfig:
     max_grad_norm: float | None = None  # clip the gradient's global norm to this; null: no clipping
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)  # learning rate over steps
     gradient_checkpointing: int | Literal["none", "vision", "all"] = "none"  # recomputed; k: vision, every k-th block
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"  # of several processes; auto: fsdp for whole weights
     compile: bool = False  # torch.compile each decoder block; a minute at the start
     seed: int = 7  # of initialisation, order and augmentation
     log_every: int = 10  # steps

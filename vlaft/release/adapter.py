@@ -68,7 +68,7 @@ def export_adapter(trained: Trained, out: Path, *, base: str | None = None, over
     check_apart(out, [trained.weights])
     if not trained.has_adapter:
         raise CheckpointError(f"{trained.weights} holds trained tensors and no adapter; merge it: vlaft merge")
-    if trained.tensors is not None:
+    if trained.has_tensors:
         raise CheckpointError(
             f"{trained.weights} holds trained tensors besides its adapter, which would be lost; merge it: vlaft merge"
         )

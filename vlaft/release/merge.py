@@ -126,7 +126,7 @@ def weights_fingerprint(trained: Trained) -> str:
     """Return a short hash of the trained weights' files."""
     digest = hashlib.sha256()
     adapter = [trained.weights / ADAPTER_WEIGHTS] if trained.has_adapter else []
-    for path in [*adapter, *([trained.tensors] if trained.tensors is not None else [])]:
+    for path in [*adapter, *trained.tensors().files]:
         try:
             with path.open("rb") as file:
                 while block := file.read(1 << 20):

@@ -28,7 +28,7 @@ from vlaft.observation.batch import Observation
 from vlaft.observation.images import ImagePipeline
 from vlaft.observation.prompts import preprocessor_of
 from vlaft.release.record import data_paths
-from vlaft.weights.layout import read_header, tensor_table
+from vlaft.weights.layout import tensor_table
 from vlaft.weights.trained import Trained, policy_part, statistics_of
 
 _EXAMPLES = 4
@@ -358,7 +358,7 @@ def _attach(model: Any, trained: Trained, base: Path) -> Any:
     if config.get("policy"):
         model.attach(Policy.of(config, str(trained.weights)))
         fill_policy(model, policy_tensors(trained, base), str(trained.weights))
-    if trained.tensors is not None:
+    if trained.has_tensors:
         load_trained(adapted, trained.weights)
     return adapted
 
@@ -383,14 +383,10 @@ def _round(model: Any, trained: Trained, kinds: Mapping[str, torch.dtype], mode:
         for name, module in model.get_base_model().named_modules():
             if isinstance(module, LoraLayer):
                 _merge_layer(module, partial(rounded, f"{name}.weight"))
-    if trained.tensors is not None:
-        from vlaft.weights.stream import read_tensor
-
-        parameters = base_parameters(model)
-        for name, entry in read_header(trained.tensors).items():
-            if policy_part(name) is not None:  # kept as they are
-                continue
-            parameters[name].copy_(rounded(name, read_tensor(trained.weights, entry)))
+    stored, parameters = trained.tensors(), base_parameters(model)
+    for name in stored:
+        if policy_part(name) is None:  # those of a policy are kept as they are
+            parameters[name].copy_(rounded(name, stored[name]))
     round_parameters(model, kinds)
 
 

@@ -4,6 +4,8 @@ A checkpoint `step-000500/` holds
 * the adapter in peft's layout, or `trained.safetensors` with the trained tensors under the base's names;
 * `optimizer.safetensors` and `state.json`: moments, random state, position in the data, best result so far.
 
+Where whole weights are sharded, each process writes its own rows of the two large files (`checkpoint_sets`).
+
 Nothing is pickled. `state.json` lists a checksum of each other file, carries its own, and is written last, so that a
 folder in which one does not hold is told apart from a good one.
 """
@@ -13,14 +15,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlaft.adapt.adapter import base_parameters
@@ -28,10 +31,12 @@ from vlaft.checksums import SEAL, checksum, holds, sealed, unsealed
 from vlaft.documents import read_as, shown
 from vlaft.errors import CheckpointError, VlaftError
 from vlaft.files import read_json, sync
-from vlaft.training.model import gathered, spread_like
-from vlaft.weights.trained import CHECKPOINT_NAME, STATE_FILE, TRAINED_FILE, state_seal_holds
+from vlaft.training.sharding import as_part, gathered, local_part, own_rows, spread_like
+from vlaft.weights.pieces import StoredTensors
+from vlaft.weights.trained import CHECKPOINT_NAME, STATE_FILE, TRAINED, TRAINED_FILE, state_seal_holds
 
-_OPTIMIZER_FILE = "optimizer.safetensors"
+OPTIMIZER = "optimizer"  # moments and random state: one file, or what each process wrote
+_OPTIMIZER_FILE = f"{OPTIMIZER}.safetensors"
 _SCALAR = re.compile(r"\d{1,9}\.\w+")
 _CONSTANTS = ("qmap1", "qmap2")  # code books of 8-bit optimizers, the same for all
 
@@ -93,6 +98,11 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
+def checkpoint_step(checkpoint: Path) -> int:
+    """Return 500 for `step-000500`."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the finished checkpoints in `folder`, oldest first."""
     if not folder.is_dir():
@@ -104,7 +114,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def trained_tensors(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Return the parameters of `names`, whole, on the CPU; all processes must ask at once."""
     parameters = dict(model.named_parameters())
-    return {name: _stored(parameters[name]) for name in names}
+    return {name: stored(parameters[name]) for name in names}
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -114,38 +124,54 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
     """
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
-    for index, parameter in enumerate(_parameters(optimizer)):
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if key in _CONSTANTS:
-                continue
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{key}"] = _stored(value)
-            else:
-                scalars[f"{index}.{key}"] = value
+    for name, value in optimizer_state(optimizer):
+        if isinstance(value, Tensor):
+            tensors[name] = stored(value)
+        else:
+            scalars[name] = value
     return tensors, scalars
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
+def optimizer_state(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Any]]:
+    """Yield what an optimizer keeps, as `index.key`: tensors, whole or sharded, and scalars."""
+    for index, parameter in enumerate(_parameters(optimizer)):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if key not in _CONSTANTS:
+                yield f"{index}.{key}", value
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
+) -> None:
     """Put back what `flatten_optimizer` gave; the optimizer has the same groups.
+
+    Of `StoredTensors` and a sharded parameter, this process's rows are read and no others.
 
     Raises:
         CheckpointError: the state is of an optimizer over other parameters.
     """
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in [*tensors.items(), *scalars.items()]:
-        number, key = name.split(".", 1)
-        state.setdefault(int(number), {})[key] = value
     parameters = _parameters(optimizer)
-    if any(index >= len(parameters) for index in state):
-        raise CheckpointError(f"the optimizer's state is of {max(state) + 1} tensors, here are {len(parameters)}")
+    state: dict[int, dict[str, Any]] = {}
+    names = [(int(name.split(".", 1)[0]), name.split(".", 1)[1], name) for name in [*tensors, *scalars]]
+    if any(index >= len(parameters) for index, _, _ in names):
+        most = max(index for index, _, _ in names) + 1
+        raise CheckpointError(f"the optimizer's state is of {most} tensors, here are {len(parameters)}")
+    for index, key, name in names:
+        value = scalars[name] if name in scalars else _own(tensors, name, parameters[index])
+        state.setdefault(index, {})[key] = value
     if hasattr(optimizer, "init_state"):
         _restore_8bit(optimizer, state)
         return
-    for index, values in state.items():
-        for key, value in values.items():
-            if isinstance(value, Tensor) and value.shape == parameters[index].shape:
-                values[key] = spread_like(value, parameters[index])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _own(tensors: Mapping[str, Tensor], name: str, example: Tensor) -> Tensor:
+    """Return a tensor sharded as a parameter of its shape is, and whole where its shape is another."""
+    if not isinstance(tensors, StoredTensors):
+        return spread_like(tensors[name], example) if tensors[name].shape == example.shape else tensors[name]
+    if tensors.spreads[name].shape != tuple(example.shape):
+        return tensors[name]
+    return as_part(tensors.rows(name, own_rows(example)), example) if example.ndim else tensors[name]
 
 
 def _restore_8bit(optimizer: Any, state: dict[int, dict[str, Any]]) -> None:
@@ -168,7 +194,8 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _stored(tensor: Tensor) -> Tensor:
+def stored(tensor: Tensor) -> Tensor:
+    """Return a tensor whole, on the CPU; of a sharded one all processes must ask at once."""
     return gathered(tensor.detach()).cpu().contiguous()
 
 
@@ -207,41 +234,61 @@ def write_checkpoint(
     Raises:
         VlaftError: the disk is full or not writable; what was there before is untouched.
     """
-    final = folder / checkpoint_name(step)
-    partial = folder / f".{final.name}.partial"
+    final, partial = places(folder, step)
     tensors, scalars = flatten_optimizer(optimizer)
+    with writing(final):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            write_weights(partial)
+            save_file(tensors | random_state(), partial / _OPTIMIZER_FILE)
+            files = {path.name: checksum(path) for path in sorted(partial.iterdir())}
+            publish(partial, final, state | {"step": step, "optimizer_scalars": scalars, "files": files})
+        except (OSError, SafetensorError):
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return final
+
+
+def places(folder: Path, step: int) -> tuple[Path, Path]:
+    """Return where the checkpoint of a step lies, and where it is written."""
+    final = folder / checkpoint_name(step)
+    return final, folder / f".{final.name}.partial"
+
+
+@contextmanager
+def writing(final: Path) -> Iterator[None]:
+    """Turn what a disk answers while `final` is written into a sentence."""
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_weights(partial)
-        save_file(tensors | random_state(), partial / _OPTIMIZER_FILE)
-        files = {path.name: checksum(path) for path in sorted(partial.iterdir())}
-        content = state | {"step": step, "optimizer_scalars": scalars, "files": files}
-        (partial / STATE_FILE).write_text(json.dumps(sealed(content), indent=2) + "\n")
-        for path in partial.iterdir():
-            sync(path)
-        replaced = folder / f".{final.name}.old"
-        if final.exists():  # the same step, written before an interruption
-            _move_away(final, replaced)
-        partial.rename(final)
-        sync(folder)
-        _delete(replaced)
+        yield
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise VlaftError(
             f"{final}: the checkpoint could not be written ({reason}); earlier checkpoints are untouched:"
             " make room and continue with --resume"
         ) from error
-    return final
 
 
-def read_state(folder: Path, *, fresh: bool = False) -> dict[str, Any]:
+def publish(partial: Path, final: Path, content: Mapping[str, Any]) -> None:
+    """Write a checkpoint's `state.json`, its last file, and give its folder the name that it is found by."""
+    (partial / STATE_FILE).write_text(json.dumps(sealed(content), indent=2) + "\n")
+    for path in partial.iterdir():
+        sync(path)
+    replaced = final.with_name(f".{final.name}.old")
+    if final.exists():  # the same step, written before an interruption
+        _move_away(final, replaced)
+    partial.rename(final)
+    sync(final.parent)
+    _delete(replaced)
+
+
+def read_state(folder: Path, *, fresh: bool = False, check_files: bool = True) -> dict[str, Any]:
     """Read a checkpoint's `state.json` and hold it and the other files against their checksums.
 
     Args:
         folder: the checkpoint.
         fresh: read also files that are as they were when they were last read.
+        check_files: False leaves the other files unread, where another process has seen that they hold.
 
     Returns:
         Its content, with its own checksum where it carries one.
@@ -255,28 +302,33 @@ def read_state(folder: Path, *, fresh: bool = False) -> dict[str, Any]:
         if not state_seal_holds(state):
             raise CheckpointError(f"{folder / STATE_FILE}: the file does not match its checksum")
         for name, recorded in files.items():
-            if Path(name).name != name or not holds(folder / name, recorded, fresh=fresh):
+            if Path(name).name != name or (check_files and not holds(folder / name, recorded, fresh=fresh)):
                 raise CheckpointError(f"{folder / name}: the file does not match its checksum")
-        if _OPTIMIZER_FILE not in files:
+        if not any(name.startswith(OPTIMIZER) for name in files):
             raise CheckpointError(f"{folder / STATE_FILE}: it does not describe a whole checkpoint")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder}: the checkpoint is damaged ({error})") from None
     return state  # type: ignore[no-any-return]
 
 
-def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """Read a checkpoint's state, its optimizer tensors and its random state.
+def read_checkpoint(
+    folder: Path, *, check_files: bool = True
+) -> tuple[dict[str, Any], StoredTensors, dict[str, Tensor]]:
+    """Read a checkpoint's state, its optimizer tensors (each when it is asked for) and its random state.
+
+    Args:
+        folder: the checkpoint.
+        check_files: as `read_state` takes it.
 
     Raises:
         CheckpointError: a file is missing or does not match its checksum.
     """
-    state = unsealed(read_state(folder))
-    try:
-        tensors = load_file(folder / _OPTIMIZER_FILE)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: the checkpoint is damaged ({error})") from None
-    random = {name: tensor for name, tensor in tensors.items() if name.startswith("random.")}
-    return state, {name: tensor for name, tensor in tensors.items() if name not in random}, random
+    state = unsealed(read_state(folder, check_files=check_files))
+    tensors = StoredTensors(folder, OPTIMIZER)
+    random = {name: tensors[name] for name in tensors if name.startswith("random.")}
+    for name in random:
+        del tensors.spreads[name]
+    return state, tensors, random
 
 
 def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
@@ -367,18 +419,15 @@ def write_trained(tensors: Mapping[str, Tensor], folder: Path) -> None:
 
 @torch.no_grad()
 def load_trained(model: nn.Module, folder: Path) -> None:
-    """Put the tensors of `trained.safetensors` into `model`, one at a time.
+    """Put trained tensors into `model`, one at a time, of a sharded one this process's rows.
 
     Raises:
         CheckpointError: the file is damaged or belongs to another model.
     """
-    parameters = base_parameters(model)
-    try:
-        with safe_open(folder / TRAINED_FILE, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no mapping, though it looks like one)
-                tensor = file.get_tensor(name)
-                if name not in parameters or parameters[name].shape != tensor.shape:
-                    raise CheckpointError(f"{folder}: trained on another base: '{name}' does not fit the model")
-                parameters[name].copy_(spread_like(tensor, parameters[name]))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / TRAINED_FILE}: cannot be read ({error})") from None
+    parameters, tensors = base_parameters(model), StoredTensors(folder, TRAINED)
+    if not tensors:
+        raise CheckpointError(f"{folder / TRAINED_FILE}: the file is missing; copy the run again")
+    for name, spread in tensors.spreads.items():
+        if name not in parameters or tuple(parameters[name].shape) != spread.shape:
+            raise CheckpointError(f"{folder}: trained on another base: '{name}' does not fit the model")
+        local_part(parameters[name].detach()).copy_(tensors.rows(name, own_rows(parameters[name])))

@@ -37,7 +37,7 @@ CONTINUE = "; make room and continue with --resume"
 _OWN_FILES = {RUN_FILE, RECIPE_FILE, LOG_FILE, STATISTICS_FILE, ENVIRONMENT_FILE, "checkpoints"}
 _PACKAGES = ("vlaft", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "numpy", "pyarrow")
 # Settings that may differ between a run and its continuation: they change when something is written or for how
-# long training goes on, not what a step computes.
+# long training goes on, or how processes share the work, not what a step computes.
 _FREE_KEYS = {
     "name",
     "description",
@@ -50,6 +50,7 @@ _FREE_KEYS = {
     "train.keep_checkpoints",
     "train.early_stopping",
     "train.trackers",
+    "train.parallel",
 }
 
 

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from accelerate import Accelerator
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -57,11 +51,11 @@ def load_trainable(
     frozen = PRECISIONS[precision.frozen]
     model = load_model(folder, dtype=frozen, device=device, quantization=quantization, bare=True)
     begun = recorded_policy(folder)
-    trainable = _adapt_and_cast(model, recipe, precision, policy or begun)
+    trainable = adapt_and_cast(model, recipe, precision, policy or begun)
     if begun is not None:
         fill_policy(model, read_policy_files(folder), str(folder))
     counts = trainable_and_total(trainable)
-    _prepare_passes(model, recipe)
+    prepare_passes(model, recipe)
     if recipe.train.compile:
         compile_blocks(model)
     return trainable, counts
@@ -78,18 +72,19 @@ def make_trainable(
     Parameters that no loss reaches (last ViT blocks, final norms, pooling head and adapters on them) are frozen:
     the optimizer would skip them anyway, and with several GPUs they would stall it.
     """
-    trainable = _adapt_and_cast(model, recipe, precision, policy)
-    _prepare_passes(model, recipe)
+    trainable = adapt_and_cast(model, recipe, precision, policy)
+    prepare_passes(model, recipe)
     return trainable
 
 
-def _adapt_and_cast(
+def adapt_and_cast(
     model: OpenVLAForActionPrediction, recipe: RecipeConfig, precision: PrecisionConfig, policy: Policy | None
 ) -> nn.Module:
+    """Add adapters or unfreeze, cast what is trained, and attach a policy's modules, in place."""
     trainable = adapt(model, recipe.adapt, upcast=precision.trained == "float32")
     for parameter in trainable.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(PRECISIONS[precision.trained])
+            parameter.data = _converted(parameter.data, PRECISIONS[precision.trained])
     # The modules of a policy are trained in full and in float32, whatever else is.
     if policy is not None and policy != model.policy:
         model.attach(policy)
@@ -98,7 +93,15 @@ def _adapt_and_cast(
     return trainable
 
 
-def _prepare_passes(model: OpenVLAForActionPrediction, recipe: RecipeConfig) -> None:
+def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in another type; one number that stands for all of them stays one."""
+    if tensor.ndim and not any(tensor.stride()):
+        return tensor[(0,) * tensor.ndim].to(dtype).expand(tensor.shape)
+    return tensor.to(dtype)
+
+
+def prepare_passes(model: OpenVLAForActionPrediction, recipe: RecipeConfig) -> None:
+    """Freeze what no loss reaches, and set up recomputation, in place."""
     for module in unreached_modules(model):
         module.requires_grad_(False)
     for module in model.modules():
@@ -167,54 +170,6 @@ def trained_names(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-SHARDED_METHODS = ("full", "frozen-vision")
-
-
-def several() -> bool:
-    """Say whether `torchrun` or `accelerate launch` started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def is_first() -> bool:
-    """Say, before the processes have joined, whether this is the main one."""
-    return not several() or os.environ.get("RANK", "0") == "0"
-
-
-def join_processes() -> Accelerator:
-    """Join the processes that `torchrun` or `accelerate launch` started; alone, be the only one."""
-    return Accelerator(
-        cpu=several()
-        and not torch.accelerator.is_available(),  # torchrun says nothing about CPUs; the rest would follow
-        mixed_precision="no",  # the recipe says how to compute, not the launcher
-    )
-
-
-def distribute(model: nn.Module, method: str, device: torch.device) -> nn.Module:
-    """Return `model` ready for training by all processes of the run; alone, as it is.
-
-    Args:
-        model: on `device`, with `requires_grad` set; the same in every process.
-        method: the recipe's `adapt.method`.
-        device: of this process.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return model
-    if method in SHARDED_METHODS:
-        assert isinstance(model, OpenVLAForActionPrediction)
-        shard(model, device)
-        return model
-    ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-
-
-def shard(model: OpenVLAForActionPrediction, device: torch.device) -> None:
-    """Shard parameters over all processes, in place; each block is gathered while it runs."""
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in chain.from_iterable(model.stacks()):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-
-
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model without what copies it over processes."""
     return model.module if isinstance(model, DistributedDataParallel) else model
@@ -224,28 +179,3 @@ def base_model(model: nn.Module) -> OpenVLAForActionPrediction:
     """Return the OpenVLA model inside what copies and adapts it."""
     inner = unwrapped(model)
     return inner.get_base_model() if isinstance(inner, PeftModel) else inner  # type: ignore[return-value]
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Say whether the model's parameters lie in shards."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
-def gathered(tensor: Tensor) -> Tensor:
-    """Return a sharded tensor gathered (all processes must ask at once), any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """Return this process's part of a sharded tensor, any other as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def spread_like(tensor: Tensor, example: Tensor) -> Tensor:
-    """Return a whole tensor sharded as `example` is; as it is where the example is not sharded.
-
-    Every process holds the same `tensor`; process 0's is taken.
-    """
-    if not isinstance(example, DTensor):
-        return tensor
-    return distribute_tensor(tensor.to(example.device), example.device_mesh, example.placements)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vlaft.action.metrics import Metrics, MetricSums
 from vlaft.action.tokens import IGNORED
 from vlaft.adapt import pissa
-from vlaft.adapt.adapter import load_adapter_weights, save_adapter
+from vlaft.adapt.adapter import adapter_tensors, load_adapter_weights, write_adapter
 from vlaft.checksums import cache_folder, content_checksum
 from vlaft.data.loader import Batch
 from vlaft.documents import read_as
@@ -32,18 +33,22 @@ from vlaft.model.heads.tokens import TokenOutput
 from vlaft.observation.augmentation import pixel_values
 from vlaft.pages.curves import LOG_FILE
 from vlaft.recipe.settings import RecipeConfig, resolve_precision
+from vlaft.training.checkpoint_sets import write_checkpoint_set
 from vlaft.training.checkpoints import (
     RunProgress,
-    checkpoint_name,
+    checkpoint_step,
     flatten_optimizer,
     list_checkpoints,
     load_trained,
+    newest_good,
+    places,
     random_state,
     read_checkpoint,
     restore_optimizer,
     restore_random_state,
     rotate_checkpoints,
     set_aside,
+    stored,
     trained_tensors,
     write_checkpoint,
     write_trained,
@@ -53,19 +58,20 @@ from vlaft.training.events import Listener, Trackers
 from vlaft.training.feature_cache import FeatureCache, cacheable, pays
 from vlaft.training.folder import RunFolder
 from vlaft.training.interrupts import StopSignals
-from vlaft.training.model import (
-    PRECISIONS,
-    base_model,
-    distribute,
+from vlaft.training.model import PRECISIONS, base_model, load_trainable, trained_names, unwrapped
+from vlaft.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
+from vlaft.training.sharded_start import load_sharded
+from vlaft.training.sharding import (
+    copy_to_all,
     gathered,
     is_sharded,
     join_processes,
-    load_trainable,
     local_part,
-    trained_names,
-    unwrapped,
+    mesh_of,
+    parallel_style,
+    reshard,
+    spread_like,
 )
-from vlaft.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
 from vlaft.training.step import Inputs, Normalization, autocast, forward
 from vlaft.weights.layout import fingerprint, tensor_checksums
 from vlaft.weights.trained import TRAINED_FILE
@@ -79,6 +85,7 @@ class Run:
 
     def __init__(self, recipe: RecipeConfig, out: Path, base: Path, listener: Listener) -> None:
         """Open the data; the model is loaded by `load`."""
+        self.style = parallel_style(recipe)
         self.accelerator = join_processes()
         self.recipe = recipe
         self.base = base
@@ -92,7 +99,8 @@ class Run:
         )
         self.normalization = Normalization(self.data.pipeline.means, self.data.pipeline.stds)
         self.base_fingerprint = fingerprint(base)
-        self.base_checksums = tensor_checksums(base)
+        with self.accelerator.local_main_process_first():  # reads all bytes; the others find its note of them
+            self.base_checksums = tensor_checksums(base)
         self.progress = RunProgress()
         self.acting: Acting | None = None
         self._told_to_stop: torch.Tensor | None = None
@@ -104,12 +112,16 @@ class Run:
             start: begin as the recipe says; False where `restore` comes next and brings the adapters' state.
         """
         torch.manual_seed(self.recipe.train.seed)
-        model, (self.trainable, self.total) = load_trainable(
-            self.recipe, self.precision, self.base, self.device, self.data.policy
-        )
+        sharded = self.style in ("fsdp", "hsdp")
+        places = (self.recipe, self.precision, self.base, self.device)
+        if sharded:
+            mesh = mesh_of(self.style, self.device)
+            model, (self.trainable, self.total) = load_sharded(*places, mesh, self.data.policy)
+        else:
+            model, (self.trainable, self.total) = load_trainable(*places, self.data.policy)
         self.names = trained_names(model)
         self.pissa_start = pissa.initialise(model) if self._uses_pissa and start else None  # type: ignore[arg-type]
-        self.model = distribute(model, self.recipe.adapt.method, self.device)
+        self.model = copy_to_all(model, self.device) if self.style == "ddp" else model
         self.features = self._feature_cache()
         self.optimizer = build_optimizer(self.model, self.recipe.train, self.recipe.adapt.lora.plus_ratio)
 
@@ -220,14 +232,60 @@ class Run:
         Raises:
             VlaftError: trained weights are not finite, or the checkpoint cannot be written; in every process alike.
         """
+        reshard(self.model)
         self._check_finite()
-        adapters = self.recipe.adapt.method == "lora"
-        base = base_model(self.model)
+        if is_sharded(self.model) and self.recipe.adapt.method != "lora":
+            parameters = dict(base_model(self.model).named_parameters())
+            path = write_checkpoint_set(
+                self.folder.checkpoints,
+                self.progress.step,
+                parameters={name: parameters[name] for name in self.names},
+                optimizer=self.optimizer,
+                state=self._state(),
+                rank=self.accelerator.process_index,
+                gather=self._gather,
+            )
+        else:
+            path = self._write_checkpoint()
+        if self.accelerator.is_main_process:
+            self._write_progress(path.name)
+            self.listener.saved(path)
+            keep, best = self.recipe.train.keep_checkpoints, self.progress.best
+            for sentence in rotate_checkpoints(self.folder.checkpoints, keep, best):
+                self.listener.warned(sentence)
+        return path.name
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "progress": asdict(self.progress),
+            "loader": self.data.loader.state_dict(),
+            "effective_batch": self.effective_batch,
+        }
+
+    def _gather(self, numbers: list[int]) -> list[list[int]]:
+        """Return the numbers of all processes, by rank."""
+        told = self.accelerator.gather(torch.tensor([numbers], device=self.device))
+        return told.tolist()  # type: ignore[no-any-return]
+
+    def _write_checkpoint(self) -> Path:
+        """Let the main process write a checkpoint: whole weights that it has, or adapters, gathered where sharded."""
+        model, base = unwrapped(self.model), base_model(self.model)
+        adapters = isinstance(model, PeftModel)
         tensors = trained_tensors(base, base.policy_parameters() if adapters else self.names)
+        adapter = {}
+        if isinstance(model, PeftModel) and self.pissa_start is None:
+            adapter = {name: stored(tensor) for name, tensor in adapter_tensors(model).items()}
         error: VlaftError | None = None
+        path, _ = places(self.folder.checkpoints, self.progress.step)
         if self.accelerator.is_main_process:
             try:
-                self._write_checkpoint(tensors)
+                write_checkpoint(
+                    self.folder.checkpoints,
+                    self.progress.step,
+                    write_weights=partial(self._write_weights, tensors, adapter),
+                    optimizer=self.optimizer,
+                    state=self._state(),
+                )
             except VlaftError as caught:
                 error = caught
         elif is_sharded(self.model):
@@ -238,35 +296,18 @@ class Run:
                 error = VlaftError("the main process could not write the checkpoint")
         if error is not None:
             raise error
-        return checkpoint_name(self.progress.step)
+        return path
 
-    def _write_checkpoint(self, tensors: dict[str, torch.Tensor]) -> None:
+    def _write_weights(
+        self, tensors: Mapping[str, torch.Tensor], adapter: Mapping[str, torch.Tensor], target: Path
+    ) -> None:
         model, base = unwrapped(self.model), (self.base_fingerprint, self.base_checksums)
-
-        def write_weights(target: Path) -> None:
-            if tensors:
-                write_trained(tensors, target)
-            if isinstance(model, PeftModel) and self.pissa_start is not None:
-                pissa.save_converted(model, self.pissa_start, target, *base)
-            elif isinstance(model, PeftModel):
-                save_adapter(model, target, *base)
-
-        progress = self.progress
-        path = write_checkpoint(
-            self.folder.checkpoints,
-            progress.step,
-            write_weights=write_weights,
-            optimizer=self.optimizer,
-            state={
-                "progress": asdict(progress),
-                "loader": self.data.loader.state_dict(),
-                "effective_batch": self.effective_batch,
-            },
-        )
-        self._write_progress(path.name)
-        self.listener.saved(path)
-        for sentence in rotate_checkpoints(self.folder.checkpoints, self.recipe.train.keep_checkpoints, progress.best):
-            self.listener.warned(sentence)
+        if tensors:
+            write_trained(tensors, target)
+        if isinstance(model, PeftModel) and self.pissa_start is not None:
+            pissa.save_converted(model, self.pissa_start, target, *base)
+        elif isinstance(model, PeftModel):
+            write_adapter(target, adapter, model.peft_config["default"].to_dict(), *base)
 
     def _write_progress(self, last: str) -> None:
         progress = self.progress
@@ -302,6 +343,19 @@ class Run:
             " has the losses"
         )
 
+    def newest_checkpoint(self) -> Path | None:
+        """Return the newest whole checkpoint; the main process reads and tells, and all go on with the same one."""
+        chosen = None
+        if self.accelerator.is_main_process:
+            chosen, warnings = newest_good(self.folder.checkpoints)
+            for sentence in warnings:
+                self.listener.warned(sentence)
+        if self.accelerator.num_processes > 1:
+            step = -1 if chosen is None else checkpoint_step(chosen)
+            step = self._gather([step])[0][0]
+            chosen = None if step < 0 else places(self.folder.checkpoints, step)[0]
+        return chosen
+
     def restore(self, checkpoint: Path | None) -> None:
         """Continue from `checkpoint`, a whole one; without one, begin anew.
 
@@ -314,7 +368,8 @@ class Run:
         if checkpoint is None:
             self.folder.truncate_log(0)
             return
-        state, tensors, random = read_checkpoint(checkpoint)
+        # the main process has seen that its files hold
+        state, tensors, random = read_checkpoint(checkpoint, check_files=self.accelerator.is_main_process)
         if missing := [key for key in ("progress", "loader") if state.get(key) is None]:
             raise CheckpointError(f"{checkpoint}: its state.json is of another version of vlaft (no '{missing[0]}')")
         model = unwrapped(self.model)
@@ -323,7 +378,7 @@ class Run:
         if isinstance(model, PeftModel) and self._uses_pissa:
             self.pissa_start = pissa.load_converted(model, checkpoint, self.base)
         elif isinstance(model, PeftModel):
-            load_adapter_weights(model, checkpoint)
+            load_adapter_weights(model, checkpoint, spread_like)
         restore_optimizer(self.optimizer, tensors, state["optimizer_scalars"])
         self.progress = read_as(RunProgress, state["progress"])
         before = state.get("effective_batch", self.effective_batch)

@@ -26,7 +26,7 @@ from vlaft.files import check_apart, joined, locked, replaceable
 from vlaft.recipe.resolve import resolve, to_yaml
 from vlaft.recipe.settings import RecipeConfig
 from vlaft.remote import url_of
-from vlaft.training.checkpoints import checkpoint_name, newest_good
+from vlaft.training.checkpoints import checkpoint_name
 from vlaft.training.events import (
     Banner,
     EvaluationLine,
@@ -40,9 +40,9 @@ from vlaft.training.events import (
 )
 from vlaft.training.folder import RECIPE_FILE, RunFolder, check_same_recipe, command_line, environment
 from vlaft.training.interrupts import MemoryWatch, StopSignals, out_of_memory_told
-from vlaft.training.model import is_first, several
 from vlaft.training.optimizer import check_installed
 from vlaft.training.run import Acting, Run
+from vlaft.training.sharding import is_first, several
 from vlaft.weights.layout import check_tensor_checksums
 from vlaft.weights.trained import BASE_CHECKSUMS, STATISTICS_CHECKSUM
 
@@ -174,9 +174,7 @@ def _begin(run: Run, *, resume: bool, overwrite: bool) -> None:
             )
     checkpoint = None
     if resume:
-        checkpoint, warnings = newest_good(run.folder.checkpoints)
-        for sentence in warnings:
-            run.listener.warned(sentence)
+        checkpoint = run.newest_checkpoint()
         if checkpoint is None:
             run.listener.warned(f"{run.folder.path}: no checkpoint to continue from; beginning at step 0")
     run.load(start=checkpoint is None)

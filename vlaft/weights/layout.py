@@ -131,6 +131,18 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
 
 
+def read_header_metadata(path: Path) -> dict[str, str]:
+    """Return the texts that a safetensors file carries beside its tensors.
+
+    Raises:
+        CheckpointError: as `read_header`.
+    """
+    read_header(path)  # says what is wrong with it
+    with path.open("rb") as file:
+        found = json.loads(file.read(struct.unpack("<Q", file.read(8))[0])).get("__metadata__") or {}
+    return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
+
+
 def _parse_header(path: Path) -> dict[str, TensorEntry]:
     size = path.stat().st_size
     with path.open("rb") as file:

@@ -78,8 +78,16 @@ class Scratch:
         return pair[0][:size].view(dtype).view(shape)
 
 
-def read_rows(folder: Path, entry: TensorEntry, scratch: Scratch) -> Iterator[tuple[int, Tensor]]:
+def read_rows(
+    folder: Path, entry: TensorEntry, scratch: Scratch, only: range | None = None
+) -> Iterator[tuple[int, Tensor]]:
     """Read one tensor in blocks of rows of a few megabytes.
+
+    Args:
+        folder: of the checkpoint.
+        entry: where the tensor lies.
+        scratch: lends the memory.
+        only: the rows to read; None: all. Of some rows no checksum can be taken.
 
     Yields:
         The number of the first row and `[rows, ...]`, a number as one row. The second next has its memory.
@@ -99,20 +107,22 @@ def read_rows(folder: Path, entry: TensorEntry, scratch: Scratch) -> Iterator[tu
     shape = entry.shape or (1,)
     row = (entry.end - entry.begin) // max(shape[0], 1)
     rows = max(1, _CHUNK // max(row, 1))
+    start, stop = (0, shape[0]) if only is None else (only.start, only.stop)
+    summed = entry.crc32c is not None and (start, stop) == (0, shape[0])
     with (folder / entry.file).open("rb", buffering=0) as file:
-        file.seek(entry.begin)
-        for first in range(0, shape[0], rows):
-            block = scratch.take("read", DTYPES[entry.dtype], (min(rows, shape[0] - first), *shape[1:]))
+        file.seek(entry.begin + start * row)
+        for first in range(start, stop, rows):
+            block = scratch.take("read", DTYPES[entry.dtype], (min(rows, stop - first), *shape[1:]))
             data = left = memoryview(block.view(-1).view(torch.uint8).numpy().data)
             while left:
                 got = file.readinto(left)
                 if not got:
                     raise CheckpointError(f"{folder / entry.file}: truncated")
                 left = left[got:]
-            if entry.crc32c is not None:
+            if summed:
                 checksum = google_crc32c.extend(checksum, bytes(data))
             yield first, block
-    if entry.crc32c is not None and f"{checksum:08x}" != entry.crc32c:
+    if summed and f"{checksum:08x}" != entry.crc32c:
         raise changed_tensor(folder, entry)
 
 
@@ -123,14 +133,20 @@ class ShardWriter:
     it is until the block after it has been given.
     """
 
-    def __init__(self, path: Path, layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        layout: Mapping[str, tuple[str, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         """Open `path` and write the header.
 
         Args:
             path: the file to write.
             layout: tensor name to (safetensors' name of the type, shape), in the order of writing.
+            metadata: texts for the header.
         """
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, object] = {"__metadata__": {"format": "pt"} | dict(metadata or {})}
         offset = 0
         for name, (dtype, shape) in layout.items():
             size = torch.Size(shape).numel() * DTYPES[dtype].itemsize

@@ -22,6 +22,7 @@ from vlaft.documents import WrongValue, read_as, shown
 from vlaft.errors import CheckpointError, Unchecked
 from vlaft.files import read_json, restored
 from vlaft.weights.layout import check_tensor_checksums
+from vlaft.weights.pieces import StoredTensors, pieces_in
 
 RUN_FILE = "run.json"
 STATISTICS_CHECKSUM = "statistics_crc32c"  # in `run.json`: the checksum of their content
@@ -30,7 +31,8 @@ BASE_CHECKSUMS = "base_checksums"  # in there
 STATE_FILE = "state.json"  # of a checkpoint; lists the checksums of its other files
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-TRAINED_FILE = "trained.safetensors"
+TRAINED = "trained"  # whole tensors: one file, or what each process wrote (`vlaft.weights.pieces`)
+TRAINED_FILE = f"{TRAINED}.safetensors"
 FINGERPRINT_KEY = "base_fingerprint"  # in an adapter's metadata, as is `BASE_CHECKSUMS`
 CHECKPOINT_NAME = re.compile(r"^step-(\d{6,15})$")
 
@@ -65,10 +67,17 @@ class Trained:
         return (self.weights / ADAPTER_CONFIG).is_file()
 
     @property
-    def tensors(self) -> Path | None:
-        """The file of whole tensors, under the base's names and in the place of the base's; None without any."""
-        file = self.weights / TRAINED_FILE
-        return file if file.is_file() else None
+    def has_tensors(self) -> bool:
+        """Whether there are whole tensors, in the place of the base's."""
+        return bool(pieces_in(self.weights, TRAINED))
+
+    def tensors(self) -> StoredTensors:
+        """Return the whole tensors, under the base's names; none where there are none.
+
+        Raises:
+            CheckpointError: damaged.
+        """
+        return StoredTensors(self.weights, TRAINED)
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,9 @@ def read_status(run: Path) -> dict[str, Any]:
 
 def is_trained(folder: Path) -> bool:
     """Say whether `folder` is a run, a run's checkpoint, or an adapter."""
-    return any((restored(folder) / name).is_file() for name in (RUN_FILE, ADAPTER_CONFIG, TRAINED_FILE))
+    folder = restored(folder)
+    files = any((folder / name).is_file() for name in (RUN_FILE, ADAPTER_CONFIG, TRAINED_FILE))
+    return files or any(folder.glob(f"{TRAINED}-*-of-*.safetensors"))
 
 
 def find_trained(folder: Path, checkpoint: str | None = None) -> Trained:
@@ -274,9 +285,11 @@ def check_weights(weights: Path) -> bool:
     damaged: str | None = None
     if not isinstance(files, Mapping) or not state_seal_holds(state):
         damaged, files = STATE_FILE, {}
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED_FILE):
+    for name in files:
+        if name not in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) and not str(name).startswith(TRAINED):
+            continue
         try:
-            if name in files and not holds(weights / name, files[name]):
+            if Path(name).name != name or not holds(weights / name, files[name]):
                 damaged = name
         except OSError as error:
             raise CheckpointError(f"{weights / name}: cannot be read ({error.strerror or error})") from None
