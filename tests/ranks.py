@@ -46,9 +46,10 @@ def start(count: int, work: Callable[[int], None], folder: Path, *, per_node: in
             continue
         code = 1
         try:
-            with (folder / f"rank-{rank}.txt").open("wb") as file:
-                for stream in (1, 2):
-                    os.dup2(file.fileno(), stream)
+            file = (folder / f"rank-{rank}.txt").open("w", buffering=1)
+            sys.stdout = sys.stderr = file  # of Python, which a test's capture has replaced
+            for stream in (1, 2):  # and of libraries
+                os.dup2(file.fileno(), stream)
             ranks = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank % here, "LOCAL_WORLD_SIZE": here}
             os.environ |= {name: str(value) for name, value in ranks.items()}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -64,7 +65,6 @@ def start(count: int, work: Callable[[int], None], folder: Path, *, per_node: in
         finally:
             with suppress(Exception):
                 sys.stdout.flush()
-                sys.stderr.flush()
             os._exit(code)
     return pids
 

@@ -352,6 +352,15 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
     return None, warnings
 
 
+def examples_per_step(folder: Path) -> int | None:
+    """Return what the newest checkpoint says of how many examples a step had; None where there is none."""
+    found = list_checkpoints(folder)
+    try:
+        return read_as(_State, read_json(found[-1] / STATE_FILE, CheckpointError)).effective_batch if found else None
+    except (CheckpointError, OSError, ValueError, TypeError, RecursionError):
+        return None  # damaged: whoever reads it says so
+
+
 def set_aside(folder: Path, chosen: Path | None) -> None:
     """Rename the damaged checkpoints behind `chosen`, so that they neither count nor are taken for good ones.
 

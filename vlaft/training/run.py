@@ -60,6 +60,7 @@ from vlaft.training.folder import RunFolder
 from vlaft.training.interrupts import StopSignals
 from vlaft.training.model import PRECISIONS, base_model, load_trainable, trained_names, unwrapped
 from vlaft.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
+from vlaft.training.peers import Peers
 from vlaft.training.sharded_start import load_sharded
 from vlaft.training.sharding import (
     copy_to_all,
@@ -88,6 +89,7 @@ class Run:
         self.style = parallel_style(recipe)
         self.accelerator = join_processes()
         self.recipe = recipe
+        self.peers = Peers(self._gather, out) if self.accelerator.num_processes > 1 else None
         self.base = base
         self.listener = listener if self.accelerator.is_main_process else Listener()
         self.trackers = Trackers(self.listener.warned)

@@ -31,9 +31,14 @@ Style = Literal["alone", "ddp", "fsdp", "hsdp"]
 SHARDED_METHODS = ("full", "frozen-vision")  # by `train.parallel=auto`: whole weights with their moments fit few GPUs
 
 
+def processes() -> int:
+    """Return how many processes `torchrun` or `accelerate launch` started for this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def several() -> bool:
     """Say whether `torchrun` or `accelerate launch` started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return processes() > 1
 
 
 def is_first() -> bool:
@@ -43,7 +48,7 @@ def is_first() -> bool:
 
 def per_node() -> int:
     """Return how many of the run's processes this machine has."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or processes())
 
 
 def join_processes() -> Accelerator:
@@ -66,10 +71,10 @@ def parallel_style(recipe: RecipeConfig) -> Style:
         return "alone"
     asked = recipe.train.parallel
     style = asked if asked != "auto" else "fsdp" if recipe.adapt.method in SHARDED_METHODS else "ddp"
-    if style == "hsdp" and (per_node() == 1 or int(os.environ["WORLD_SIZE"]) % per_node()):
+    if style == "hsdp" and (per_node() == 1 or processes() % per_node()):
         raise ConfigError(
             "train.parallel=hsdp shards within a node, and needs as many processes on each, at least two; here are"
-            f" {per_node()} of {os.environ['WORLD_SIZE']}: take train.parallel=fsdp"
+            f" {per_node()} of {processes()}: take train.parallel=fsdp"
         )
     if style != "ddp" and recipe.train.optimizer != "adamw":
         raise ConfigError(

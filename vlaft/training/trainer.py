@@ -26,7 +26,7 @@ from vlaft.files import check_apart, joined, locked, replaceable
 from vlaft.recipe.resolve import resolve, to_yaml
 from vlaft.recipe.settings import RecipeConfig
 from vlaft.remote import url_of
-from vlaft.training.checkpoints import checkpoint_name
+from vlaft.training.checkpoints import checkpoint_name, examples_per_step
 from vlaft.training.events import (
     Banner,
     EvaluationLine,
@@ -41,8 +41,9 @@ from vlaft.training.events import (
 from vlaft.training.folder import RECIPE_FILE, RunFolder, check_same_recipe, command_line, environment
 from vlaft.training.interrupts import MemoryWatch, StopSignals, out_of_memory_told
 from vlaft.training.optimizer import check_installed
+from vlaft.training.peers import lost_told
 from vlaft.training.run import Acting, Run
-from vlaft.training.sharding import is_first, several
+from vlaft.training.sharding import is_first, processes, several
 from vlaft.weights.layout import check_tensor_checksums
 from vlaft.weights.trained import BASE_CHECKSUMS, STATISTICS_CHECKSUM
 
@@ -89,6 +90,7 @@ def train(
         if resume:
             _check_continues(recipe, out)
         run = Run(recipe, out, base, listener)
+        held.enter_context(lost_told(lambda: run.peers))
         run.acting = acting
         if not is_first():  # the first one has the lock by now, or they would not have found each other
             held.enter_context(joined(out))
@@ -152,6 +154,8 @@ def _check_continues(recipe: RecipeConfig, out: Path) -> None:
     free = {key for key, content in _CONTENT.items() if status.get(content)}
     if status.get("status") == "failed":
         free |= {"train.learning_rate", "train.max_grad_norm"}
+    if examples_per_step(folder.checkpoints) == int(recipe.train.batch_size) * recipe.train.accumulation * processes():
+        free |= {"train.batch_size", "train.accumulation"}  # the same examples in each step, by other processes
     check_same_recipe(resolve(out / RECIPE_FILE), recipe, out, free)
 
 
