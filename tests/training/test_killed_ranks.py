@@ -12,10 +12,12 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from faults import tell
+from processes import alive
 from ranks import Ended, end, start, together
 from small_run import Recorder, Small, log_lines, run
 
@@ -55,12 +57,15 @@ def killed_once(small: Small, folder: Path, chance: random.Random, steps: int) -
         train(recipe, folder / "run", Tells(folder / "saved"), resume=True)
 
     pids, said = start(2, work, folder / "said"), folder / "said"
-    victim = chance.randrange(2)
-    if chance.random() < 0.8:  # most of the time while they load, train and save
-        until = time.monotonic() + SECONDS
-        while not met.exists() and time.monotonic() < until:
-            time.sleep(0.002)
-    time.sleep(chance.uniform(0, 4))
+    victim, saves = chance.randrange(2), chance.randrange(4)
+    if chance.random() < 0.9:  # else while they look for each other
+        _wait_for(met.exists, pids)
+    began, saved, pause = time.monotonic(), folder / "saved", 1.0
+    for _ in range(saves):  # so that a slow machine sees moments of all kinds as well
+        before = _content(saved)
+        _wait_for(lambda before=before: _content(saved) != before, pids)  # type: ignore[misc]
+        pause, began = time.monotonic() - began, time.monotonic()
+    time.sleep(chance.uniform(0, 1.2 * min(pause, 10.0)))
     had_met = met.exists()
     os.kill(pids[victim], signal.SIGKILL)
     if not had_met:  # they wait for each other for as long as they are told to; a launcher ends them
@@ -72,11 +77,21 @@ def killed_once(small: Small, folder: Path, chance: random.Random, steps: int) -
     return ended, victim, had_met
 
 
+def _content(file: Path) -> str:
+    return file.read_text() if file.exists() else ""
+
+
+def _wait_for(come: Callable[[], bool], pids: list[int]) -> None:
+    until = time.monotonic() + SECONDS
+    while not come() and time.monotonic() < until and all(alive(pid) for pid in pids):
+        time.sleep(0.002)
+
+
 @pytest.mark.parametrize("kills", [2, pytest.param(int(os.environ.get("VLAFT_KILLS", "100")), marks=pytest.mark.slow)])
 def test_a_killed_rank_loses_no_checkpoint(
     small: Small, tmp_path: Path, kills: int, request: pytest.FixtureRequest
 ) -> None:
-    chance, steps, told, newest = random.Random(kills), 8 if kills < 10 else 10 * kills, 0, -1
+    chance, steps, told, newest = random.Random(kills), 10 * kills, 0, -1
     for number in range(kills):
         ended, victim, met = killed_once(small, tmp_path, chance, steps)
         if ended[victim].code == 0:
@@ -93,6 +108,8 @@ def test_a_killed_rank_loses_no_checkpoint(
         there = -1 if found is None else checkpoint_step(found)
         assert there >= max(saved, newest), (number, there, saved, newest)
         newest = there
+        if number % 10 == 9:
+            tell(request.config, f"{number + 1} kills: {told} sentences, step {newest} of {steps} saved")
         assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) <= 3
     tell(request.config, f"{kills} kills of one of two ranks: {told} sentences, step {newest} of {steps} saved")
     assert told > 0

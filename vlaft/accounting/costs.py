@@ -122,7 +122,7 @@ def recipe_cost(
         batch_size: examples per forward pass; None: the recipe's, or the largest that fits where that is `auto`.
         gpus: over how many GPUs FSDP shards.
     """
-    model = memory_model(recipe, config, tokens=tokens)
+    model = memory_model(recipe, config, tokens=tokens, gpus=gpus)
     largest = model.largest_batch(gpu_memory, gpus)
     if batch_size is None:
         batch_size = max(1, largest) if recipe.train.batch_size == "auto" else recipe.train.batch_size

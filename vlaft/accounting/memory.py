@@ -21,8 +21,9 @@ from torch import nn
 
 from vlaft.accounting.allocator import BLOCK, peak_reserved
 from vlaft.accounting.parameters import ParameterCount, base_name
-from vlaft.accounting.step import ForwardPass, largest_unit, trace_step, trainable_without_data
-from vlaft.accounting.tracker import KINDS, Trace
+from vlaft.accounting.shards import Gathering, can_be_sharded, gathering
+from vlaft.accounting.step import ForwardPass, trace_step, trainable_without_data
+from vlaft.accounting.tracker import ADAPTERS, GRADIENTS, KINDS, OPTIMIZER, WEIGHTS, Trace
 from vlaft.model.configuration import OpenVLAConfig, Policy
 from vlaft.recipe.settings import RecipeConfig, resolve_precision
 from vlaft.training.step import forward
@@ -35,7 +36,7 @@ LABELS = 8  # seven actions and the end of sequence
 CONTEXT_BYTES = 512 * 2**20  # CUDA context, kernels and libraries of one process
 WORKSPACE_BYTES = 32 * 2**20  # cuBLAS, as PyTorch sizes it on Hopper; 8 MiB before
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 141)  # GB (1e9 bytes) of common GPUs
-SHARDED = ("weights", "adapters", "gradients", "optimizer state")
+GATHERED = "gathered"  # what shards make whole for a while
 _LARGEST = 4096  # examples; above this no batch size is looked for
 
 
@@ -48,7 +49,7 @@ class MemoryPrediction:
         tokens: text tokens per example.
         terms: bytes by term at the moment of the peak, in order; their sum is `peak`. The first six are live storage
             (`live`); then what the allocator rounds (`block rounding`) and keeps besides (`fragmentation`), cuBLAS's
-            `workspace`, and the `CUDA context`.
+            `workspace`, and the `CUDA context`. In shards also what is `gathered` then, which is live.
         moment: phase and module of the peak: `forward language_model.model.layers.31.mlp.down_proj`.
         gpus: over how many GPUs weights, gradients and optimizer state are sharded (FSDP).
     """
@@ -67,7 +68,7 @@ class MemoryPrediction:
     @property
     def live(self) -> int:
         """Bytes of live tensors."""
-        return sum(size for term, size in self.terms.items() if term in KINDS)
+        return sum(size for term, size in self.terms.items() if term in (*KINDS, GATHERED))
 
     @property
     def allocated(self) -> int:
@@ -83,14 +84,14 @@ class MemoryModel:
         traces: at `batch_sizes`, events in the same order.
         batch_sizes: one or two; with one, that batch size is all there is.
         tokens: text tokens per example.
-        largest_unit: bytes of the largest block's weights, which FSDP gathers whole.
+        gathering: what shards gather, where the traces are of a step in shards; else None.
         counted: the recipe's parameters.
     """
 
     traces: tuple[Trace, ...]
     batch_sizes: tuple[int, ...]
     tokens: int
-    largest_unit: int
+    gathering: Gathering | None
     counted: ParameterCount
 
     def sizes(self, batch_size: int) -> np.ndarray:
@@ -108,11 +109,13 @@ class MemoryModel:
         return int(np.cumsum(_in_blocks(self.sizes(batch_size))).max())
 
     def predict(self, batch_size: int, gpus: int = 1) -> MemoryPrediction:
-        """Return the prediction for a batch size, sharded over `gpus`."""
-        terms, moment = peak_terms(self.traces[0], self.sizes(batch_size))
-        if gpus > 1:
-            terms = _sharded(terms, gpus, self.largest_unit)
-        return MemoryPrediction(batch_size, self.tokens, terms, moment, gpus)
+        """Return the prediction for a batch size on one of `gpus`, which share the model where it is in shards."""
+        trace, sizes = self.traces[0], self.sizes(batch_size)
+        if self.gathering is None:
+            terms, event = peak_terms(trace, sizes)
+        else:
+            terms, event = sharded_terms(trace, sizes, self.gathering, gpus)
+        return MemoryPrediction(batch_size, self.tokens, terms, trace.names[trace.places[event]], gpus)
 
     def largest_batch(self, memory: int, gpus: int = 1) -> int:
         """Return the largest batch size, up to 4096, that fits `memory` bytes; 0 where not even one example does."""
@@ -129,25 +132,26 @@ class MemoryModel:
         return low
 
     def _bound(self, batch_size: int, gpus: int) -> int:
-        if gpus > 1:
+        if self.gathering is not None:
             return self.predict(batch_size, gpus).peak
         return self.live_peak(batch_size) + WORKSPACE_BYTES + CONTEXT_BYTES
 
 
-def peak_terms(trace: Trace, sizes: np.ndarray) -> tuple[dict[str, int], str]:
-    """Return the bytes of each term of `MemoryPrediction` at the moment of the peak on a GPU, and that moment.
+def peak_terms(trace: Trace, sizes: np.ndarray, more: np.ndarray | int = 0) -> tuple[dict[str, int], int]:
+    """Return the bytes of each term of `MemoryPrediction` at the moment of the peak on a GPU, and that event.
 
     Args:
         trace: what was born and died.
         sizes: `[E]` int64, bytes of its events at the batch size asked for.
+        more: `[E]` int64, what lives besides after each event; it moves the peak and is no term.
     """
     blocks = _in_blocks(sizes)
-    event = int(np.cumsum(blocks).argmax())
+    event = int((np.cumsum(blocks) + more).argmax())
     totals = {
         kind: int(sizes[: event + 1][trace.kinds[: event + 1] == number].sum()) for number, kind in enumerate(KINDS)
     }
     in_blocks = int(blocks[: event + 1].sum())
-    moves = trace.keys >= 0
+    moves = (trace.keys >= 0) & (sizes != 0)
     reserved = peak_reserved(zip(trace.keys[moves].tolist(), sizes[moves].tolist(), strict=True))
     terms = {
         **totals,
@@ -156,18 +160,32 @@ def peak_terms(trace: Trace, sizes: np.ndarray) -> tuple[dict[str, int], str]:
         "workspace": WORKSPACE_BYTES,
         "CUDA context": CONTEXT_BYTES,
     }
-    return terms, trace.names[trace.places[event]]
+    return terms, event
+
+
+def sharded_terms(trace: Trace, sizes: np.ndarray, gathered: Gathering, gpus: int) -> tuple[dict[str, int], int]:
+    """Do what `peak_terms` does for one of several GPUs that share a model in shards.
+
+    Args:
+        trace: of a step in shards, as one process computes it.
+        sizes: as `peak_terms` takes them.
+        gathered: what shards hold and gather.
+        gpus: that share the model.
+    """
+    sizes = np.where(np.isin(trace.kinds, (WEIGHTS, ADAPTERS, OPTIMIZER)), 0, sizes)
+    kept = gathered.held / (max(gathered.traced, 1) * gpus)  # of a gradient, once it is summed
+    sizes = np.where(trace.kinds == GRADIENTS, np.trunc(sizes * kept).astype(np.int64), sizes)
+    # all that an optimizer holds is counted below, and the end of the backward pass holds more than its step
+    phases = {"forward": gathered.forward, "backward": gathered.backward, "optimizer": -(2**60)}
+    more = np.array([phases[name.split(" ")[0]] for name in trace.names], dtype=np.int64)[trace.places]
+    terms, event = peak_terms(trace, sizes, more)
+    shares = {"weights": gathered.weights, "adapters": gathered.adapters, "optimizer state": gathered.moments}
+    terms |= {term: -(-size // gpus) for term, size in shares.items()}
+    return terms | {GATHERED: int(more[event])}, event
 
 
 def _in_blocks(sizes: np.ndarray) -> np.ndarray:
     return np.sign(sizes) * -(-np.abs(sizes) // BLOCK) * BLOCK
-
-
-def _sharded(terms: dict[str, int], gpus: int, largest_unit: int) -> dict[str, int]:
-    """Spread what FSDP shards over `gpus`; two units are whole at any time, one computing and one on its way."""
-    spread = {term: -(-size // gpus) if term in SHARDED else size for term, size in terms.items()}
-    spread["weights"] += 2 * largest_unit
-    return spread
 
 
 def usual_tokens(config: OpenVLAConfig) -> int:
@@ -194,6 +212,7 @@ def memory_model(
     labels: int = LABELS,
     forward_pass: ForwardPass = forward,
     policy: Policy | None = None,
+    gpus: int = 1,
 ) -> MemoryModel:
     """Trace a recipe's training step on a base as it runs on a GPU.
 
@@ -205,17 +224,30 @@ def memory_model(
         labels: of those, the ones with a label: actions and end of sequence.
         forward_pass: the trainer's, or another to compare it with.
         policy: what is read and written; None takes the recipe's on usual data.
+        gpus: where they are several, they share the model in shards, if the recipe can do that; else each has a copy.
 
     Raises:
         ConfigError: LoRA targets that the base does not have.
     """
     tokens = tokens or usual_tokens(config)
+    shards = gpus > 1 and can_be_sharded(recipe)
     traces, counted = trace_step(
-        recipe, config, batch_sizes=batch_sizes, tokens=tokens, labels=labels, forward_pass=forward_pass, policy=policy
+        recipe,
+        config,
+        batch_sizes=batch_sizes,
+        tokens=tokens,
+        labels=labels,
+        forward_pass=forward_pass,
+        policy=policy,
+        sharded=shards,
     )
     if len({tuple(trace.keys) for trace in traces}) > 1:
         raise AssertionError("two batch sizes took different steps")
-    return MemoryModel(tuple(traces), tuple(batch_sizes), tokens, largest_unit(recipe, config), counted)
+    gathered = None
+    if shards:
+        precision = resolve_precision(recipe.precision, on_gpu=True)
+        gathered = gathering(trainable_without_data(recipe, config, precision, policy)[0], precision)
+    return MemoryModel(tuple(traces), tuple(batch_sizes), tokens, gathered, counted)
 
 
 def predict_memory(
@@ -240,7 +272,7 @@ def predict_memory(
         policy: what is read and written; None takes the recipe's on usual data.
     """
     size = int(recipe.train.batch_size) if batch_size is None else batch_size
-    model = memory_model(recipe, config, batch_sizes=[size], tokens=tokens, labels=labels, policy=policy)
+    model = memory_model(recipe, config, batch_sizes=[size], tokens=tokens, labels=labels, policy=policy, gpus=gpus)
     return model.predict(size, gpus)
 
 

@@ -21,6 +21,7 @@ from vlaft.accounting.meta import (
     usual_policy,
 )
 from vlaft.accounting.parameters import ParameterCount, count, trained_by
+from vlaft.accounting.shards import in_format_of_products
 from vlaft.accounting.tracker import ADAPTERS, GRADIENTS, OPTIMIZER, WEIGHTS, StorageTracker, Trace
 from vlaft.model.configuration import OpenVLAConfig, Policy
 from vlaft.model.heads.tokens import TokenOutput
@@ -42,6 +43,7 @@ def trace_step(
     on_gpu: bool = True,
     forward_pass: ForwardPass = forward,
     policy: Policy | None = None,
+    sharded: bool = False,
 ) -> tuple[list[Trace], ParameterCount]:
     """Follow a training step of `recipe` on the meta device, once for each batch size.
 
@@ -57,10 +59,13 @@ def trace_step(
         on_gpu: whose number formats and kernels.
         forward_pass: the trainer's, or another to compare it with.
         policy: what is read and written; None takes the recipe's on usual data.
+        sharded: see weights as shards give them to a step: gathered in the format of products.
     """
     policy = policy or usual_policy(recipe, config)
     precision = resolve_precision(recipe.precision, on_gpu)
     model, counted = trainable_without_data(recipe, config, precision, policy)
+    if sharded:
+        in_format_of_products(model, PRECISIONS[precision.compute])
     in_recomputed_blocks(model, on_gpu)
     traces = []
     for batch_size in batch_sizes:
@@ -189,12 +194,3 @@ def held(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 value = getattr(level, key, None)
                 if isinstance(value, torch.Tensor):
                     yield name, value
-
-
-def largest_unit(recipe: RecipeConfig, config: OpenVLAConfig) -> int:
-    """Return the bytes of the largest part that FSDP gathers whole: a decoder block, or the head, in compute format."""
-    text = config.text_config
-    attention = 2 * text.hidden_size**2 + 2 * text.hidden_size * text.num_key_value_heads * text.head_dim
-    block = attention + 3 * text.hidden_size * text.intermediate_size + 2 * text.hidden_size
-    width = PRECISIONS[resolve_precision(recipe.precision, on_gpu=True).compute].itemsize
-    return max(block, text.vocab_size * text.hidden_size) * width

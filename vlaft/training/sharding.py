@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from itertools import chain
 from typing import Literal
 
@@ -25,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vlaft.errors import ConfigError
 from vlaft.model.openvla import OpenVLAForActionPrediction
 from vlaft.model.policy_parts import FullPrecisionLinear
+from vlaft.model.vision import AttentionPool
 from vlaft.recipe.settings import RecipeConfig
 
 Style = Literal["alone", "ddp", "fsdp", "hsdp"]
@@ -111,20 +113,27 @@ def shard(model: nn.Module, mesh: DeviceMesh, compute: torch.dtype) -> None:
         mesh: from `mesh_of`.
         compute: number format of matrix products.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    assert isinstance(base, OpenVLAForActionPrediction)
     half = MixedPrecisionPolicy(
         param_dtype=None if compute == torch.float32 else compute,
         reduce_dtype=None if compute == torch.float32 else torch.float32,
         cast_forward_inputs=False,
     )
-    for module in [module for module in base.modules() if isinstance(module, FullPrecisionLinear)]:
-        fully_shard(module, mesh=mesh)
-    parts = base.parts()
-    for unit in [*chain.from_iterable(base.stacks()), parts["projector"], base.get_output_embeddings()]:
-        fully_shard(unit, mesh=mesh, mp_policy=half)
-    fully_shard(base.get_input_embeddings(), mesh=mesh)
+    for unit, in_half in units(model):
+        fully_shard(unit, mesh=mesh, mp_policy=half if in_half else MixedPrecisionPolicy())
     fully_shard(model, mesh=mesh)
+
+
+def units(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
+    """Yield what is gathered at once, what lies in another unit before that, and whether in the format of products."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, OpenVLAForActionPrediction)
+    for module in [module for module in base.modules() if isinstance(module, FullPrecisionLinear)]:
+        yield module, False
+    pools = [module for module in base.modules() if isinstance(module, AttentionPool)]  # which no loss reaches
+    parts = [base.parts()["projector"], base.get_output_embeddings()]
+    for unit in [*chain.from_iterable(base.stacks()), *pools, *parts]:
+        yield unit, True
+    yield base.get_input_embeddings(), False
 
 
 def is_sharded(model: nn.Module) -> bool:
