@@ -9,7 +9,7 @@ checkpoint. How a process reads them does not depend on how many wrote them (`vl
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,11 @@ from torch.distributed.tensor import DTensor
 from vlaft.checksums import checksum
 from vlaft.errors import VlaftError
 from vlaft.training.checkpoints import OPTIMIZER, optimizer_state, places, publish, random_state, writing
+from vlaft.training.peers import Gather
 from vlaft.training.sharding import local_part, own_rows
 from vlaft.weights.pieces import piece_name, rows_metadata
 from vlaft.weights.stream import DTYPE_NAMES, ShardWriter
 from vlaft.weights.trained import TRAINED
-
-# Takes some numbers of this process; returns those of all, by rank.
-Gather = Callable[[list[int]], list[list[int]]]
 
 
 def write_checkpoint_set(
@@ -132,7 +130,7 @@ def _moments(optimizer: torch.optim.Optimizer, *, alone: bool) -> Iterator[tuple
         yield from random_state().items()
 
 
-def write_rows(path: Path, tensors: Any) -> None:
+def write_rows(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Write this process's rows of sharded tensors, and others whole, one at a time.
 
     Args:

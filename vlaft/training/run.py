@@ -60,7 +60,7 @@ from vlaft.training.folder import RunFolder
 from vlaft.training.interrupts import StopSignals
 from vlaft.training.model import PRECISIONS, base_model, load_trainable, trained_names, unwrapped
 from vlaft.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
-from vlaft.training.peers import Peers
+from vlaft.training.peers import Peers, lost_told
 from vlaft.training.sharded_start import load_sharded
 from vlaft.training.sharding import (
     copy_to_all,
@@ -101,7 +101,8 @@ class Run:
         )
         self.normalization = Normalization(self.data.pipeline.means, self.data.pipeline.stds)
         self.base_fingerprint = fingerprint(base)
-        with self.accelerator.local_main_process_first():  # reads all bytes; the others find its note of them
+        # one process of a machine reads all bytes, and the others find its note of them
+        with lost_told(lambda: self.peers), self.accelerator.local_main_process_first():
             self.base_checksums = tensor_checksums(base)
         self.progress = RunProgress()
         self.acting: Acting | None = None

@@ -7,6 +7,7 @@ made whole first: its random numbers are the ones that a single process draws.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -97,11 +98,10 @@ def fill(model: nn.Module, folder: Path, table: dict[str, TensorEntry], frozen: 
     return count
 
 
-def _replace_parameters(model: nn.Module, make: object) -> None:
+def _replace_parameters(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            made = make(parameter.detach())  # type: ignore[operator]
-            setattr(module, name, nn.Parameter(made, requires_grad=parameter.requires_grad))
+            setattr(module, name, nn.Parameter(make(parameter.detach()), requires_grad=parameter.requires_grad))
 
 
 def _bodiless(tensor: Tensor) -> bool:
