@@ -260,12 +260,12 @@ def test_convert_replays_first(
     assert "(3 were replayed before)" in capsys.readouterr().err
 
 
-def recorded(env: LiberoEnv, seed: int, *, idle: int = 0, steps: int = 280) -> Demonstration:
-    """Let the expert act, as LIBERO's recorder looks on; idle steps in the middle; stopped after so many steps."""
+def recorded(env: LiberoEnv, seed: int, *, idle: int) -> Demonstration:
+    """Let the expert act, as LIBERO's recorder looks on, with idle steps in the middle."""
     env.scatter(seed)
     demo, sight, expert = Demonstration(), Sight(env.world), Picker()
     first = 5  # rows that LIBERO's recorder leaves out, while forces settle; people have hardly moved by then
-    for step in range(steps):
+    for step in range(280):
         wanted = as_libero(expert.action(sight.scene()).astype(np.float64))
         still = {0: first, 30: idle}.get(step, 0)
         for action in [np.append(np.zeros(6), wanted[6])] * still + [wanted]:
@@ -287,8 +287,9 @@ def test_libero_replays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     with monkeypatch.context() as small:
         small.setattr(environment, "SIZE", 128)
         env = LiberoEnv("libero_object", 6)
-        demos = [recorded(env, 3, steps=20), recorded(env, 4, idle=4)]
+        whole = recorded(env, 4, idle=4)
         env.close()
+    demos = [Demonstration(whole.states[:15], whole.actions[:15], whole.seen[:15]), whole]
     task = SUITES["libero_object"][6]
     raw = write_libero_file(
         tmp_path / "raw" / "butter_demo.hdf5", demos, bddl=f"libero/libero/bddl_files/libero_object/{task}.bddl",
