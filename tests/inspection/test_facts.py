@@ -412,6 +412,8 @@ def test_joint_targets_that_the_state_does_not_show_are_neither_absolute_nor_del
     assert looks_absolute(targets, poses, []) is None
     noise = [random.normal(size=(50, 6)) for _ in range(8)]
     assert looks_absolute(noise, poses, []) is None
+    turned_back = [-0.1 * pose for pose in poses]  # a controller's deltas go against the state, targets with it
+    assert looks_absolute(turned_back, poses, []) is None
 
 
 def test_what_demonstrations_show_of_a_gripper_outweighs_its_name_and_format() -> None:

@@ -149,10 +149,11 @@ def looks_absolute(
 ) -> bool | None:
     """Tell whether the arm's actions are absolute targets (True) or deltas (False); None where the data leave it open.
 
-    A target follows the state itself, a delta the change of the state: at least half of the moving dimensions have
-    to correlate with a column of the state by more than 0.9, and more than with the change of any; or with the change
-    of one by more than 0.7, and more than with any column itself. Joint targets beside the pose of the end effector
-    do neither, and neither do commands of which the state does not tell.
+    A target follows the state itself, the right way round (a controller that turns back what is turned goes against
+    it), a delta the change of the state: at least half of the moving dimensions have to correlate with a column of the
+    state by more than 0.9, and more than with the change of any; or with the change of one by more than 0.7, and more
+    than with any column itself. Joint targets beside the pose of the end effector do neither, and neither do commands
+    of which the state does not tell.
     """
     pairs = [
         (np.asarray(action, dtype=np.float64), np.asarray(state, dtype=np.float64))
@@ -167,22 +168,23 @@ def looks_absolute(
     moving = [column for column in range(action.shape[1]) if column not in grippers and np.ptp(action[:, column]) > 0]
     if not moving or not np.isfinite(action).all() or not np.isfinite(state).all():
         return None
-    follows = _correlation(action[:, moving], state)
-    differs = _correlation(action[:, moving], change)
+    follows = _correlation(action[:, moving], state).max(axis=1, initial=0.0)
+    differs = np.abs(_correlation(action[:, moving], change)).max(axis=1, initial=0.0)
     if ((follows > _ABSOLUTE) & (follows > differs)).mean() >= 0.5:
         return True
     return False if ((differs > _DELTA) & (differs > follows)).mean() >= 0.5 else None
 
 
 def _correlation(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return for every column of `left` its largest absolute correlation with a column of `right`."""
+    """Return the correlation of every column of `left` with every column of `right`."""
 
     def scaled(values: NDArray[np.float64]) -> NDArray[np.float64]:
         centred = values - values.mean(axis=0)
         size = np.linalg.norm(centred, axis=0)
         return np.divide(centred, size, out=np.zeros_like(centred), where=size > 1e-9)
 
-    return np.abs(scaled(left).T @ scaled(right)).max(axis=1, initial=0.0)
+    result: NDArray[np.float64] = scaled(left).T @ scaled(right)
+    return result
 
 
 @dataclass(frozen=True)
