@@ -36,9 +36,11 @@ WHOLE = {"trained-00001-of-00002.safetensors", "trained-00002-of-00002.safetenso
 }
 
 
-def in_processes(small: Small, out: Path, count: int, steps: int, *words: str, resume: bool = False) -> None:
-    """Train `full` in so many processes, four examples a step in all."""
-    recipe = small.recipe("full", *WORDS, f"train.steps={steps}", f"train.batch_size={4 // count}", *words)
+def in_processes(
+    small: Small, out: Path, count: int, steps: int, *words: str, name: str = "full", resume: bool = False
+) -> None:
+    """Train in so many processes, four examples a step in all."""
+    recipe = small.recipe(name, *WORDS, f"train.steps={steps}", f"train.batch_size={4 // count}", *words)
     together(count, lambda rank: train(recipe, out, Recorder(), resume=resume) and None, out.parent / "said")
 
 
@@ -84,6 +86,17 @@ def test_copies_go_on_with_a_set_and_shards_with_a_file(small: Small, tmp_path: 
     run(small.recipe("full", *WORDS, "train.steps=2"), tmp_path / "file")
     in_processes(small, tmp_path / "file", 4, 4, resume=True)
     assert_same_losses(tmp_path / "file", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_adapters_in_shards_stay_one_file(small: Small, tmp_path: Path) -> None:
+    run(small.recipe("oft", *WORDS, "policy.chunk=3", "train.steps=4"), tmp_path / "one")
+    words = ("policy.chunk=3", "train.parallel=fsdp")
+    in_processes(small, tmp_path / "two", 2, 2, *words, name="oft")
+    names = {path.name for path in (tmp_path / "two" / "checkpoints" / "step-000002").iterdir()}
+    assert {"adapter_model.safetensors", "trained.safetensors", "optimizer.safetensors"} < names
+    in_processes(small, tmp_path / "two", 2, 4, *words, name="oft", resume=True)
+    assert_same_losses(tmp_path / "two", tmp_path / "one")
 
 
 def test_each_process_reads_its_rows_and_no_others(small: Small, tmp_path: Path) -> None:
