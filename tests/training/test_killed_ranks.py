@@ -37,7 +37,9 @@ class Tells(Recorder):
         self.file = file
 
     def saved(self, checkpoint: Path) -> None:
-        self.file.write_text(str(checkpoint_step(checkpoint)))
+        beside = self.file.with_suffix(".new")  # a kill in between leaves the old number
+        beside.write_text(str(checkpoint_step(checkpoint)))
+        beside.replace(self.file)
 
 
 def killed_once(small: Small, folder: Path, chance: random.Random, steps: int) -> tuple[list[Ended], int, bool]:
