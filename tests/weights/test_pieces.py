@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from vlaft.errors import CheckpointError
 from vlaft.weights.pieces import StoredTensors, piece_name, pieces_in, rows_metadata
-from vlaft.weights.stream import DTYPE_NAMES, ShardWriter
+from vlaft.weights.stream import TYPE_NAMES, ShardWriter
 
 TENSORS = {
     "matrix": torch.arange(35.0).view(7, 5),
@@ -35,7 +35,7 @@ def write_pieces(folder: Path, stem: str, count: int, tensors: dict[str, Tensor]
             part = tensor[number * size : (number + 1) * size] if tensor.ndim else tensor
             if (tensor.ndim and (len(part) or number == 0)) or (not tensor.ndim and number == 0):
                 own[name] = (number * size, part)
-        layout = {name: (DTYPE_NAMES[part.dtype], tuple(part.shape)) for name, (_, part) in own.items()}
+        layout = {name: (TYPE_NAMES[part.dtype], tuple(part.shape)) for name, (_, part) in own.items()}
         metadata = rows_metadata({name: (first, part.ndim) for name, (first, part) in own.items()})
         with ShardWriter(folder / piece_name(stem, number + 1, count), layout, metadata) as writer:
             for name, (_, part) in own.items():

@@ -39,7 +39,7 @@ from vlaft.weights.layout import (
     tensor_table,
 )
 from vlaft.weights.oft import RELEASED, OftFolder, Vision, is_oft
-from vlaft.weights.stream import DTYPE_NAMES, DTYPES, ShardWriter, read_tensor
+from vlaft.weights.stream import DTYPES, TYPE_NAMES, ShardWriter, read_tensor
 from vlaft.weights.trained import ADAPTER_CONFIG, Trained
 
 _ASKED = {"chunk": "8", "cameras": "[main,wrist]", "normalization": "q99"}  # what no file tells, with an example
@@ -457,7 +457,7 @@ def _write_weights(
             advance((weights / file).stat().st_size)
             continue
         kinds = {name: overlay.dtypes.get(name, DTYPES[entry.dtype]) for name, entry in entries.items()}
-        layout = {name: (DTYPE_NAMES[kinds[name]], entry.shape) for name, entry in entries.items()}
+        layout = {name: (TYPE_NAMES[kinds[name]], entry.shape) for name, entry in entries.items()}
         with ShardWriter(target / file, layout) as out:
             for name, entry in entries.items():
                 made = changed[name].load() if name in changed else read_tensor(weights, entry)

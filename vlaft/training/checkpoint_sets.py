@@ -23,7 +23,7 @@ from vlaft.training.checkpoints import OPTIMIZER, optimizer_state, places, publi
 from vlaft.training.peers import Gather
 from vlaft.training.sharding import local_part, own_rows
 from vlaft.weights.pieces import piece_name, rows_metadata
-from vlaft.weights.stream import DTYPE_NAMES, ShardWriter
+from vlaft.weights.stream import TYPE_NAMES, ShardWriter
 from vlaft.weights.trained import TRAINED
 
 
@@ -140,7 +140,7 @@ def write_rows(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     found = {name: (tensor, own_rows(tensor)) for name, tensor in tensors}
     found = {name: (tensor, rows) for name, (tensor, rows) in found.items() if len(rows) or not tensor.numel()}
     layout = {
-        name: (DTYPE_NAMES[tensor.dtype], (len(rows), *tensor.shape[1:]) if tensor.ndim else ())
+        name: (TYPE_NAMES[tensor.dtype], (len(rows), *tensor.shape[1:]) if tensor.ndim else ())
         for name, (tensor, rows) in found.items()
     }
     metadata = rows_metadata({name: (rows.start, tensor.ndim) for name, (tensor, rows) in found.items()})

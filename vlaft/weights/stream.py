@@ -34,7 +34,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 4 * 2**20
 _OF_NOTHING = "00000000"  # CRC-32C of no bytes
 
@@ -171,7 +171,7 @@ class ShardWriter:
         rows = 0
         for block in blocks:
             rows += len(block)
-            if DTYPE_NAMES.get(block.dtype) != dtype or tuple(block.shape[1:]) != shape[1:]:
+            if TYPE_NAMES.get(block.dtype) != dtype or tuple(block.shape[1:]) != shape[1:]:
                 raise ValueError(f"'{name}' is {block.dtype} {tuple(block.shape)}, announced as {dtype} {shape}")
             data = block.detach().cpu().contiguous().view(-1).view(torch.uint8)
             self._put(data.numpy().data)
