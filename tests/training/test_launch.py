@@ -211,7 +211,7 @@ def nodes() -> Iterator[Start]:
             torchrun += ["--rdzv-endpoint=10.77.0.1:29500", "--rdzv-id=17", f"--local-addr=10.77.0.{number + 1}"]
             # both ends have this machine's name, so neither could tell that it is the one where they meet
             torchrun += [f"--rdzv-conf=is_host={int(number == 0)},keep_alive_interval=1,keep_alive_max_attempt=2"]
-            here = environment(GLOO_SOCKET_IFNAME=ends[number])
+            here = environment(GLOO_SOCKET_IFNAME=ends[number], TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
             inside = ["ip", "netns", "exec", names[number], *torchrun, "-m", "vlaft", *words]
             started.append(subprocess.Popen(inside, env=here, start_new_session=True))
             return started[-1]
@@ -240,7 +240,7 @@ def test_a_node_that_is_lost_and_comes_back_goes_on_from_the_last_checkpoint(
     small: Small, tmp_path: Path, nodes: Start
 ) -> None:
     out = tmp_path / "run"
-    words = train_words(small, out, "train.steps=400", "train.save_every=20")
+    words = train_words(small, out, "train.steps=120", "train.save_every=20")
     agents = [nodes(number, [*words, "--resume"]) for number in range(2)]
     until = time.monotonic() + 240
     while not (out / "checkpoints" / "step-000020").exists():
@@ -256,7 +256,7 @@ def test_a_node_that_is_lost_and_comes_back_goes_on_from_the_last_checkpoint(
     agents[1] = nodes(1, [*words, "--resume"])
     assert [agent.wait(400) for agent in agents] == [0, 0]
     steps = [line["step"] for line in log_lines(out)]
-    assert steps == list(range(1, 401))  # each once: what came after the checkpoint was done again, and replaced
+    assert steps == list(range(1, 121))  # each once: what came after the checkpoint was done again, and replaced
     whole = tmp_path / "whole"
     run(small.recipe("lora8", *WORDS, "train.batch_size=4", "train.steps=40"), whole)
     expected = {line["step"]: line["loss"] for line in log_lines(whole)}
@@ -281,6 +281,8 @@ def test_the_commands_of_the_page_are_understood() -> None:
     started = set()
     for words in commands():
         started.add(words[0])
+        if words[0] == "export":
+            continue
         if words[0] in launchers:
             launcher = launchers[words[0]].parse_args(words[(words[0] == "accelerate" and 2) or 1 :])
             assert launcher.training_script == "vlaft" and launcher.module
@@ -295,7 +297,7 @@ def test_the_commands_of_the_page_are_understood() -> None:
             options = {"--recipe", "--data", "--base", "--out", "--resume"}
             assert {word for word in words if word.startswith("--")} <= options
             resolve(words[words.index("--recipe") + 1], [], [word for word in words if "=" in word])
-    assert started == {"vlaft", "torchrun", "accelerate", "sbatch", "srun"}
+    assert started == {"export", "vlaft", "torchrun", "accelerate", "sbatch", "srun"}
     with pytest.raises(ConfigError) as told:
         settle_launch(task(0, 8, WORLD_SIZE="64", LOCAL_WORLD_SIZE="8"))
     assert str(told.value) in PAGE
