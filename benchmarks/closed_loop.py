@@ -129,6 +129,11 @@ class KindResult:
         rates = self.rates(task)
         return mean_interval(rates, self.episodes * (len(TASKS) if task == "all" else 1))
 
+    def widest(self, task: str) -> tuple[float, float]:
+        """Return what covers both intervals: seeds that came out alike by chance have one of no width."""
+        lows, highs = zip(self.interval(task), self.together(task).interval, strict=True)
+        return min(lows), max(highs)
+
     def together(self, task: str) -> Success:
         """Return all training seeds' episodes of a task."""
         episodes = self.episodes * (len(TASKS) if task == "all" else 1)
@@ -232,7 +237,7 @@ def markdown(study: Study, comparison: Sequence[KindResult]) -> str:
         f"{study.demonstrations} demonstrations of each task, one policy for all three; training seeds: {study.seeds},"
         f" of {study.steps} steps of {study.batch_size} examples; {study.episodes} episodes of each task and seed, of"
         f" {STEP_LIMIT} steps at most. In brackets: intervals of 95 %, Student's t over training seeds, and Wilson's of"
-        " all episodes together, which says nothing of how seeds differ.",
+        " all episodes together, which says nothing of how seeds differ. Below the table the wider end of both counts.",
         "",
         *(f"- {each.name}: {each.title}" for each in comparison),
         "",
@@ -264,7 +269,7 @@ def _row(result: KindResult, task: str) -> list[str]:
 
 def _pair(one: KindResult, other: KindResult, task: str) -> str:
     better = one.together(task).rate > other.together(task).rate
-    return told_apart(one.name, one.interval(task), other.name, other.interval(task), first_is_better=better)
+    return told_apart(one.name, one.widest(task), other.name, other.widest(task), first_is_better=better)
 
 
 def compare(study: Study) -> str:
