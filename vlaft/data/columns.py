@@ -293,10 +293,9 @@ class _Arrays:
             else:
                 path = self.folder / f"{name}.npy"
                 self.arrays[name] = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
-                with path.open(
-                    "r+b"
-                ) as file:  # a disk that is full has to say so here: a mapped page would be a signal
-                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+                if hasattr(os, "posix_fallocate"):  # not on macOS
+                    with path.open("r+b") as file:  # a full disk has to say so here: in a mapped page it is a signal
+                        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         self.arrays[name][here] = values
 
     def put(self, name: str, values: NDArray[Any]) -> None:
