@@ -348,6 +348,28 @@ def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:
         check_apart(tmp_path / "out", [tmp_path / "out" / "base"])
 
 
+@pytest.mark.parametrize("made", [False, True])
+def test_files_appear_at_once_where_there_are_none_yet(tmp_path: Path, made: bool) -> None:
+    """So that the same command, which refuses a folder that is not empty, may be given again after a kill."""
+    pictures = tmp_path / "pictures"
+
+    def work() -> None:
+        with output_files(pictures, re.compile(r"\w\.png")) as partial:
+            for name in ("a.png", "b.png"):
+                (partial / name).write_text("new")
+
+    def look(at: int, code: int) -> None:
+        there = sorted(path.name for path in pictures.iterdir()) if pictures.is_dir() else []
+        assert there in ([], ["a.png", "b.png"]), at
+        shutil.rmtree(pictures, ignore_errors=True)
+        if made:
+            pictures.mkdir()
+
+    if made:
+        pictures.mkdir()
+    assert faults.at_each_moment(tmp_path, "kill", work, look) > 6
+
+
 @pytest.mark.parametrize("fault", ["kill", "term"])
 def test_files_move_in_together_and_each_is_whole(tmp_path: Path, fault: str) -> None:
     """At every moment each of the old files or its successor is there; others' files stay."""

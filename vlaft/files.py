@@ -178,6 +178,9 @@ def output_files(folder: Path, replaced: re.Pattern[str]) -> Iterator[Path]:
         for path in new:
             sync(path)
         with uninterrupted():
+            with suppress(OSError):  # where nothing is there yet, all at once: no kill comes in between
+                partial.replace(place)
+                return
             place.mkdir(exist_ok=True)
             for path in new:
                 path.replace(place / path.name)
