@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from huggingface_hub.errors import CachedRepoTreeNotFoundError
 from small_base import write_demonstrations, write_small_base
 
 from vlaft import remote
@@ -131,16 +134,17 @@ def test_files_are_fetched_once_and_again_when_they_change(way: Cut, recwarn: py
             fetched(url)
 
 
-def test_a_key_that_leads_out_of_its_folder_is_refused(way: Cut, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("key", ["../../x", "b//a.bin", "./a.bin"])  # out of the folder, or onto another key's place
+def test_a_key_that_is_no_place_of_its_own_is_refused(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from pyarrow.fs import FileInfo, FileType
 
     class Store:
         def get_file_info(self, wanted: Any) -> Any:
             none = FileInfo("lab/set", type=FileType.Directory)
-            return none if isinstance(wanted, str) else [FileInfo("lab/set/../../x", type=FileType.File, size=1)]
+            return none if isinstance(wanted, str) else [FileInfo(f"lab/set/{key}", type=FileType.File, size=1)]
 
     monkeypatch.setattr(remote, "_store", Store)
-    with pytest.raises(DataError, match=r"lab/set/\.\./\.\./x: a key that would leave its folder"):
+    with pytest.raises(DataError, match=rf"lab/set/{re.escape(key)}: a key that is no place below its folder"):
         fetched("s3://lab/set")
 
 
@@ -253,6 +257,7 @@ def test_hub_urls_are_left_to_its_client(tmp_path: Path, monkeypatch: pytest.Mon
 
     (tmp_path / "train").mkdir()
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.get_cached_repo_tree", lambda name, **options: [])
     assert fetched("hf://datasets/lab/cups@v2/train") == tmp_path / "train"
     assert fetched(Path("hf://datasets/lab/cups")) == tmp_path
     whole = {"repo_type": "dataset", "revision": None, "allow_patterns": None}
@@ -262,3 +267,63 @@ def test_hub_urls_are_left_to_its_client(tmp_path: Path, monkeypatch: pytest.Mon
         fetched("hf://datasets/lab/cups/val")
     with pytest.raises(DataError, match="names no dataset of the Hub"):
         fetched("hf://lab/cups")
+
+    def unknown(name: str, **options: Any) -> None:
+        raise CachedRepoTreeNotFoundError("no listing")
+
+    monkeypatch.setattr("huggingface_hub.get_cached_repo_tree", unknown)
+    with pytest.raises(DataError, match="cannot be reached, and it is not known whether what is kept here is whole"):
+        fetched("hf://datasets/lab/cups")
+
+
+def test_stores_that_list_milliseconds(way: Cut, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one file they tell whole seconds, as HTTP does."""
+    from pyarrow.fs import FileSelector
+
+    put("lab/set/a.bin", b"1")
+    store = remote._store
+
+    class Listing:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(store(), name)
+
+        def get_file_info(self, what: Any) -> Any:
+            found = store().get_file_info(what)
+            if not isinstance(what, FileSelector):
+                return found
+            return [
+                SimpleNamespace(
+                    path=each.path,
+                    size=each.size,
+                    type=each.type,
+                    is_file=each.is_file,
+                    mtime_ns=each.mtime_ns + 123_000_000,
+                )
+                for each in found
+            ]
+
+    monkeypatch.setattr(remote, "_store", Listing)
+    assert (fetched("s3://lab/set") / "a.bin").read_bytes() == b"1"
+
+
+def test_what_is_gone_from_the_store_is_sent_again(way: Cut, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.bin", "b.bin", "last.json"):
+        (tmp_path / name).write_bytes(name.encode())
+    send = remote.copy_one
+
+    def cut(local: Path, key: str) -> None:
+        if key.endswith("b.bin"):
+            raise OSError("Details: the line is dead")
+        send(local, key)
+
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name in ("a.bin", "b.bin", "last.json"):
+        (tmp_path / name).rename(folder / name)
+    monkeypatch.setattr(remote, "copy_one", cut)
+    with pytest.raises(DataError, match="the line is dead"):
+        remote.send(folder, "s3://lab/out", "last.json", lambda *told: None)
+    remote._store().delete_file("lab/out/a.bin")
+    monkeypatch.setattr(remote, "copy_one", send)
+    remote.send(folder, "s3://lab/out", "last.json", lambda *told: None)
+    assert fetched("s3://lab/out").joinpath("a.bin").read_bytes() == b"a.bin"

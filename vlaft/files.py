@@ -485,12 +485,13 @@ def _sign(descriptor: int) -> None:
 
 def _holder(descriptor: int) -> str:
     for line in os.pread(descriptor, 4096, 0).decode(errors="replace").splitlines():
-        if (match := _HOLDER.fullmatch(line)) and _alive(int(match[1]), match[2]):
+        if (match := _HOLDER.fullmatch(line)) and alive(int(match[1]), match[2]):
             return f"process {match[1]} on {match[2]}"
     return "another process"
 
 
-def _alive(process: int, host: str) -> bool:
+def alive(process: int, host: str) -> bool:
+    """Say whether a process is there; of another host it cannot be told, and is taken to be."""
     if host == socket.gethostname():
         with suppress(PermissionError):
             try:

@@ -75,13 +75,19 @@ def _from_hub(url: str) -> Path:
         raise DataError(
             f"{url} names no dataset of the Hub: write hf://datasets/OWNER/NAME, and /FOLDER for a part of it"
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import get_cached_repo_tree, snapshot_download
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError, HfHubHTTPError
 
     name, revision, inside = match.groups()
     try:
         patterns = None if inside is None else [inside, f"{inside}/*"]
         folder = Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns))
+        # out of the Hub's reach its client gives what is there; only with a listing it sees whether that is all
+        get_cached_repo_tree(name, repo_type="dataset", revision=folder.name)
+    except CachedRepoTreeNotFoundError as error:
+        raise DataError(
+            f"{url}: the Hub cannot be reached, and it is not known whether what is kept here is whole; {_AGAIN}"
+        ) from error
     except Exception as error:  # the Hub's client raises those of whatever HTTP library it uses
         foreign = type(error).__module__.startswith("http")
         if not isinstance(error, HfHubHTTPError | OSError | ValueError) and not foreign:
@@ -178,7 +184,7 @@ class _Mirror:
                 target.write(block)
         with _told(url):
             now = _store().get_file_info(file.key)
-        if (now.size, now.mtime_ns) != (file.size, file.changed):
+        if (now.size, _changed(now)) != (file.size, file.changed):
             raise DataError(f"{url} changed while it was fetched; give the same command again")
         with disk_errors(place):
             os.utime(partial, ns=(file.changed, file.changed))
@@ -209,7 +215,7 @@ def _listed(url: str, key: str) -> dict[str, _Remote]:
         store = _store()
         info = store.get_file_info(key)
         if info.type == FileType.File:
-            return {"": _Remote(key, info.size, info.mtime_ns)}
+            return {"": _Remote(key, info.size, _changed(info))}
         found = [] if info.type == FileType.NotFound else store.get_file_info(FileSelector(key, recursive=True))
     files = {}
     for info in found:
@@ -217,16 +223,22 @@ def _listed(url: str, key: str) -> dict[str, _Remote]:
             continue
         name = info.path.removeprefix(f"{key}/")
         parts = PurePosixPath(name).parts
-        if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
-            raise DataError(f"s3://{info.path}: a key that would leave its folder on a disk; rename it")
-        files[name] = _Remote(info.path, info.size, info.mtime_ns)
+        plain = bool(parts) and str(PurePosixPath(name)) == name  # else two keys may be one place
+        if not plain or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
+            raise DataError(f"s3://{info.path}: a key that is no place below its folder on a disk; rename it")
+        files[name] = _Remote(info.path, info.size, _changed(info))
     if not files:
         raise DataError(f"{url}: there is nothing there, or nothing that these credentials may list")
     return files
 
 
-def check_vacant(url: str, sent: Path) -> None:
-    """Refuse a URL at which something lies that was not sent from the folder `sent`.
+def _changed(info: Any) -> int:
+    """Return when a file was written, ns, in whole seconds: some stores list milliseconds and tell none of one file."""
+    return int(info.mtime_ns) // 10**9 * 10**9
+
+
+def check_vacant(url: str, sent: Path) -> set[str]:
+    """Refuse a URL at which something lies that was not sent from the folder `sent`; return what lies there.
 
     Raises:
         DataError: something is there; nothing that lies in a store is ever replaced.
@@ -236,12 +248,13 @@ def check_vacant(url: str, sent: Path) -> None:
     key, known = url.removeprefix("s3://"), _sent(sent)
     with _told(url):
         found = _store().get_file_info(FileSelector(key, recursive=True, allow_not_found=True))
-    for info in found:
-        name = info.path.removeprefix(f"{key}/")
-        if info.is_file and known.get(name) != [info.size, info.mtime_ns]:
+    there = {info.path.removeprefix(f"{key}/"): info for info in found if info.is_file}
+    for name, info in there.items():
+        if known.get(name) != [info.size, _changed(info)]:
             raise DataError(
                 f"{url} holds something already ({name}); name another place, nothing is replaced in a store"
             )
+    return set(there)
 
 
 def send(folder: Path, url: str, last: str, progress: Progress) -> None:
@@ -256,8 +269,8 @@ def send(folder: Path, url: str, last: str, progress: Progress) -> None:
     Raises:
         DataError: as `check_vacant`, or the connection broke.
     """
-    check_vacant(url, folder)
-    sent = _sent(folder)
+    there = check_vacant(url, folder)
+    sent = {name: told for name, told in _sent(folder).items() if name in there}  # somebody may have tidied up
     key = url.removeprefix("s3://")
     names = [*sorted(path.name for path in folder.iterdir() if path.name not in (last, _SENT)), last]
     sizes = {name: (folder / name).stat().st_size for name in names}
@@ -270,7 +283,7 @@ def send(folder: Path, url: str, last: str, progress: Progress) -> None:
                 info = _store().get_file_info(f"{key}/{name}")
             if info.size != sizes[name]:
                 raise DataError(f"{url}/{name} has {info.size} bytes in the store instead of {sizes[name]}; {_AGAIN}")
-            sent[name] = [info.size, info.mtime_ns]
+            sent[name] = [info.size, _changed(info)]
             write_json(folder / _SENT, sent)
         done += sizes[name]
     progress("sending", done, done)

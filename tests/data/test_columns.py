@@ -119,6 +119,17 @@ def test_shards_that_something_else_has_compressed_are_read_too(folder: Path) ->
     assert module._ENCODED in places.tolist()
 
 
+def test_a_shard_that_was_replaced_meanwhile_is_told(folder: Path) -> None:
+    """Places of frames in one file would be other frames in its successor."""
+    loader = ExampleLoader(ConvertedDataset(folder), 7, policy=POLICY)
+    next(loader)
+    for path in folder.glob("*.parquet"):
+        shutil.copyfile(path, folder / "copy")
+        (folder / "copy").replace(path)
+    with pytest.raises(DataError, match="was replaced while it was read; start again"):
+        next(loader)
+
+
 def test_what_rows_lack_is_told(folder: Path, tmp_path: Path) -> None:
     dataset = write_episodes(tmp_path / "stateless", [(ramp(5), None)], cameras=["image"])
     with pytest.raises(DataError, match="column 'state' is empty in 5 of 5 rows"):

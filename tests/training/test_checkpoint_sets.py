@@ -171,7 +171,7 @@ def test_a_process_that_cannot_write_stops_all(small: Small, tmp_path: Path) -> 
 
     said = together(2, work, tmp_path / "said")
     assert "process 1 could not write its part" in said[0] and "No space left on device" in said[1]
-    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def test_reading_a_checkpoint_gives_moments_by_name(small: Small, tmp_path: Path) -> None:

@@ -115,14 +115,14 @@ def test_full_disk_leaves_the_last_good_checkpoint(
 
 def test_disk_full_while_a_checkpoint_is_written(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, out = small.recipe("lora8", *STEPS), tmp_path / "run"
-    original = run_module.save_adapter
+    original = run_module.write_adapter
 
-    def save(model: Any, folder: Path, *base: str) -> None:
+    def save(folder: Path, *given: Any) -> None:
         if "step-000004" in folder.name:
             raise OSError(28, "No space left on device")
-        original(model, folder, *base)
+        original(folder, *given)
 
-    monkeypatch.setattr(run_module, "save_adapter", save)
+    monkeypatch.setattr(run_module, "write_adapter", save)
     with pytest.raises(VlaftError, match=r"step-000004: the checkpoint could not be written \(No space left"):
         run(recipe, out)
     assert checkpoints(out) == ["step-000002"]

@@ -102,6 +102,8 @@ def test_tasks_of_srun_are_told_in_torchruns_words(monkeypatch: pytest.MonkeyPat
     bound = task(1, 2)
     settle_launch(bound)
     assert bound["LOCAL_RANK"] == "0" and bound["RANK"] == "1"
+    with pytest.raises(ConfigError, match="2 processes were started on this machine, and there are GPUs for 1"):
+        settle_launch(task(1, 2) | {"SLURM_GPUS_ON_NODE": "1"})  # one card for both of them
 
 
 def follows(out: Path, expected: Path) -> None:
@@ -142,6 +144,7 @@ def cluster(tmp_path: Path) -> Mapping[str, str]:
     for name, text in {
         "scontrol": '[ "$*" = "show hostnames node[1-2]" ] && echo 127.0.0.1',
         "srun": """
+            [ "$1" = --cpus-per-task=8 ] && shift
             for task in 0 1; do SLURM_NODEID=$task SLURM_PROCID=$task "$@" & started+=($!); done
             for each in ${started[@]}; do wait $each || failed=$?; done
             exit ${failed:-0}""",
@@ -149,6 +152,7 @@ def cluster(tmp_path: Path) -> Mapping[str, str]:
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     job = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "17", "SLURM_STEP_ID": "0"}
+    job |= {"SLURM_CPUS_PER_TASK": "8"}
     return environment(PATH=f"{tmp_path / 'bin'}:{BIN}:{os.environ['PATH']}", **job)
 
 

@@ -12,6 +12,7 @@ from small_base import write_examples
 from small_run import Small, log_lines, run
 
 from vlaft.action.metrics import MetricSums
+from vlaft.data import loader
 from vlaft.recipe.settings import RecipeConfig
 from vlaft.training.events import Listener
 from vlaft.training.run import Run
@@ -21,12 +22,20 @@ PIECEWISE = ("train.batch_size=2", "train.accumulation=3")
 
 
 @pytest.fixture
-def ragged(small: Small, tmp_path: Path) -> Small:
-    """Six examples with 2 to 7 action tokens."""
+def ragged(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Small:
+    """Six examples with 2 to 7 action tokens; stored they are all as long, or they would be refused."""
+    lengths = (7, 2, 5, 3, 6, 4)
+    whole = loader._Examples.actions
+
+    def cut(self: loader._Examples, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        actions, tokens = whole(self, rows)
+        return actions, tokens[:, : lengths[rows[0]]]
+
+    monkeypatch.setattr(loader._Examples, "actions", cut)
     generator = np.random.default_rng(0)
     images = list(generator.integers(0, 256, size=(6, 56, 56, 3), dtype=np.uint8))
     prompts = [[1, *generator.integers(5, 19, size=length)] for length in (3, 9, 5, 4, 8, 6)]
-    tokens = [generator.integers(256, 512, size=length).tolist() for length in (7, 2, 5, 3, 6, 4)]
+    tokens = [generator.integers(256, 512, size=7).tolist() for _ in lengths]
     ids = [[int(token) for token in prompt] for prompt in prompts]
     return Small(small.base, write_examples(tmp_path / "ragged", small.data, images, ids, tokens).path)
 

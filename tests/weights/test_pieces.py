@@ -82,6 +82,10 @@ def test_sets_that_are_not_whole(tmp_path: Path) -> None:
     write_pieces(tmp_path / "two", "trained", 2)
     with pytest.raises(CheckpointError, match="files of two sets"):
         StoredTensors(tmp_path / "two", "trained")
+    (tmp_path / "one" / "trained.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"both trained\.safetensors and files of a set"):
+        StoredTensors(tmp_path / "one", "trained")
+    (tmp_path / "one" / "trained.safetensors").unlink()
     shutil.copytree(tmp_path / "one", tmp_path / "twice")
     shutil.copyfile(tmp_path / "one" / piece_name("trained", 1, 3), tmp_path / "twice" / piece_name("trained", 2, 3))
     with pytest.raises(CheckpointError, match="do not make a whole"):

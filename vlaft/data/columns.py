@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vlaft.checksums import cache_folder, seal_holds, sealed
+from vlaft.checksums import cache_folder, identity, seal_holds, sealed
 from vlaft.data.store import ConvertedDataset
 from vlaft.errors import DataError, InUse, VlaftError
 from vlaft.files import output_folder, read_json, write_json
@@ -103,7 +103,8 @@ class SplitColumns:
             return None
         if place == _ENCODED:
             return self.dataset.image(self.split, row, column)
-        return _bytes_at(self.dataset.frame_file(self.split, row), place, size)
+        path, checked = self.dataset.frame_file(self.split, row)
+        return _bytes_at(path, place, size, checked)
 
     def runs(self, rows: Iterator[NDArray[np.int64]]) -> Iterator[tuple[int, int]]:
         """Yield the number of the dataset and how many rows in succession belong to it."""
@@ -269,9 +270,12 @@ def _places(
     return places, sizes
 
 
-def _bytes_at(path: Path, start: int, size: int) -> bytes:
+def _bytes_at(path: Path, start: int, size: int, checked: list[int] | None = None) -> bytes:
+    """Return bytes of a file, which has to be the one that was checked: places in one are nonsense in its successor."""
     try:
         with path.open("rb", buffering=0) as file:
+            if checked is not None and identity(os.fstat(file.fileno())) != checked:
+                raise DataError(f"{path} was replaced while it was read; start again")
             return os.pread(file.fileno(), size, start)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror or error}); convert the source again") from error

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vlaft.action.statistics import STATISTICS_FILE, read_statistics
-from vlaft.checksums import SEAL, UNSEALED, checksum, content_checksum, holds, seal_holds, unsealed
+from vlaft.checksums import SEAL, UNSEALED, checksum, content_checksum, holds, identity, seal_holds, unsealed
 from vlaft.documents import WrongValue, read_as, shown
 from vlaft.errors import CheckpointError, DataError
 from vlaft.files import read_json, restored
@@ -318,7 +318,7 @@ class ConvertedDataset:
         self._cache: OrderedDict[tuple[str, int, str | None], pa.Table] = OrderedDict()
         self.columns: dict[str, Any] = {}
         self._lock = threading.RLock()
-        self._checked: set[str] = set()  # files of the shards that match their checksums
+        self._checked: dict[str, list[int]] = {}  # size, time and inode of the shards that match their checksums
         for split in SPLITS:
             self._index(split)
 
@@ -356,8 +356,8 @@ class ConvertedDataset:
         value = table.column(0)[offset].as_py()
         return None if value is None else value["bytes"]
 
-    def frame_file(self, split: str, index: int) -> Path:
-        """Return the shard that holds an example, after it was held against its checksum.
+    def frame_file(self, split: str, index: int) -> tuple[Path, list[int]]:
+        """Return the shard that holds an example, and the `identity` of the file that was held against its checksum.
 
         Raises:
             DataError: it cannot be read, or does not match.
@@ -366,7 +366,7 @@ class ConvertedDataset:
         if shard.file not in self._checked:
             with self._lock:
                 self._check(shard)
-        return self.path / shard.file
+        return self.path / shard.file, self._checked[shard.file]
 
     def _shard_number(self, split: str, index: int) -> int:
         if not 0 <= index < self.rows(split):
@@ -431,12 +431,13 @@ class ConvertedDataset:
             return
         path = self.path / shard.file
         try:
+            found = identity(path.stat())
             intact = holds(path, shard.crc32c, fresh=fresh)
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error.strerror or error}); convert the source again") from error
         if not intact:
             raise DataError(f"{path} does not match its checksum; convert the source again")
-        self._checked.add(shard.file)
+        self._checked[shard.file] = found
 
     def _check_documents(self) -> None:
         """Hold `dataset.json` against its own checksum, and the statistics against the one that it has of them."""

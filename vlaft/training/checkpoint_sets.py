@@ -65,12 +65,13 @@ def write_checkpoint_set(
     def write() -> list[int]:
         if number == 0:
             return [0, 0, 0]
+        if not partial.is_dir():
+            raise VlaftError(
+                f"{final}: this machine does not see it: --out has to be on a disk that all machines share"
+            )
         write_rows(files[TRAINED], parameters.items())
         write_rows(files[OPTIMIZER], _moments(optimizer, alone=number == 1))
         return [number, *(int(checksum(path), 16) for path in files.values())]
-
-    _all(final, gather, begin)
-    written = {values[0]: values[1:] for values in _all(final, gather, write) if values[0]}
 
     def finish() -> list[int]:
         if rank == 0:
@@ -88,7 +89,15 @@ def write_checkpoint_set(
             publish(partial, final, state | {"step": step, "optimizer_scalars": scalars, "files": names})
         return []
 
-    _all(final, gather, finish)
+    written: dict[int, list[int]] = {}
+    try:
+        _all(final, gather, begin)
+        written |= {values[0]: values[1:] for values in _all(final, gather, write) if values[0]}
+        _all(final, gather, finish)
+    except VlaftError:  # all have gathered, so nobody is still writing
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     return final
 
 

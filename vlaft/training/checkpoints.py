@@ -32,7 +32,7 @@ from vlaft.documents import read_as, shown
 from vlaft.errors import CheckpointError, VlaftError
 from vlaft.files import read_json, sync
 from vlaft.training.sharding import as_part, gathered, local_part, own_rows, spread_like
-from vlaft.weights.pieces import StoredTensors
+from vlaft.weights.pieces import StoredTensors, pieces_in
 from vlaft.weights.trained import CHECKPOINT_NAME, STATE_FILE, TRAINED, TRAINED_FILE, state_seal_holds
 
 OPTIMIZER = "optimizer"  # moments and random state: one file, or what each process wrote
@@ -304,6 +304,9 @@ def read_state(folder: Path, *, fresh: bool = False, check_files: bool = True) -
         for name, recorded in files.items():
             if Path(name).name != name or (check_files and not holds(folder / name, recorded, fresh=fresh)):
                 raise CheckpointError(f"{folder / name}: the file does not match its checksum")
+        for path in (path for stem in (TRAINED, OPTIMIZER) for path in pieces_in(folder, stem)):
+            if path.name not in files:
+                raise CheckpointError(f"{path}: of another checkpoint, copied over this one; remove it")
         if not any(name.startswith(OPTIMIZER) for name in files):
             raise CheckpointError(f"{folder / STATE_FILE}: it does not describe a whole checkpoint")
     except (OSError, ValueError, TypeError, RecursionError) as error:

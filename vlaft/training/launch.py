@@ -76,7 +76,8 @@ def _adopt_tasks(environment: MutableMapping[str, str]) -> None:
         "MASTER_ADDR": first_host(environment["SLURM_STEP_NODELIST"]),
         "MASTER_PORT": str(_PORTS[step % len(_PORTS)]),
     }
-    if _gpus() == 1 and environment["SLURM_LOCALID"] != "0":
+    alone = _number(environment, "SLURM_GPUS_ON_NODE", 0) == 1  # they would all share it
+    if _gpus() == 1 and environment["SLURM_LOCALID"] != "0" and not alone:
         said["LOCAL_RANK"] = "0"  # --gpus-per-task=1 shows each task its own, which is then the first
     for name, value in said.items():
         environment.setdefault(name, value)

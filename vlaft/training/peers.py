@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vlaft.errors import VlaftError
+from vlaft.files import alive
 
 _HOST = 64  # bytes of a machine's name that are exchanged
 _PATIENCE = 2.0  # seconds in which the kernel ends a process whose connections are closed already
@@ -85,5 +86,5 @@ def _ended(process: int) -> bool:
     try:
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
-        return True
+        return not alive(process, socket.gethostname())  # where there is no /proc, it may well be there
     return state in "ZX"  # ended, and not waited for yet

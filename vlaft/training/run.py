@@ -70,6 +70,7 @@ from vlaft.training.sharding import (
     local_part,
     mesh_of,
     parallel_style,
+    per_node,
     reshard,
     spread_like,
 )
@@ -90,6 +91,8 @@ class Run:
         self.accelerator = join_processes()
         self.recipe = recipe
         self.peers = Peers(self._gather, out) if self.accelerator.num_processes > 1 else None
+        if self.style == "hsdp" and len({count for (count,) in self._gather([per_node()])}) > 1:
+            raise ConfigError("train.parallel=hsdp needs as many processes on each machine: take train.parallel=fsdp")
         self.base = base
         self.listener = listener if self.accelerator.is_main_process else Listener()
         self.trackers = Trackers(self.listener.warned)

@@ -118,9 +118,10 @@ def shard(model: nn.Module, mesh: DeviceMesh, compute: torch.dtype) -> None:
         reduce_dtype=None if compute == torch.float32 else torch.float32,
         cast_forward_inputs=False,
     )
+    whole = MixedPrecisionPolicy(reduce_dtype=half.reduce_dtype)
     for unit, in_half in units(model):
-        fully_shard(unit, mesh=mesh, mp_policy=half if in_half else MixedPrecisionPolicy())
-    fully_shard(model, mesh=mesh)
+        fully_shard(unit, mesh=mesh, mp_policy=half if in_half else whole)
+    fully_shard(model, mesh=mesh, mp_policy=whole)
 
 
 def units(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:

@@ -41,12 +41,14 @@ def pieces_in(folder: Path, stem: str) -> list[Path]:
     """Return the files of a set, or the single file, in order; empty where there is neither.
 
     Raises:
-        CheckpointError: some of a set's files are missing, or there are two sets.
+        CheckpointError: some of a set's files are missing, there are two sets, or a set and a single file.
     """
     single = folder / f"{stem}.safetensors"
-    if single.is_file():
-        return [single]
     found = sorted(path for path in folder.glob(f"{stem}-*.safetensors") if _PIECE.search(path.stem))
+    if single.is_file():
+        if found:
+            raise CheckpointError(f"{folder}: both {single.name} and files of a set of '{stem}' lie here")
+        return [single]
     if not found:
         return []
     matches = [_PIECE.search(path.stem) for path in found]

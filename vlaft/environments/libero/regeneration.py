@@ -313,6 +313,7 @@ def _gather(out: Path, pieces: Path, source: Source, replays: dict[str, Replay])
     with h5py.File(out / source.path.name, "w") as file:
         data = file.create_group("data")
         data.attrs["env_args"] = json.dumps({"env_kwargs": {"control_freq": CONTROL_RATE}})
+        data.attrs["language_instruction"] = instruction(SUITES[source.suite][source.index])
         for name in names:
             with h5py.File(_piece(pieces, source, name) / "demo.hdf5", "r") as piece:
                 demo = data.create_group(name)
