@@ -57,6 +57,14 @@ def test_a_line_that_a_kill_cut_off_is_acted_again(tmp_path: Path) -> None:
         add(out, resume=True)
 
 
+def test_what_a_kill_left_of_its_own_documents_is_removed(tmp_path: Path) -> None:
+    out = tmp_path / "results"
+    out.mkdir()
+    (out / ".evaluation.json.77.tmp").write_text("{")
+    assert add(out, entry(0), resume=True) == [entry(0)]
+    assert sorted(path.name for path in out.iterdir()) == ["episodes.jsonl", "evaluation.json"]
+
+
 def test_only_the_same_evaluation_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "results"
     add(out, entry(0))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -25,6 +26,7 @@ from vlaft.errors import DataError, VlaftError
 from vlaft.files import disk_errors, locked, read_json, replaceable, write_json
 
 _REQUEST, _LINES, _RESULTS = "evaluation.json", "episodes.jsonl", "results.json"
+_ASIDE = re.compile(r"\.(evaluation|results)\.json\.\d+\.tmp")  # `write_json`'s
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,9 @@ def opened_journal(folder: Path, request: Mapping[str, Any], *, resume: bool, ov
         if not resume:
             replaceable(folder, overwrite=overwrite)
         folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            if _ASIDE.fullmatch(path.name):  # a kill came while it was written
+                path.unlink()
         there = (folder / _REQUEST).is_file()
         if resume and not there and (folder / _LINES).is_file():
             raise DataError(
