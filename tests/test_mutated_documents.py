@@ -130,7 +130,8 @@ def write_config(made: Path, place: Path) -> Try:
         file.write_bytes(json_mutations(document, seed))
         load_base_files(place).prompt_token_ids("push")
         config = load_config(place)
-        if max(config.text_config.num_hidden_layers, *(each.get("depth", 0) for each in config.vision_overrides)) < 9:
+        depths = [each.get("depth", 0) for each in config.vision_overrides or [{}]]
+        if max(config.text_config.num_hidden_layers, *depths) < 9:
             with torch.device("meta"):
                 OpenVLAForActionPrediction(config)
 

@@ -96,6 +96,7 @@ def test_words_are_yaml() -> None:
         ("train.steps=null", "train.steps must be a whole number, not null"),
         ("train.steps={a: 1}", "train.steps must be a whole number, not '{'a': 1}'"),
         ("train.max_grad_norm=no", "train.max_grad_norm must be a number or null, not 'false'"),
+        (f"train.max_grad_norm=1{400 * '0'}", f"train.max_grad_norm must be a number or null, not '1{59 * '0'} ...'"),
         ("train.batch_size=atuo",
          "train.batch_size must be a whole number or 'auto', not 'atuo'; did you mean 'auto'?"),
         ("train.gradient_checkpointing=some",

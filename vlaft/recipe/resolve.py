@@ -96,7 +96,7 @@ def merge_layers(layers: Sequence[tuple[str, dict[str, Any]]]) -> tuple[RecipeCo
             else:
                 try:
                     OmegaConf.update(merged, key, value, merge=False)
-                except (OmegaConfBaseException, ValueError, TypeError):
+                except (OmegaConfBaseException, ValueError, TypeError, OverflowError):
                     problems.append(f"{prefix}{_wrong_value(key, value, hints[key])}")
     config = OmegaConf.to_object(merged)
     assert isinstance(config, RecipeConfig)
