@@ -360,7 +360,7 @@ class _Slot:
         return not ends
 
     def _look(self, moment: Moment, last: bool = False) -> None:
-        self.moment = replace(moment, task=self.job.task.name)
+        self.moment = replace(moment, task=self.job.task.name, seed=self.job.seed)
         frames, steps = self.outcome.frames, self.outcome.steps
         if not self.keep or (steps % self.every and not last):
             return

@@ -51,12 +51,14 @@ class Moment:
         instruction: what is to be done.
         state: float32 `[S]`, as the environment observes it; None where it observes none.
         task: name of the task that it belongs to.
+        seed: of its episode.
     """
 
     frames: Mapping[str, Image]
     instruction: str
     state: NDArray[np.float32] | None = None
     task: str = ""
+    seed: int = 0
 
     @property
     def frame(self) -> Image:

@@ -41,7 +41,7 @@ class Entry:
         success: whether it was.
         ended: what ended it.
         steps: actions taken.
-        tokens: that the model predicted since its last line.
+        tokens: that the model predicted for it.
         non_action_tokens: of these.
         info: what the environment said last.
     """

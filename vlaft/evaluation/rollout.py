@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -353,13 +354,14 @@ class Pictures:
 
 
 class _Actor:
-    """A policy, asked for chunks, that remembers how many of its tokens stood for no action."""
+    """A policy, asked for chunks, that remembers how many of an episode's tokens stood for no action."""
 
     def __init__(self, policy: Policy, keys: dict[str, str], model: str) -> None:
         self.keys = keys
         self._policy = policy
         self._model = model
-        self._tokens = self._others = 0
+        self._tokens: Counter[tuple[str, int]] = Counter()  # of each episode under way
+        self._others: Counter[tuple[str, int]] = Counter()
 
     def __call__(self, moments: list[Moment]) -> list[NDArray[Any]]:
         """Return a chunk `[K, A]` for each moment; those whose statistics differ are asked for apart."""
@@ -370,9 +372,8 @@ class _Actor:
         return [chunks[row] for row in range(len(moments))]
 
     def entry(self, outcome: EpisodeOutcome) -> Entry:
-        """Return an ended episode's line, with the tokens since the last one."""
-        tokens, others = self._tokens, self._others
-        self._tokens = self._others = 0
+        """Return an ended episode's line."""
+        episode = (outcome.task, outcome.seed)
         return Entry(
             self._model,
             outcome.task,
@@ -381,8 +382,8 @@ class _Actor:
             outcome.success,
             outcome.ended,
             outcome.steps,
-            tokens,
-            others,
+            self._tokens.pop(episode, 0),
+            self._others.pop(episode, 0),
             outcome.info,
         )
 
@@ -395,8 +396,9 @@ class _Actor:
             state=[moment.state for moment in moments] if self._policy.model.policy.state else None,  # type: ignore[arg-type]
             unnorm_key=key,
         )
-        self._tokens += sum(len(each.action_token_ids or ()) for each in predictions)
-        self._others += sum(each.non_action_tokens for each in predictions)
+        for moment, each in zip(moments, predictions, strict=True):
+            self._tokens[moment.task, moment.seed] += len(each.action_token_ids or ())
+            self._others[moment.task, moment.seed] += each.non_action_tokens
         return [each.actions for each in predictions]
 
     def _check(self, moment: Moment) -> None:
