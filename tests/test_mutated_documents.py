@@ -38,7 +38,7 @@ from vlaft.data.source import SourceRequest, open_request
 from vlaft.data.store import ConvertedDataset
 from vlaft.documents import read_as
 from vlaft.errors import VlaftError
-from vlaft.model.load import load_config
+from vlaft.model.load import empty_model, load_config
 from vlaft.observation.prompts import load_base_files
 from vlaft.recipe.resolve import leaf_types, recipes_folder, resolve, to_yaml
 from vlaft.release.record import training_record
@@ -125,15 +125,14 @@ def write_config(made: Path, place: Path) -> Try:
     file.unlink()
 
     def attempt(seed: int) -> None:
-        from vlaft.model.openvla import OpenVLAForActionPrediction
-
         file.write_bytes(json_mutations(document, seed))
         load_base_files(place).prompt_token_ids("push")
         config = load_config(place)
-        depths = [each.get("depth", 0) for each in config.vision_overrides or [{}]]
-        if max(config.text_config.num_hidden_layers, *depths) < 9:
-            with torch.device("meta"):
-                OpenVLAForActionPrediction(config)
+        overrides = config.vision_overrides if isinstance(config.vision_overrides, list) else []
+        depths = [each.get("depth") for each in overrides if isinstance(each, dict)]
+        depths.append(config.text_config.num_hidden_layers)
+        if not any(isinstance(depth, int) and depth > 8 for depth in depths):  # right, and slow
+            empty_model(place)
 
     return attempt
 

@@ -92,7 +92,7 @@ def empty_model(folder: Path, *, quantization: Any = None) -> tuple[Any, dict[st
     try:
         with torch.device("meta"):
             model = OpenVLAForActionPrediction(config)
-    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AttributeError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AttributeError, AssertionError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: no model can be built from it ({error})") from None
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     stored = _stored_quantization(folder)

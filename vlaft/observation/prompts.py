@@ -192,7 +192,7 @@ def action_tokenizer_of(config: Mapping[str, Any]) -> ActionTokenizer:
     try:
         rows = int(text_config.get("vocab_size", 32000))
         padding, n_bins = int(config.get("pad_to_multiple_of", 64)), int(config.get("n_action_bins", 256))
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(
             "config.json: text_config.vocab_size, pad_to_multiple_of, n_action_bins must be numbers"
         ) from error
