@@ -129,3 +129,9 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(CheckpointError, match="no end-of-sequence token"):
         load_base_files(tmp_path)
+
+
+def test_an_infinite_size_is_a_sentence(tmp_path: Path) -> None:
+    base = write_base(tmp_path, VOCABULARY, pad_to_multiple_of=float("inf"))
+    with pytest.raises(CheckpointError, match="pad_to_multiple_of, n_action_bins must be numbers"):
+        load_base_files(base)
