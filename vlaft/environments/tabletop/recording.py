@@ -188,14 +188,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except VlaftError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+    except (KeyboardInterrupt, Exception) as error:
+        if not isinstance(error, KeyboardInterrupt) and not _stopped:
+            raise
+        print("error: interrupted", file=sys.stderr)  # h5py makes errors of its own of what is raised amid its calls
         return 130
     print(f"{options.episodes} demonstrations of {options.setup}, {frames} frames: {options.out}")
     return 0
 
 
+_stopped: list[int] = []  # signals that came
+
+
+def _stop(number: int, frame: object) -> None:
+    _stopped.append(number)
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, and leaves nothing behind
+        signal.signal(signal.SIGTERM, _stop)  # ends as Ctrl-C does, and leaves nothing behind
     sys.exit(main())
